@@ -1,0 +1,81 @@
+"""Phantoms: drawn radiographs and dermoscopies whose true counterfactuals are known.
+
+A seed fixes the anatomy, a set of attributes says what is laid over it. Each part draws from its own random stream and
+every edge has compact support, so rendering one seed twice with one attribute toggled gives a pair that is equal, bit
+for bit, outside that attribute's mask.
+
+    render("chest", seed=7, attributes={"pleural_effusion": True}).image
+"""
+
+from collections.abc import Mapping
+
+from ldm.data.phantom.draw import stream
+from ldm.data.phantom.types import Phantom
+
+__all__ = ["ATTRIBUTES", "Phantom", "render", "sample_attributes"]
+
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "chest": ("pleural_effusion", "support_devices"),
+    "skin": ("melanoma", "hair", "gel_bubble", "ruler", "ink"),
+}
+
+FREQUENCY = {
+    "chest": {"pleural_effusion": 0.4, "support_devices": 0.4},
+    "skin": {"melanoma": 0.5, "hair": 0.3, "gel_bubble": 0.3, "ruler": 0.3, "ink": 0.3},
+}
+
+# domain: (cause, companion, P(companion | cause)). In ISIC 202 of 272 images with ink also show a ruler.
+CONFOUNDED = {"chest": ("pleural_effusion", "support_devices", 0.74), "skin": ("ink", "ruler", 0.74)}
+
+
+def render(
+    domain: str, seed: int, attributes: Mapping[str, bool] | None = None, size: int = 128, tied: bool = True
+) -> Phantom:
+    """Draw one phantom.
+
+    Args:    domain: "chest" or "skin".  seed: >= 0, fixes the anatomy.  attributes: name -> present; a name left out is
+             absent.  size: the side in pixels.  tied: place attributes as a function of the visible anatomy, so that
+             the counterfactual is unique; else from random streams of their own.
+    Raises:  ValueError: for an unknown domain or attribute, a negative seed, a size below 32.
+    """
+    names = attribute_names(domain)
+    given = dict(attributes or {})
+    if unknown := sorted(given.keys() - set(names)):
+        raise ValueError(f"attributes: {unknown} unknown for domain {domain!r}, expected some of {list(names)}")
+    if seed < 0:
+        raise ValueError(f"seed: got {seed}, expected >= 0")
+    if size < 32:
+        raise ValueError(f"size: got {size}, expected >= 32 pixels")
+    present = {name: bool(given.get(name, False)) for name in names}
+    if domain == "chest":
+        from ldm.data.phantom import chest
+
+        return chest.render(seed, present, size, tied)
+    from ldm.data.phantom import skin
+
+    return skin.render(seed, present, size, tied)
+
+
+def sample_attributes(domain: str, seed: int, confounded: bool = False) -> dict[str, bool]:
+    """Which attributes phantom `seed` shows in a training set: independent draws, one stream an attribute.
+
+    With `confounded`, one pair goes together (chest: devices with effusion, skin: a ruler with ink) while every
+    attribute keeps its frequency: P(b | not a) = (P(b) - P(b | a) P(a)) / (1 - P(a)).
+    """
+    names = attribute_names(domain)
+    frequency = FREQUENCY[domain]
+    chance = {name: stream(seed, f"{domain} has {name}").random() for name in names}
+    present = {name: bool(chance[name] < frequency[name]) for name in names}
+    if confounded:
+        cause, companion, together = CONFOUNDED[domain]
+        p = frequency[cause]
+        alone = (frequency[companion] - together * p) / (1.0 - p)
+        present[companion] = bool(chance[companion] < (together if present[cause] else alone))
+    return present
+
+
+def attribute_names(domain: str) -> tuple[str, ...]:
+    """The attributes of a domain, in the order in which tables list them. Raises ValueError for an unknown domain."""
+    if domain not in ATTRIBUTES:
+        raise ValueError(f"domain: got {domain!r}, expected one of {sorted(ATTRIBUTES)}")
+    return ATTRIBUTES[domain]
