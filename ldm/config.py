@@ -1,0 +1,104 @@
+"""The numbers that make a network: SD1.5's, the phantom model's, or any other.
+
+A configuration holds what the code needs to build the three networks; nothing here allocates or computes.
+Defaults are what Stable Diffusion 1.5 was published with (CompVis v1-inference.yaml, OpenAI CLIP ViT-L/14).
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+CONTEXT_TOKENS = 77  # tokens in a prompt, start and end tokens included
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """The text encoder: a causal transformer whose last hidden state is the U-Net's context."""
+
+    vocabulary: int = 49408
+    tokens: int = CONTEXT_TOKENS
+    width: int = 768  # D, also the U-Net's context width
+    layers: int = 12
+    heads: int = 12
+    mlp_width: int = 3072
+    norm_eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The KL autoencoder: images (3, H, W) to z (4, H / f, W / f), with f = 2 ** (levels - 1)."""
+
+    image_channels: int = 3
+    latent_channels: int = 4
+    widths: tuple[int, ...] = (128, 256, 512, 512)  # one level each, highest resolution first
+    resnets_per_level: int = 2  # in the encoder; the decoder has one more
+    norm_groups: int = 32
+    norm_eps: float = 1e-6
+    scaling_factor: float = 0.18215  # latents = scaling_factor * z
+
+    @property
+    def downscale(self) -> int:
+        """f: image pixels per latent pixel, along a side."""
+        return 2 ** (len(self.widths) - 1)
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The noise predictor eps(x_t, t, context)."""
+
+    latent_channels: int = 4
+    widths: tuple[int, ...] = (320, 640, 1280, 1280)  # one level each, highest resolution first
+    resnets_per_level: int = 2  # on the way down; one more on the way up
+    attention: tuple[bool, ...] = (True, True, True, False)  # which levels have transformers; the middle always has
+    heads: int = 8  # heads, not their width: SD1.5's are 40, 80 and 160 wide
+    context_width: int = 768
+    norm_groups: int = 32
+    resnet_norm_eps: float = 1e-5  # resnets and the output
+    transformer_norm_eps: float = 1e-6  # the GroupNorm in front of a transformer
+    layer_norm_eps: float = 1e-5  # inside a transformer
+
+    def __post_init__(self) -> None:
+        if len(self.attention) != len(self.widths):
+            raise ValueError(
+                f"UNetConfig: attention names {len(self.attention)} levels, widths {len(self.widths)}; give one each"
+            )
+        for width in self.widths:
+            if width % self.norm_groups or width % self.heads:
+                raise ValueError(
+                    f"UNetConfig: width {width} is not a multiple of norm_groups {self.norm_groups} "
+                    f"and of heads {self.heads}"
+                )
+
+
+@dataclass(frozen=True)
+class Config:
+    """One whole model."""
+
+    clip: CLIPConfig
+    vae: VAEConfig
+    unet: UNetConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, lists and dictionaries, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "Config":
+        """The inverse of `to_dict`. Raises ValueError when a part or a field is unknown or missing."""
+        try:
+            clip, vae, unet = (dict(fields[part]) for part in ("clip", "vae", "unet"))
+            vae["widths"] = tuple(vae["widths"])
+            unet["widths"], unet["attention"] = tuple(unet["widths"]), tuple(unet["attention"])
+            return cls(CLIPConfig(**clip), VAEConfig(**vae), UNetConfig(**unet))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a model configuration: {error}; expected the parts clip, vae and unet") from error
+
+
+SD15 = Config(CLIPConfig(), VAEConfig(), UNetConfig())
+
+# The model that is trained on drawn phantoms and shipped in weights/: the same code, sized so that two CPU cores
+# train it in under two hours. 128 x 128 images, 16 x 16 latents.
+PHANTOM = Config(
+    CLIPConfig(width=64, layers=2, heads=4, mlp_width=256),
+    VAEConfig(widths=(16, 32, 64, 64), resnets_per_level=1, norm_groups=8),
+    UNetConfig(widths=(64, 128, 192), resnets_per_level=1, attention=(True, True, False), context_width=64),
+)
