@@ -1,0 +1,319 @@
+"""Skin phantoms: a dermoscopic lesion, nevus or melanoma, with hair, gel bubbles, a ruler and ink.
+
+The image is composed pointwise, in one fixed order: skin, lesion, ink, hair, gel bubbles, ruler, illumination, noise.
+Each part has compact support and its own random stream, so switching one attribute changes no pixel outside its mask.
+
+Lengths are in units of the image side; `_PX` is one pixel of a 128-pixel image. Nothing that is drawn is much
+finer than 4 pixels, so that an autoencoder which downsamples 8 times can keep it.
+"""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm.data.phantom.draw import Plane, coverage, curve, grid, over, polyline_distance, stream, texture
+from ldm.data.phantom.types import Phantom
+
+Image = NDArray[np.float32]  # (H, W, 3)
+Pick = Callable[[float, float, str], float]
+
+ATTRIBUTES = ("melanoma", "hair", "gel_bubble", "ruler", "ink")
+
+# What can be seen in every image of a seed, whatever its attributes: name -> range.
+ANATOMY = {
+    "x": (0.40, 0.60),  # lesion centre
+    "y": (0.40, 0.60),
+    "radius": (0.145, 0.205),  # geometric mean of the two half axes
+    "elongation": (1.12, 1.50),  # long over short axis
+    "axis": (-1.35, 1.35),  # of the long axis, radians; short of +-pi/2, where its direction would flip
+    "tone": (0.0, 1.0),  # Fitzpatrick I .. VI
+    "redness": (-1.0, 1.0),
+    "pigment": (0.75, 1.15),  # optical depth of the nevus
+}
+
+_PX = 1.0 / 128.0
+_TEMPLATE = 2025  # tied mode: the seed of the irregularities that all images share
+_TONES = np.array(  # Fitzpatrick I .. VI
+    [
+        [0.94, 0.78, 0.71],
+        [0.90, 0.71, 0.61],
+        [0.82, 0.61, 0.48],
+        [0.70, 0.49, 0.36],
+        [0.54, 0.36, 0.26],
+        [0.40, 0.26, 0.19],
+    ]
+)
+_MELANIN = np.array([0.60, 0.95, 1.20], dtype=np.float32)  # absorption of red, green, blue
+
+
+def render(seed: int, attributes: Mapping[str, bool], size: int = 128, tied: bool = True) -> Phantom:
+    """Draw one dermoscopic phantom.
+
+    Args:    seed: the subject: skin, lesion geometry, illumination, noise.  attributes: any of `ATTRIBUTES`; an
+             absent one is False; melanoma False is a nevus.  tied: place what is added as a fixed function of the
+             visible anatomy, so that the counterfactual is unique; else from the seed's own hidden draws.
+    Returns: the phantom, with a mask for melanoma (both lesion outlines) and for every artifact that is present.
+    Raises:  ValueError: an attribute's name is unknown.
+    """
+    unknown = sorted(set(attributes) - set(ATTRIBUTES))
+    if unknown:
+        raise ValueError(f"attributes: unknown {unknown}, expected some of {list(ATTRIBUTES)}")
+    present = {name: bool(attributes.get(name, False)) for name in ATTRIBUTES}
+
+    rng = stream(seed, "anatomy")
+    unit = {name: float(rng.random()) for name in ANATOMY}
+    anatomy = {name: low + (high - low) * unit[name] for name, (low, high) in ANATOMY.items()}
+    masks: dict[str, NDArray[np.bool_]] = {}
+
+    image = _skin(seed, size, anatomy)
+    image, support = _lesion(seed, size, image, anatomy, unit, present["melanoma"], tied)
+    if present["melanoma"]:
+        masks["melanoma"] = support
+    for name, layer in (("ink", _ink), ("hair", _hair), ("gel_bubble", _gel_bubbles), ("ruler", _ruler)):
+        if present[name]:
+            image, masks[name] = layer(seed, image, anatomy, unit, tied)
+    image = image * _illumination(seed, size)[..., None]
+    noise = 0.01 * stream(seed, "noise").standard_normal((size, size, 1), dtype=np.float32)
+    image = np.clip(image + noise, 0.0, 1.0).astype(np.float32)
+    return Phantom(domain="skin", seed=seed, image=image, masks=masks, attributes=present, anatomy=anatomy)
+
+
+def _placement(seed: int, part: str, unit: Mapping[str, float], tied: bool) -> tuple[np.random.Generator, Pick]:
+    """The stream of a part's irregularities, and pick(low, high, fact): set by that visible fact, or drawn if free."""
+    rng = stream(_TEMPLATE if tied else seed, part)
+
+    def pick(low: float, high: float, fact: str) -> float:
+        return low + (high - low) * (unit[fact] if tied else float(rng.random()))
+
+    return rng, pick
+
+
+# --- skin and light ---
+
+
+def _tone(anatomy: Mapping[str, float]) -> NDArray[np.float64]:
+    """(3,) the mean colour of the skin."""
+    place = anatomy["tone"] * (len(_TONES) - 1)
+    colour = np.array([np.interp(place, range(len(_TONES)), _TONES[:, c]) for c in range(3)])
+    return colour * (1.0 + anatomy["redness"] * np.array([0.02, -0.035, -0.02]))
+
+
+def _skin(seed: int, size: int, anatomy: Mapping[str, float]) -> Image:
+    """Mottled skin: low-frequency changes of melanin (brown) and of blood (red)."""
+    rng = stream(seed, "skin")
+    melanin = 0.045 * texture(rng, size, 3) + 0.03 * texture(rng, size, 7)
+    blood = 0.04 * texture(rng, size, 4) + 0.025 * texture(rng, size, 9)
+    depth = melanin[..., None] * _MELANIN + blood[..., None] * np.array([0.15, 1.0, 0.8], dtype=np.float32)
+    return (_tone(anatomy) * np.exp(-depth)).astype(np.float32)
+
+
+def _illumination(seed: int, size: int) -> Plane:
+    """The dermatoscope's light: brightest near the middle, falling off towards the corners, a little oblique."""
+    rng = stream(seed, "light")
+    x, y = grid(size)
+    cx, cy = rng.uniform(0.4, 0.6, 2)
+    square = (x - cx) ** 2 + (y - cy) ** 2
+    tilt = rng.uniform(-0.06, 0.06, 2)
+    falloff = rng.uniform(0.25, 0.75)
+    return (
+        rng.uniform(0.96, 1.06) * (1.0 - falloff * square - 0.5 * square**2 + tilt[0] * (x - 0.5) + tilt[1] * (y - 0.5))
+    ).astype(np.float32)
+
+
+# --- lesion ---
+
+
+def _lesion(
+    seed: int,
+    size: int,
+    skin: Image,
+    anatomy: Mapping[str, float],
+    unit: Mapping[str, float],
+    melanoma: bool,
+    tied: bool,
+) -> tuple[Image, NDArray[np.bool_]]:
+    """Nevus or melanoma on the skin, and the union of both supports."""
+    rng = stream(seed, "lesion")
+    phases = rng.uniform(0.0, 2.0 * np.pi, 2)  # of the harmonics that both outlines show
+    mottle = texture(rng, size, 6)
+    period, kind = rng.uniform(8.5, 11.0) * _PX, rng.uniform(-1.0, 1.0)
+    hidden, pick = _placement(seed, "melanoma", unit, tied)
+
+    x, y = grid(size)
+    dx, dy = x - anatomy["x"], y - anatomy["y"]
+    c, s = np.float32(np.cos(anatomy["axis"])), np.float32(np.sin(anatomy["axis"]))
+    stretch = np.sqrt(anatomy["elongation"])
+    u = (c * dx + s * dy) / np.float32(
+        anatomy["radius"] * stretch
+    )  # lesion frame: long axis along u, border at about 1
+    v = (c * dy - s * dx) / np.float32(anatomy["radius"] / stretch)
+    rho, theta = np.hypot(u, v), np.arctan2(v, u)
+
+    shared = np.cos(2 * theta + phases[0]) + np.cos(3 * theta + phases[1])
+    rough = sum(np.cos(k * theta + phase) for k, phase in zip((5, 7), hidden.uniform(0, 2 * np.pi, 2), strict=True))
+    notch_at = pick(-1.2, 1.2, "y") + np.array([0.7, 3.4])
+    notches = sum(np.maximum(np.cos(theta - at), 0.0) ** 14 for at in notch_at)
+    nevus_border = 1.0 + 0.045 * shared
+    melanoma_border = 1.08 + 0.085 * shared + 0.06 * rough - 0.30 * notches
+    nevus_alpha = coverage((rho - nevus_border) * anatomy["radius"], 9 * _PX)
+    melanoma_alpha = coverage((rho - melanoma_border) * anatomy["radius"], 4 * _PX)
+    support = (nevus_alpha > 0) | (melanoma_alpha > 0)
+
+    # Pigment network (kind < 0: dark meshes) or globules (kind > 0), fading towards the border.
+    waves = sum(
+        np.cos(2 * np.pi / period * (np.cos(turn) * dx + np.sin(turn) * dy) + 0.8 * mottle)
+        for turn in anatomy["axis"] + np.array([0.0, np.pi / 3, 2 * np.pi / 3])
+    )
+    network = kind * waves / 3.0 * np.clip(1.15 - rho, 0.0, 1.0)
+    depth = anatomy["pigment"] * (1.0 + 0.10 * mottle - 0.22 * rho**2 + 0.26 * network)
+    if not melanoma:
+        return over(skin, _absorb(skin, depth), nevus_alpha), support
+
+    colour = _absorb(skin, depth * 1.25 + 0.25 + 0.25 * mottle)
+    turn = pick(-1.5, 1.5, "x")
+    dim = np.float32(1.0 - 0.45 * anatomy["tone"])
+    for at, distance, radius, opacity, paint in (
+        (4.4, 0.62, 0.50, 0.85, np.array([0.86, 0.50, 0.49]) * dim),  # regression: pink-red
+        (2.2, 0.42, 0.56, 0.85, np.array([0.46, 0.52, 0.62]) * dim),  # blue-grey veil
+        (0.2, 0.50, 0.58, 0.95, np.array([0.09, 0.07, 0.08])),  # black
+    ):
+        angle = at + turn + hidden.uniform(-0.3, 0.3)
+        gap = np.hypot(u - distance * np.cos(angle), v - distance * np.sin(angle)) - radius * (1.0 + 0.18 * mottle)
+        colour = over(colour, paint.astype(np.float32), opacity * coverage(gap, 0.35))
+    return over(skin, colour, melanoma_alpha), support
+
+
+def _absorb(skin: Image, depth: Plane) -> Image:
+    """Skin seen through melanin of that optical depth (Beer and Lambert)."""
+    return (skin * np.exp(-np.maximum(depth, 0.0)[..., None] * _MELANIN)).astype(np.float32)
+
+
+def _reach(anatomy: Mapping[str, float], angle: float, fraction: float, margin: float) -> tuple[float, float]:
+    """The point that lies, on the ray at `angle` from the lesion's centre, `fraction` of the way from the lesion's
+    outermost border to the image's border less `margin`."""
+    c, s = np.cos(angle), np.sin(angle)
+    turn, stretch = angle - anatomy["axis"], np.sqrt(anatomy["elongation"])
+    inner = 1.15 * anatomy["radius"] / np.hypot(np.cos(turn) / stretch, np.sin(turn) * stretch)
+    room_x = ((1 - margin if c > 0 else margin) - anatomy["x"]) / (c if abs(c) > 1e-6 else 1e-6)
+    room_y = ((1 - margin if s > 0 else margin) - anatomy["y"]) / (s if abs(s) > 1e-6 else 1e-6)
+    length = inner + fraction * (min(room_x, room_y) - inner)
+    return anatomy["x"] + length * c, anatomy["y"] + length * s
+
+
+# --- what lies on the skin ---
+
+
+def _ink(
+    seed: int, image: Image, anatomy: Mapping[str, float], unit: Mapping[str, float], tied: bool
+) -> tuple[Image, NDArray[np.bool_]]:
+    """Violet dashes of a surgical marker around the lesion, at fixed angles from its axis."""
+    size = image.shape[0]
+    rng, pick = _placement(seed, "ink", unit, tied)
+    count = 2 + min(2, int(pick(3.0, 0.0, "radius")))  # the smaller the lesion, the more room
+    first, half_width = pick(0.5, 0.9, "y"), pick(2.8, 3.6, "pigment") * _PX
+    alpha = np.zeros((size, size), dtype=np.float32)
+    for k in range(count):
+        angle = anatomy["axis"] + first + 2 * np.pi * k / count + rng.uniform(-0.15, 0.15)
+        sweep, bow = rng.uniform(0.30, 0.42), rng.uniform(-0.1, 0.1)
+        ends = [_reach(anatomy, angle + side * sweep, 0.50 + bow * side, 5 * _PX) for side in (-1.0, -0.4, 0.4, 1.0)]
+        distance = polyline_distance(size, curve(np.array(ends), points=7), half_width + 2 * _PX)
+        alpha = np.maximum(alpha, coverage(distance - half_width, 2.5 * _PX))
+    uneven = 0.80 + 0.09 * np.clip(texture(rng, size, 12), -2.0, 1.5)
+    hue = pick(0.0, 1.0, "redness")
+    colour = np.array([0.25 + 0.15 * hue, 0.17, 0.58 - 0.05 * hue], dtype=np.float32)
+    return over(image, colour, (alpha * uneven).astype(np.float32)), alpha > 0
+
+
+def _hair(
+    seed: int, image: Image, anatomy: Mapping[str, float], unit: Mapping[str, float], tied: bool
+) -> tuple[Image, NDArray[np.bool_]]:
+    """Curved, tapered hairs that lie across the lesion's axis."""
+    size = image.shape[0]
+    rng, pick = _placement(seed, "hair", unit, tied)
+    angle = anatomy["axis"] + 1.2 if tied else rng.uniform(0.0, np.pi)
+    spacing = pick(0.15, 0.24, "radius")
+    bend, shift = pick(-0.5, 0.5, "x"), pick(-0.3, 0.3, "y")
+    x, y = grid(size)
+    c, s = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    p = c * (x - 0.5) + s * (y - 0.5)  # along the hairs
+    q = c * (y - 0.5) - s * (x - 0.5)  # across
+    alpha = np.zeros((size, size), dtype=np.float32)
+    for k in range(-4, 5):
+        offset = (k + shift + rng.uniform(-0.3, 0.3)) * spacing
+        slope, arch = 0.5 * offset + rng.uniform(-0.22, 0.22), bend + rng.uniform(-0.35, 0.35)
+        root, tip, width = rng.uniform(-0.75, -0.3), rng.uniform(0.25, 0.7), rng.uniform(4.2, 5.2) * _PX
+        if abs(offset) > 0.55:
+            continue
+        gap = np.abs(q - offset - slope * p - arch * p**2) / np.sqrt(1.0 + (slope + 2 * arch * p) ** 2)
+        half = 0.5 * width * np.minimum(np.minimum((tip - p) / 0.22, (p - root) / 0.06), 1.0)
+        alpha = np.maximum(alpha, coverage(gap - half, 2.0 * _PX))
+    light = np.clip(1.0 - 2.2 * anatomy["tone"], 0.0, 1.0)  # fair skin, brown hair
+    colour = np.array([0.06, 0.045, 0.04]) + light * np.array([0.26, 0.14, 0.06])
+    return over(image, colour.astype(np.float32), (0.94 * alpha).astype(np.float32)), alpha > 0
+
+
+def _gel_bubbles(
+    seed: int, image: Image, anatomy: Mapping[str, float], unit: Mapping[str, float], tied: bool
+) -> tuple[Image, NDArray[np.bool_]]:
+    """Air bubbles in the immersion gel: bright rings with a glint, lit from the upper left, partly transparent."""
+    size = image.shape[0]
+    rng, pick = _placement(seed, "gel_bubble", unit, tied)
+    count = 4 + min(4, int(pick(5.0, 0.0, "radius")))
+    first = anatomy["axis"] + pick(-0.4, 0.4, "x")
+    scale = pick(0.85, 1.15, "elongation")
+    x, y = grid(size)
+    image, mask = image.copy(), np.zeros((size, size), dtype=bool)
+    for k in range(count):
+        radius = np.clip(scale * rng.uniform(6.5, 11.0), 6.0, 12.0) * _PX
+        angle, fraction = first + 2 * np.pi * (k + rng.uniform(-0.25, 0.25)) / count, rng.uniform(0.25, 0.9)
+        cx, cy = _reach(anatomy, angle, fraction, radius + 3 * _PX)
+        stroke, edge = 3.4 * _PX, 2.0 * _PX
+        reach = radius + stroke
+        rows, columns = _window(cy, reach, size), _window(cx, reach, size)
+        dx, dy = x[rows, columns] - cx, y[rows, columns] - cy
+        r = np.hypot(dx, dy)
+        lit = -(dx + dy) / (np.sqrt(2.0) * radius)  # 1 towards the light, -1 away from it
+        ring = coverage(np.abs(r - radius) - stroke / 2, edge)
+        shade = coverage(np.abs(r - radius + 0.9 * stroke) - stroke / 2, 1.5 * edge)
+        body = coverage(r - radius, edge)
+        glint = coverage(np.hypot(dx + 0.38 * radius, dy + 0.38 * radius) - 2.3 * _PX, edge)
+        patch = image[rows, columns]
+        patch = over(patch, np.array([0.20, 0.13, 0.10], dtype=np.float32), shade * np.clip(0.16 + 0.14 * lit, 0, 1))
+        patch = over(patch, 1.0, body * np.clip(0.14 - 0.14 * lit, 0, 1))
+        patch = over(
+            patch, np.array([1.0, 0.99, 0.97], dtype=np.float32), np.maximum(ring * (0.72 + 0.2 * np.abs(lit)), glint)
+        )
+        image[rows, columns] = patch
+        mask[rows, columns] |= np.maximum(np.maximum(ring, shade), np.maximum(body, glint)) > 0
+    return image, mask
+
+
+def _window(centre: float, reach: float, size: int) -> slice:
+    """The pixels within `reach` of `centre` along one side."""
+    return slice(max(0, int((centre - reach) * size)), min(size, int((centre + reach) * size) + 2))
+
+
+def _ruler(
+    seed: int, image: Image, anatomy: Mapping[str, float], unit: Mapping[str, float], tied: bool
+) -> tuple[Image, NDArray[np.bool_]]:
+    """Ticks along the side that is farthest from the lesion, every fifth one long; white on dark skin."""
+    size = image.shape[0]
+    rng, pick = _placement(seed, "ruler", unit, tied)
+    room = {"left": anatomy["x"], "right": 1 - anatomy["x"], "top": anatomy["y"], "bottom": 1 - anatomy["y"]}
+    side = max(room, key=lambda name: room[name]) if tied else list(room)[rng.integers(4)]
+    spacing, tilt = pick(8.5, 11.5, "radius") * _PX, pick(-0.06, 0.06, "axis")
+    phase, baseline = pick(0.0, 5.0, "x"), pick(0.0, 1.0, "elongation") > 0.5
+    x, y = grid(size)
+    along, depth = (y, x) if side in ("left", "right") else (x, y)
+    depth = depth if side in ("left", "top") else 1.0 - depth
+    depth = depth + np.float32(tilt) * (along - np.float32(0.5)) - np.float32(6 * _PX)
+    tick = np.round(along / spacing - phase)
+    gap = np.abs(along - (tick + phase) * spacing)
+    length = np.where(tick % 5 == 0, 15.0, 8.0) * _PX
+    distance = np.maximum(gap - 1.7 * _PX, np.abs(depth - length / 2) - length / 2)
+    if baseline:
+        distance = np.minimum(distance, np.abs(depth) - 1.7 * _PX)
+    alpha = coverage(distance.astype(np.float32), 1.6 * _PX)
+    colour = np.array([0.93, 0.93, 0.90] if anatomy["tone"] > 0.72 else [0.07, 0.07, 0.08], dtype=np.float32)
+    return over(image, colour, 0.93 * alpha), alpha > 0
