@@ -1,0 +1,188 @@
+"""The building blocks that the U-Net and the autoencoder share, and the U-Net's transformer.
+
+Letters: B batch, C channels, H W height and width, N = H*W positions, L context tokens, D context width.
+Module names are the keys of the published diffusers-layout files, so a checkpoint reads like this code.
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm import ops
+
+
+class ResnetBlock(nn.Module):
+    """norm, SiLU, conv - (+ time) - norm, SiLU, conv, added to the input.
+
+    time_width: the width of the U-Net's time embedding; None in the autoencoder, which knows no time.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, groups: int, eps: float, time_width: int | None = None
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        if time_width is not None:
+            self.time_emb_proj = nn.Linear(time_width, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """x: (B, C_in, H, W), time: (B, time_width) -> (B, C_out, H, W)."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        if time is not None:
+            h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample(nn.Module):
+    """Halves H and W with a strided convolution.
+
+    The U-Net pads one pixel on every side. The autoencoder pads right and bottom only (`asymmetric`): with the
+    symmetric padding its images come out shifted.
+    """
+
+    def __init__(self, channels: int, asymmetric: bool = False) -> None:
+        super().__init__()
+        self.asymmetric = asymmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H/2, W/2)."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+
+
+class Upsample(nn.Module):
+    """Doubles H and W: each pixel becomes four, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, 2H, 2W)."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Attention(nn.Module):
+    """Multi-head attention from x to a context; to itself when no context is given.
+
+    `bias` says whether the query, key and value projections have one: the U-Net's do not, the autoencoder's do.
+    """
+
+    def __init__(self, width: int, heads: int, context_width: int | None = None, bias: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=bias)
+        self.to_k = nn.Linear(context_width or width, width, bias=bias)
+        self.to_v = nn.Linear(context_width or width, width, bias=bias)
+        self.to_out = nn.Sequential(nn.Linear(width, width))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x: (B, N, C), context: (B, L, D) -> (B, N, C)."""
+        source = x if context is None else context
+        return self.to_out(ops.attention(self.to_q(x), self.to_k(source), self.to_v(source), self.heads))
+
+
+class SpatialAttention(Attention):
+    """The autoencoder's attention: one head over all channels, every pixel to every pixel, with its own norm."""
+
+    def __init__(self, channels: int, groups: int, eps: float) -> None:
+        super().__init__(channels, heads=1, bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, eps)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W), the input added."""
+        height = x.shape[2]
+        h = super().forward(rearrange(self.group_norm(x), "b c h w -> b (h w) c"))
+        return x + rearrange(h, "b (h w) c -> b c h w", h=height)
+
+
+class GEGLU(nn.Module):
+    """A projection to twice the width, of which one half gates the other."""
+
+    def __init__(self, width: int, out_width: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * out_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, out_width)."""
+        return ops.geglu(self.proj(x))
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width, and back."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        # The identity stands where the published model has a dropout of rate 0: the keys count it.
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
+        return self.net(x)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the prompt, feed-forward; each normalised first and added."""
+
+    def __init__(self, width: int, heads: int, context_width: int, eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps)
+        self.attn1 = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps)
+        self.attn2 = Attention(width, heads, context_width)
+        self.norm3 = nn.LayerNorm(width, eps)
+        self.ff = FeedForward(width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x: (B, N, C), context: (B, L, D) -> (B, N, C)."""
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer over the pixels of a feature map: where the prompt enters the U-Net.
+
+    [Rombach et al. 2022, section 3.3]
+    """
+
+    def __init__(
+        self, channels: int, heads: int, context_width: int, groups: int, eps: float, layer_norm_eps: float
+    ) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(channels, heads, context_width, layer_norm_eps)])
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x: (B, C, H, W), context: (B, L, D) -> (B, C, H, W), the input added."""
+        height = x.shape[2]
+        h = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        return x + self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=height))
+
+
+def run_each(layers: nn.ModuleList, x: Tensor) -> Tensor:
+    """x through the layers, one after the other; an empty list returns x."""
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def require_shape(name: str, x: torch.Tensor, expected: tuple[int | None, ...], meaning: str) -> None:
+    """Raises ValueError unless x has the expected shape; None stands for any size.
+
+    meaning: the shape in the field's letters, such as "(B, 4, H/8, W/8)".
+    """
+    fits = x.ndim == len(expected) and all(e is None or e == n for e, n in zip(expected, x.shape, strict=True))
+    if not fits:
+        wanted = ", ".join("any" if e is None else str(e) for e in expected)
+        raise ValueError(f"{name}: shape {tuple(x.shape)}, expected {meaning} = ({wanted})")

@@ -1,0 +1,192 @@
+"""The U-Net of SD1.5: predicts the noise in x_t, given the time and the prompt's context.
+
+Letters: B batch, C channels, H W here the latent's height and width, L = 77 context tokens, D = 768 context width.
+Sources for the structure and the numbers: CompVis openaimodel.py and v1-inference.yaml; Dhariwal and Nichol 2021
+(the U-Net), Rombach et al. 2022 (the transformers in it). The keys are the diffusers layout's.
+
+    conv_in -> down_blocks (high to low resolution) -> mid_block -> up_blocks (low to high) -> conv_out
+                    |____________ skip connections, last in, first out ______^
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm.blocks import Downsample, ResnetBlock, SpatialTransformer, Upsample, require_shape, run_each
+from ldm.config import UNetConfig
+
+
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
+    """Sinusoidal features of the time, cosines first.
+
+    [cos(t w_i), sin(t w_i)],  w_i = 10000^(-i / (width/2))                       [Vaswani et al. 2017, section 3.5]
+
+    Args:    t: (B,) timesteps.  width: even.
+    Returns: (B, width) float32.
+    """
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """Lets the network bend the sinusoids: linear, SiLU, linear."""
+
+    def __init__(self, width: int, out_width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, out_width)
+        self.linear_2 = nn.Linear(out_width, out_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width) -> (B, out_width)."""
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+def _resnet(in_channels: int, out_channels: int, config: UNetConfig) -> ResnetBlock:
+    return ResnetBlock(
+        in_channels, out_channels, config.norm_groups, config.resnet_norm_eps, time_width=4 * config.widths[0]
+    )
+
+
+def _transformer(channels: int, config: UNetConfig) -> SpatialTransformer:
+    return SpatialTransformer(
+        channels,
+        config.heads,
+        config.context_width,
+        config.norm_groups,
+        config.transformer_norm_eps,
+        config.layer_norm_eps,
+    )
+
+
+class DownBlock(nn.Module):
+    """One resolution on the way down: resnets, each followed by a transformer where the level has attention."""
+
+    def __init__(self, in_channels: int, channels: int, attention: bool, last: bool, config: UNetConfig) -> None:
+        super().__init__()
+        count = config.resnets_per_level
+        self.resnets = nn.ModuleList([_resnet(channels if i else in_channels, channels, config) for i in range(count)])
+        self.attentions = nn.ModuleList([_transformer(channels, config) for _ in range(count if attention else 0)])
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(channels)])
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> list[Tensor]:
+        """x: (B, C_in, H, W) -> every activation that the way up will need; the last one is this block's output."""
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, time)
+            if self.attentions:
+                x = self.attentions[i](x, context)
+            skips.append(x)
+        if self.downsamplers:
+            skips.append(run_each(self.downsamplers, x))
+        return skips
+
+
+class MidBlock(nn.Module):
+    """The lowest resolution: resnet, transformer, resnet."""
+
+    def __init__(self, channels: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList([_resnet(channels, channels, config) for _ in range(2)])
+        self.attentions = nn.ModuleList([_transformer(channels, config)])
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        x = self.resnets[0](x, time)
+        x = self.attentions[0](x, context)
+        return self.resnets[1](x, time)
+
+
+class UpBlock(nn.Module):
+    """One resolution on the way up: each resnet first takes in one activation of the way down."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        skip_channels: list[int],
+        attention: bool,
+        last: bool,
+        config: UNetConfig,
+    ) -> None:
+        super().__init__()
+        inputs = [in_channels] + [channels] * (len(skip_channels) - 1)
+        self.resnets = nn.ModuleList(
+            [_resnet(a + skip, channels, config) for a, skip in zip(inputs, skip_channels, strict=True)]
+        )
+        count = len(skip_channels) if attention else 0
+        self.attentions = nn.ModuleList([_transformer(channels, config) for _ in range(count)])
+        self.upsamplers = nn.ModuleList([] if last else [Upsample(channels)])
+
+    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
+        """x: (B, C_in, H, W) -> (B, C, 2H, 2W), or (B, C, H, W) in the last block. Takes its skips off the list."""
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat([x, skips.pop()], dim=1), time)
+            if self.attentions:
+                x = self.attentions[i](x, context)
+        return run_each(self.upsamplers, x)
+
+
+class UNet(nn.Module):
+    """eps = unet(x_t, t, context)."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths, levels = config.widths, len(config.widths)
+        self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0])
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+
+        self.down_blocks = nn.ModuleList()
+        skip_channels = [widths[0]]
+        for i, width in enumerate(widths):
+            last = i == levels - 1
+            self.down_blocks.append(DownBlock(skip_channels[-1], width, config.attention[i], last, config))
+            skip_channels += [width] * (config.resnets_per_level + (not last))
+
+        self.mid_block = MidBlock(widths[-1], config)
+
+        self.up_blocks = nn.ModuleList()
+        channels = widths[-1]
+        for i in reversed(range(levels)):
+            taken = [skip_channels.pop() for _ in range(config.resnets_per_level + 1)]
+            self.up_blocks.append(UpBlock(channels, widths[i], taken, config.attention[i], i == 0, config))
+            channels = widths[i]
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_groups, widths[0], config.resnet_norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], config.latent_channels, 3, padding=1)
+
+    def forward(self, x_t: Tensor, t: int | Tensor, context: Tensor) -> Tensor:
+        """The noise that the network sees in x_t.
+
+        Args:    x_t: (B, 4, H, W) scaled latents, H and W multiples of 2^(levels-1).
+                 t: training timestep in [0, 999], one int or (B,) int64.  context: (B, L, D).
+        Returns: (B, 4, H, W), dtype and device of x_t.
+        Raises:  ValueError: when shapes or batch sizes do not fit.
+        """
+        batch = self._check(x_t, context)
+        t = torch.as_tensor(t, device=x_t.device)
+        if t.ndim > 1 or (t.ndim == 1 and t.shape[0] != batch):
+            raise ValueError(f"t: shape {tuple(t.shape)}, expected one int or (B,) = ({batch},)")
+        time = self.time_embedding(timestep_embedding(t.expand(batch), self.config.widths[0]).to(x_t.dtype))
+
+        x = self.conv_in(x_t)
+        skips = [x]
+        for down in self.down_blocks:
+            skips += down(skips[-1], time, context)
+        x = self.mid_block(skips[-1], time, context)
+        for up in self.up_blocks:
+            x = up(x, skips, time, context)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def _check(self, x_t: Tensor, context: Tensor) -> int:
+        """The batch size, once x_t and context are seen to fit this network and each other."""
+        require_shape("x_t", x_t, (None, self.config.latent_channels, None, None), "(B, 4, H, W)")
+        require_shape("context", context, (x_t.shape[0], None, self.config.context_width), "(B, L, D)")
+        multiple = 2 ** (len(self.config.widths) - 1)
+        if x_t.shape[2] % multiple or x_t.shape[3] % multiple:
+            raise ValueError(f"x_t: {x_t.shape[2]} x {x_t.shape[3]} latent pixels, expected multiples of {multiple}")
+        return x_t.shape[0]
