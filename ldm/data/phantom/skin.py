@@ -24,7 +24,7 @@ ATTRIBUTES = ("melanoma", "hair", "gel_bubble", "ruler", "ink")
 ANATOMY = {
     "x": (0.40, 0.60),  # lesion centre
     "y": (0.40, 0.60),
-    "radius": (0.145, 0.205),  # geometric mean of the two half axes
+    "radius": (0.15, 0.22),  # geometric mean of the two half axes
     "elongation": (1.12, 1.50),  # long over short axis
     "axis": (-1.35, 1.35),  # of the long axis, radians; short of +-pi/2, where its direction would flip
     "tone": (0.0, 1.0),  # Fitzpatrick I .. VI
@@ -115,9 +115,9 @@ def _illumination(seed: int, size: int) -> Plane:
     cx, cy = rng.uniform(0.4, 0.6, 2)
     square = (x - cx) ** 2 + (y - cy) ** 2
     tilt = rng.uniform(-0.06, 0.06, 2)
-    falloff = rng.uniform(0.25, 0.75)
+    falloff = rng.uniform(0.15, 0.65)
     return (
-        rng.uniform(0.96, 1.06) * (1.0 - falloff * square - 0.5 * square**2 + tilt[0] * (x - 0.5) + tilt[1] * (y - 0.5))
+        rng.uniform(1.0, 1.09) * (1.0 - falloff * square - 0.5 * square**2 + tilt[0] * (x - 0.5) + tilt[1] * (y - 0.5))
     ).astype(np.float32)
 
 
@@ -152,10 +152,11 @@ def _lesion(
 
     shared = np.cos(2 * theta + phases[0]) + np.cos(3 * theta + phases[1])
     rough = sum(np.cos(k * theta + phase) for k, phase in zip((5, 7), hidden.uniform(0, 2 * np.pi, 2), strict=True))
-    notch_at = pick(-1.2, 1.2, "y") + np.array([0.7, 3.4])
-    notches = sum(np.maximum(np.cos(theta - at), 0.0) ** 14 for at in notch_at)
+    notch_at = pick(-1.2, 1.2, "y") + np.array([0.7, 2.9])
+    notches = sum(np.maximum(np.cos(theta - at), 0.0) ** 18 for at in notch_at)
+    bulge = np.maximum(np.cos(theta - notch_at[1] - 2.2), 0.0) ** 3
     nevus_border = 1.0 + 0.045 * shared
-    melanoma_border = 1.08 + 0.085 * shared + 0.06 * rough - 0.30 * notches
+    melanoma_border = 1.09 + 0.075 * shared + 0.05 * rough - 0.26 * notches + 0.16 * bulge
     nevus_alpha = coverage((rho - nevus_border) * anatomy["radius"], 9 * _PX)
     melanoma_alpha = coverage((rho - melanoma_border) * anatomy["radius"], 4 * _PX)
     support = (nevus_alpha > 0) | (melanoma_alpha > 0)
@@ -170,17 +171,19 @@ def _lesion(
     if not melanoma:
         return over(skin, _absorb(skin, depth), nevus_alpha), support
 
-    colour = _absorb(skin, depth * 1.25 + 0.25 + 0.25 * mottle)
+    colour = _absorb(skin, np.maximum(depth * 1.2 + 0.20 + 0.30 * mottle, 0.7))
     turn = pick(-1.5, 1.5, "x")
     dim = np.float32(1.0 - 0.45 * anatomy["tone"])
     for at, distance, radius, opacity, paint in (
-        (4.4, 0.62, 0.50, 0.85, np.array([0.86, 0.50, 0.49]) * dim),  # regression: pink-red
-        (2.2, 0.42, 0.56, 0.85, np.array([0.46, 0.52, 0.62]) * dim),  # blue-grey veil
-        (0.2, 0.50, 0.58, 0.95, np.array([0.09, 0.07, 0.08])),  # black
+        (4.5, 0.72, 0.42, 0.80, np.array([0.88, 0.50, 0.48]) * dim),  # regression: pink-red
+        (2.0, 0.40, 0.55, 0.80, np.array([0.43, 0.49, 0.58]) * dim),  # blue-grey veil
+        (0.1, 0.55, 0.55, 0.93, np.array([0.08, 0.06, 0.07])),  # black
     ):
         angle = at + turn + hidden.uniform(-0.3, 0.3)
-        gap = np.hypot(u - distance * np.cos(angle), v - distance * np.sin(angle)) - radius * (1.0 + 0.18 * mottle)
-        colour = over(colour, paint.astype(np.float32), opacity * coverage(gap, 0.35))
+        du, dv = u - distance * np.cos(angle), v - distance * np.sin(angle)
+        across, along = du * np.cos(angle) + dv * np.sin(angle), dv * np.cos(angle) - du * np.sin(angle)
+        gap = np.hypot(across * 1.2, along * 0.85) - radius * (1.0 + 0.22 * mottle)
+        colour = over(colour, paint.astype(np.float32), opacity * coverage(gap, 0.55))
     return over(skin, colour, melanoma_alpha), support
 
 
@@ -211,7 +214,7 @@ def _ink(
     size = image.shape[0]
     rng, pick = _placement(seed, "ink", unit, tied)
     count = 2 + min(2, int(pick(3.0, 0.0, "radius")))  # the smaller the lesion, the more room
-    first, half_width = pick(0.5, 0.9, "y"), pick(2.8, 3.6, "pigment") * _PX
+    first, half_width = pick(0.5, 0.9, "y"), pick(3.0, 3.8, "pigment") * _PX
     alpha = np.zeros((size, size), dtype=np.float32)
     for k in range(count):
         angle = anatomy["axis"] + first + 2 * np.pi * k / count + rng.uniform(-0.15, 0.15)
@@ -219,9 +222,9 @@ def _ink(
         ends = [_reach(anatomy, angle + side * sweep, 0.50 + bow * side, 5 * _PX) for side in (-1.0, -0.4, 0.4, 1.0)]
         distance = polyline_distance(size, curve(np.array(ends), points=7), half_width + 2 * _PX)
         alpha = np.maximum(alpha, coverage(distance - half_width, 2.5 * _PX))
-    uneven = 0.80 + 0.09 * np.clip(texture(rng, size, 12), -2.0, 1.5)
+    uneven = 0.84 + 0.10 * np.clip(texture(rng, size, 11), -2.4, 1.4)
     hue = pick(0.0, 1.0, "redness")
-    colour = np.array([0.25 + 0.15 * hue, 0.17, 0.58 - 0.05 * hue], dtype=np.float32)
+    colour = np.array([0.22 + 0.14 * hue, 0.13, 0.52 + 0.14 * anatomy["tone"]], dtype=np.float32)
     return over(image, colour, (alpha * uneven).astype(np.float32)), alpha > 0
 
 
@@ -232,7 +235,7 @@ def _hair(
     size = image.shape[0]
     rng, pick = _placement(seed, "hair", unit, tied)
     angle = anatomy["axis"] + 1.2 if tied else rng.uniform(0.0, np.pi)
-    spacing = pick(0.15, 0.24, "radius")
+    spacing = pick(0.135, 0.195, "radius")
     bend, shift = pick(-0.5, 0.5, "x"), pick(-0.3, 0.3, "y")
     x, y = grid(size)
     c, s = np.float32(np.cos(angle)), np.float32(np.sin(angle))
@@ -242,11 +245,12 @@ def _hair(
     for k in range(-4, 5):
         offset = (k + shift + rng.uniform(-0.3, 0.3)) * spacing
         slope, arch = 0.5 * offset + rng.uniform(-0.22, 0.22), bend + rng.uniform(-0.35, 0.35)
-        root, tip, width = rng.uniform(-0.75, -0.3), rng.uniform(0.25, 0.7), rng.uniform(4.2, 5.2) * _PX
+        way, width = rng.choice([-1.0, 1.0]), rng.uniform(4.2, 5.2) * _PX
+        root, tip = rng.uniform(-0.95, -0.45), rng.uniform(0.25, 0.8)
         if abs(offset) > 0.55:
             continue
         gap = np.abs(q - offset - slope * p - arch * p**2) / np.sqrt(1.0 + (slope + 2 * arch * p) ** 2)
-        half = 0.5 * width * np.minimum(np.minimum((tip - p) / 0.22, (p - root) / 0.06), 1.0)
+        half = 0.5 * width * np.minimum(np.minimum((tip - way * p) / 0.22, (way * p - root) / 0.05), 1.0)
         alpha = np.maximum(alpha, coverage(gap - half, 2.0 * _PX))
     light = np.clip(1.0 - 2.2 * anatomy["tone"], 0.0, 1.0)  # fair skin, brown hair
     colour = np.array([0.06, 0.045, 0.04]) + light * np.array([0.26, 0.14, 0.06])
@@ -279,7 +283,7 @@ def _gel_bubbles(
         body = coverage(r - radius, edge)
         glint = coverage(np.hypot(dx + 0.38 * radius, dy + 0.38 * radius) - 2.3 * _PX, edge)
         patch = image[rows, columns]
-        patch = over(patch, np.array([0.20, 0.13, 0.10], dtype=np.float32), shade * np.clip(0.16 + 0.14 * lit, 0, 1))
+        patch = over(patch, np.array([0.20, 0.13, 0.10], dtype=np.float32), shade * np.clip(0.24 + 0.16 * lit, 0, 1))
         patch = over(patch, 1.0, body * np.clip(0.14 - 0.14 * lit, 0, 1))
         patch = over(
             patch, np.array([1.0, 0.99, 0.97], dtype=np.float32), np.maximum(ring * (0.72 + 0.2 * np.abs(lit)), glint)
@@ -302,7 +306,7 @@ def _ruler(
     rng, pick = _placement(seed, "ruler", unit, tied)
     room = {"left": anatomy["x"], "right": 1 - anatomy["x"], "top": anatomy["y"], "bottom": 1 - anatomy["y"]}
     side = max(room, key=lambda name: room[name]) if tied else list(room)[rng.integers(4)]
-    spacing, tilt = pick(8.5, 11.5, "radius") * _PX, pick(-0.06, 0.06, "axis")
+    spacing, tilt = pick(9.5, 12.5, "radius") * _PX, pick(-0.06, 0.06, "axis")
     phase, baseline = pick(0.0, 5.0, "x"), pick(0.0, 1.0, "elongation") > 0.5
     x, y = grid(size)
     along, depth = (y, x) if side in ("left", "right") else (x, y)
@@ -310,7 +314,7 @@ def _ruler(
     depth = depth + np.float32(tilt) * (along - np.float32(0.5)) - np.float32(6 * _PX)
     tick = np.round(along / spacing - phase)
     gap = np.abs(along - (tick + phase) * spacing)
-    length = np.where(tick % 5 == 0, 15.0, 8.0) * _PX
+    length = np.where(tick % 5 == 0, 17.0, 10.0) * _PX
     distance = np.maximum(gap - 1.7 * _PX, np.abs(depth - length / 2) - length / 2)
     if baseline:
         distance = np.minimum(distance, np.abs(depth) - 1.7 * _PX)
