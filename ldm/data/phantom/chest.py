@@ -9,6 +9,7 @@ y runs down; both in units of the image side. A side is -1 (the viewer's left) o
 so the fluid changes only pixels where fluid and air are > 0, the device only pixels where its coverage is > 0.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -67,7 +68,7 @@ def draw_anatomy(seed: int, tied: bool) -> Anatomy:
     fluid, device = stream(seed, "chest effusion"), stream(seed, "chest device")
     if tied:
         share = (ctr - CTR_RANGE[0]) / (CTR_RANGE[1] - CTR_RANGE[0])
-        side, severity, climb = lean, SEVERITY_RANGE[0] + share * (SEVERITY_RANGE[1] - SEVERITY_RANGE[0]), 0.13
+        side, severity, climb = lean, SEVERITY_RANGE[0] + share * (SEVERITY_RANGE[1] - SEVERITY_RANGE[0]), 0.11
         device_side, device_x, device_y = 1.0, 0.68, 0.115
     else:
         side = 1.0 if fluid.random() < 0.5 else -1.0
@@ -77,12 +78,12 @@ def draw_anatomy(seed: int, tied: bool) -> Anatomy:
     return Anatomy(
         shift=lean * pose.uniform(0.010, 0.030),
         lift=pose.uniform(-0.02, 0.03),
-        tilt=lean * np.deg2rad(pose.uniform(1.0, 4.5)),
+        tilt=lean * math.radians(pose.uniform(1.0, 4.5)),
         habitus=habitus,
-        chest_half_width=0.345 + 0.020 * habitus + thorax.uniform(-0.015, 0.015),
-        apex_y=thorax.uniform(0.125, 0.165),
-        base_y=0.835 - 0.030 * habitus + thorax.uniform(-0.025, 0.025),
-        dome_height=thorax.uniform(0.07, 0.12),
+        chest_half_width=0.365 + 0.022 * habitus + thorax.uniform(-0.018, 0.018),
+        apex_y=thorax.uniform(0.115, 0.170),
+        base_y=0.835 - 0.030 * habitus + thorax.uniform(-0.035, 0.035),
+        dome_height=thorax.uniform(0.06, 0.12),
         right_dome_lift=thorax.uniform(0.020, 0.040),
         ctr=ctr,
         heart_turn=heart.uniform(0.50, 0.75),
@@ -92,7 +93,7 @@ def draw_anatomy(seed: int, tied: bool) -> Anatomy:
         clavicle_slope=pose.uniform(-0.02, 0.05),
         breast=max(0.0, build.uniform(-0.5, 1.0)),
         gas=max(0.0, build.uniform(-0.6, 1.0)),
-        exposure=stream(seed, "chest exposure").uniform(1.10, 1.45),
+        exposure=stream(seed, "chest exposure").uniform(1.02, 1.48),
         effusion_side=side,
         effusion_severity=severity,
         effusion_climb=climb,
@@ -113,7 +114,7 @@ def render(seed: int, attributes: Mapping[str, bool], size: int = 128, tied: boo
     heart = coverage(heart_distance(a, s, y), 0.035)
     air = np.maximum(coverage(lungs[-1], 0.030), coverage(lungs[1], 0.030)) * (1.0 - 0.90 * heart)
     tissue = tissue_thickness(a, s, y) * (1.0 + 0.04 * texture(stream(seed, "chest texture"), size, 6))
-    hard = bones(a, s, y, size) + vessels(a, seed, size) * air
+    hard = bones(a, s, y, size) * np.minimum(2.0 * tissue, 1.0) + vessels(a, seed, size) * air
 
     # What the attributes add, in this order
     if attributes["pleural_effusion"]:
@@ -139,15 +140,15 @@ def body_coordinates(a: Anatomy, size: int) -> tuple[Plane, Plane]:
     """s and y of every pixel: shifted, and turned about the middle of the chest."""
     x, y = grid(size)
     dx, dy = x - (0.5 + a.shift), y - (0.55 + a.lift)
-    c, t = np.float32(np.cos(a.tilt)), np.float32(np.sin(a.tilt))
-    return c * dx - t * dy * -1.0, c * dy - t * dx + np.float32(0.55)
+    c, t = math.cos(a.tilt), math.sin(a.tilt)
+    return c * dx + t * dy, c * dy - t * dx + 0.55
 
 
 def to_image(a: Anatomy, points: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Points (P, 2) given as s, y -> x, y of the image: the inverse of `body_coordinates`."""
-    c, t = np.cos(a.tilt), np.sin(a.tilt)
-    s, y = points[:, 0], points[:, 1] - 0.55
-    return np.stack([c * s - t * y + 0.5 + a.shift, t * s + c * y + 0.55 + a.lift], axis=1)
+    """Points (..., 2) given as s, y -> x, y of the image: the inverse of `body_coordinates`."""
+    c, t = math.cos(a.tilt), math.sin(a.tilt)
+    s, y = points[..., 0], points[..., 1] - 0.55
+    return np.stack([c * s - t * y + 0.5 + a.shift, t * s + c * y + 0.55 + a.lift], axis=-1)
 
 
 def smooth_max(p: Plane, q: Plane, width: float) -> Plane:
@@ -175,8 +176,8 @@ def ramp(low: float, high: float, value: Plane) -> Plane:
 
 def lateral_wall(a: Anatomy, y: Plane) -> Plane:
     """Half width of the rib cage at height y: narrow at the apex, widest low, drawn in slightly at the base."""
-    rise = ramp(a.apex_y - 0.10, a.apex_y + 0.52, y)
-    return a.chest_half_width * (0.60 + 0.40 * rise)
+    rise = 1.0 - np.clip((a.apex_y + 0.52 - y) / 0.60, 0.0, 1.0) ** 2
+    return a.chest_half_width * (0.62 + 0.38 * rise)
 
 
 def lung_distance(a: Anatomy, s: Plane, y: Plane, side: int) -> Plane:
@@ -204,7 +205,7 @@ def heart_distance(a: Anatomy, s: Plane, y: Plane) -> Plane:
     atrium = ellipse_distance(s, y, 0.30 * r - right + 0.055, floor - 0.13, 0.055 + 0.25 * r, 0.125)
     heart = smooth_min(body, atrium, 0.06)
     pedicle = np.maximum(np.abs(s - 0.005) - 0.052, np.maximum(y - (floor - 0.10), 0.05 - y))
-    arch = ellipse_distance(s, y, 0.040, a.apex_y + 0.165, a.knob, a.knob * 1.1)
+    arch = ellipse_distance(s, y, 0.048, a.apex_y + 0.165, a.knob, a.knob * 1.1)
     trunk = ellipse_distance(s, y, 0.048, a.apex_y + 0.265, 0.045, 0.060)
     vessels = smooth_min(smooth_min(pedicle, arch, 0.025), trunk, 0.03)
     return smooth_min(heart, vessels, 0.05)
@@ -216,11 +217,11 @@ def heart_distance(a: Anatomy, s: Plane, y: Plane) -> Plane:
 def tissue_thickness(a: Anatomy, s: Plane, y: Plane) -> Plane:
     """Soft tissue along the ray, about 1 at the middle: neck, shoulders, trunk, arms, breasts, air in the stomach."""
     out = np.abs(s)
-    half = a.chest_half_width + 0.060 + 0.020 * a.habitus + 0.02 * ramp(0.6, 1.0, y)
-    shoulder = true_distance(0.035 + 0.62 * np.maximum(out - 0.09, 0.0) ** 1.35 - y, len(s))
+    half = a.chest_half_width + 0.062 + 0.030 * a.habitus + 0.02 * ramp(0.6, 1.0, y)
+    shoulder = true_distance(0.030 + 0.50 * np.maximum(out - 0.09, 0.0) ** 1.25 - y, len(s))
     trunk = smooth_max(shoulder, out - half, 0.08)
     neck = smooth_max(out - (0.105 + 0.012 * a.habitus), y - 0.3, 0.05)
-    arm = arm_distance(out, y, half)
+    arm = arm_distance(out, y)
     body = smooth_min(smooth_min(trunk, neck, 0.06), arm, 0.03)
     depth = np.maximum(-body, 0.0)
     thick = 0.88 * (1.0 - np.exp(-depth / 0.050)) * (0.78 + 0.30 * ramp(0.0, 0.9, y))
@@ -230,9 +231,9 @@ def tissue_thickness(a: Anatomy, s: Plane, y: Plane) -> Plane:
     return thick * (1.0 + 0.10 * a.breast * breast + 0.22 * liver - 0.30 * a.gas * gas)
 
 
-def arm_distance(out: Plane, y: Plane, half: Plane) -> Plane:
+def arm_distance(out: Plane, y: Plane) -> Plane:
     """Signed distance to the upper arms: capsules from the shoulders outwards and down."""
-    ax, ay, bx, by = 0.40, 0.235, 0.545, 0.95
+    ax, ay, bx, by = 0.415, 0.235, 0.56, 0.95
     t = np.clip(((out - ax) * (bx - ax) + (y - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2), 0.0, 1.0)
     return np.hypot(out - ax - t * (bx - ax), y - ay - t * (by - ay)) - (0.085 - 0.01 * t)
 
@@ -259,53 +260,55 @@ def bones(a: Anatomy, s: Plane, y: Plane, size: int) -> Plane:
     out = np.abs(s)
     vertebrae = 1.0 + 0.16 * np.sin(2 * np.pi * y / 0.068)
     spine = 0.26 * coverage(out - 0.040, 0.030) * vertebrae * ramp(-0.1, 0.5, y)
-    posterior, anterior, collar = [], [], []
-    for side in (-1.0, 1.0):
-        for i in range(9):
-            top = a.apex_y + 0.035 + a.rib_spacing * i
-            wall = float(lateral_wall(a, np.float32(top + 0.08))) + 0.008
-            # behind: up and out from the spine, then down to the wall; in front: on down and inwards
-            back = np.array([(0.04, top), (0.45 * wall, top - 0.045), (0.95 * wall, top - 0.01), (wall, top + 0.085)])
-            front = np.array(
-                [(wall, top + 0.085), (0.98 * wall, top + 0.15), (0.70 * wall, top + 0.20), (0.38 * wall, top + 0.20)]
-            )
-            posterior.append(to_image(a, curve(back * (side, 1.0))))
-            if i < 6:
-                anterior.append(to_image(a, curve(front * (side, 1.0))))
-        y0, y1 = a.apex_y + 0.085, a.apex_y + 0.020 - a.clavicle_slope
-        hook = np.array([(0.030, y0), (0.15, y0 - 0.030), (0.24, y1 - 0.015), (0.40, y1 + 0.035)])
-        collar.append(to_image(a, curve(hook * (side, 1.0))))
-    ribs = a.rib_strength * beads(np.stack(posterior), 0.017, size)
-    ribs += 0.6 * a.rib_strength * beads(np.stack(anterior), 0.017, size)
-    clavicles = 0.20 * beads(np.stack(collar), 0.016, size)
+    top = (a.apex_y + 0.035 + a.rib_spacing * np.arange(9))[:, None]
+    wall = lateral_wall(a, top + 0.08) + 0.008
+    # behind: from the spine up and out, then down to the wall; in front: on down and inwards
+    back = np.stack([_at(0.04, top), _at(0.45 * wall, top - 0.045), _at(0.95 * wall, top - 0.01), _at(wall, top + 0.085)], 1)
+    front = np.stack(
+        [_at(wall, top + 0.085), _at(0.98 * wall, top + 0.15), _at(0.70 * wall, top + 0.20), _at(0.38 * wall, top + 0.20)], 1
+    )[:6]
+    y0, y1 = a.apex_y + 0.090, a.apex_y + 0.045 - a.clavicle_slope
+    collar = np.array([(0.030, y0), (0.14, y0 + 0.005), (0.20, y1 - 0.030), (0.385, y1 + 0.045)])
+    ribs = a.rib_strength * (beads(both_sides(a, back), 0.017, size) + 0.6 * beads(both_sides(a, front), 0.017, size))
+    clavicles = 0.20 * beads(both_sides(a, collar[None]), 0.016, size)
     humerus = 0.22 * coverage(ellipse_distance(out, y, 0.425, 0.235, 0.055, 0.06), 0.05)
     windpipe = 0.22 * coverage(np.maximum(np.abs(s + 0.004) - 0.014, y - (a.apex_y + 0.19)), 0.018)
     return spine + ribs + clavicles + humerus - windpipe
 
 
+def _at(s: NDArray[np.floating] | float, y: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Points (P, 2) from columns of s and y."""
+    return np.concatenate([np.broadcast_to(s, y.shape), y], axis=1)
+
+
+def both_sides(a: Anatomy, control: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Curves with control points (n, 4, 2) in s, y, and their mirror images -> image points (2 n, 24, 2)."""
+    return to_image(a, curve(np.concatenate([control, control * (-1.0, 1.0)])))
+
+
 def vessels(a: Anatomy, seed: int, size: int) -> Plane:
     """The branching vessels of both hila: thick at the root, fading outwards."""
     rng = stream(seed, "chest vessels")
-    thick, thin = [], []
+    stems, twigs = [], []
     for side in (-1.0, 1.0):
-        hilum = np.array([side * 0.075, a.apex_y + (0.30 if side < 0 else 0.28)])
-        for angle in (-1.15, -0.5, 0.15, 0.7, 1.15):
-            angle += rng.uniform(-0.12, 0.12)
-            reach = rng.uniform(0.17, 0.22)
+        hilum = np.array([side * 0.070, a.apex_y + (0.29 if side < 0 else 0.27)])
+        # upwards, outwards, two downwards: the lower lobes carry most of the blood
+        for angle, reach in ((-1.0, 0.17), (-0.15, 0.17), (0.55, 0.24), (1.0, 0.27)):
+            angle += rng.uniform(-0.15, 0.15)
+            reach *= rng.uniform(0.9, 1.1)
             ahead = np.array([side * np.cos(angle), np.sin(angle)])
-            bend = np.array([0.0, rng.uniform(0.0, 0.05)])
-            main = np.stack([hilum, hilum + 0.3 * reach * ahead, hilum + 0.65 * reach * ahead, hilum + reach * ahead + bend])
-            path = curve(main)
-            thick.append(to_image(a, path))
-            for turn in (-0.45, 0.45):
+            aside = np.array([-ahead[1], ahead[0]]) * side * rng.uniform(-0.03, 0.06)
+            start = hilum + 0.09 * (angle - 0.2) * np.array([0.15 * side, 0.55])
+            control = np.stack([start, start + 0.3 * reach * ahead, start + 0.7 * reach * ahead, start + reach * ahead + aside])
+            stem = curve(control)
+            stems.append(stem)
+            for turn, fork in ((-0.5, 9), (0.45, 13)):
                 twig = np.array([side * np.cos(angle + turn), np.sin(angle + turn)])
-                thin.append(to_image(a, path[10] + np.linspace(0.0, 0.11, 24)[:, None] * twig))
-    fade = np.linspace(1.0, 0.15, 24)
-    root = np.linspace(1.0, 0.0, 24) ** 2
-    strokes = np.stack(thick)
-    return 0.16 * beads(strokes, 0.014, size, fade) + 0.22 * beads(strokes, 0.028, size, root) + 0.07 * beads(
-        np.stack(thin), 0.011, size, fade
-    )
+                twigs.append(stem[fork] + np.linspace(0.0, 0.45 * reach, 24)[:, None] * twig)
+    fade = np.linspace(1.0, 0.1, 24)
+    trunks, branches = to_image(a, np.stack(stems)), to_image(a, np.stack(twigs))
+    root = 0.17 * beads(trunks, 0.024, size, fade**3)
+    return root + 0.14 * beads(trunks, 0.0145, size, fade) + 0.06 * beads(branches, 0.013, size, fade)
 
 
 # ---------------------------------------------------------------- attributes
@@ -315,27 +318,26 @@ def fluid_coverage(a: Anatomy, lungs: Mapping[int, Plane], s: Plane, y: Plane) -
     """Pleural fluid: the lung below a meniscus that climbs towards the chest wall."""
     side = 1 if a.effusion_side > 0 else -1
     out = side * s / a.chest_half_width
-    level = a.base_y - a.dome_height - 0.02 - 0.20 * (a.effusion_severity - 0.5)
-    meniscus = level - a.effusion_climb * np.clip(out, 0.0, 1.2) ** 3
+    level = a.base_y - a.dome_height - 0.035 - 0.20 * (a.effusion_severity - 0.5)
+    meniscus = level - a.effusion_climb * np.clip(out, 0.0, 1.1) ** 5
     inside = coverage(lungs[side] - 0.010, 0.030)
-    return 0.94 * inside * coverage(meniscus - y, 0.050)
+    return 0.94 * inside * coverage(meniscus - y, 0.055)
 
 
 def device(a: Anatomy, s: Plane, y: Plane, size: int) -> tuple[Plane, Plane]:
     """A pacemaker: shade and coverage of its can and of the lead to the heart's apex, at least 4 pixels of 128 wide."""
     side = a.device_side
     cx, cy = side * a.device_x * a.chest_half_width, a.apex_y + a.device_y
-    turn = np.float32(0.25 * side)
-    u, v = np.cos(turn) * (s - cx) + np.sin(turn) * (y - cy), -np.sin(turn) * (s - cx) + np.cos(turn) * (y - cy)
+    c, t = math.cos(0.25), side * math.sin(0.25)
+    u, v = c * (s - cx) + t * (y - cy), c * (y - cy) - t * (s - cx)
     box = np.hypot(np.maximum(np.abs(u) - 0.034, 0.0), np.maximum(np.abs(v) - 0.022, 0.0)) - 0.024
     can = coverage(box, 0.014)
     # The lead: over the can, along the clavicle to the vena cava, down the right border of the heart, across to the apex
     width = a.ctr * 2 * a.chest_half_width
     floor = a.base_y - a.dome_height + 0.030
-    upper = np.array([(cx - side * 0.04, cy - 0.03), (cx - side * 0.10, cy - 0.10), (0.02 * side, cy - 0.06), (-0.045, cy + 0.10)])
-    lower = np.array([(-0.045, cy + 0.10), (-0.105, floor - 0.17), (-0.06, floor - 0.01), (0.42 * width, floor - 0.050)])
+    upper = np.array([(cx - side * 0.04, cy - 0.03), (cx - side * 0.10, cy - 0.08), (0.02 * side, cy - 0.07), (-0.040, cy + 0.08)])
+    lower = np.array([(-0.040, cy + 0.08), (-0.085, floor - 0.19), (-0.06, floor - 0.01), (0.42 * width, floor - 0.050)])
     path = to_image(a, np.concatenate([curve(upper, 20), curve(lower, 20)[1:]]))
     lead = coverage(polyline_distance(size, path, 0.03) - 0.0165, 0.012)
-    header = ramp(0.0, 0.03, v + 0.010)
-    shade = np.where(can >= lead, 0.88 + 0.08 * header, 0.96).astype(np.float32)
-    return shade, (0.96 * np.maximum(can, lead)).astype(np.float32)
+    shade = np.where(can >= lead, 0.86 + 0.10 * ramp(-0.014, 0.004, v), 0.97)  # the can's upper part is clear resin
+    return shade.astype(np.float32), 0.97 * np.maximum(can, lead)

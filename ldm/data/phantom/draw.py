@@ -36,7 +36,7 @@ def coverage(distance: Plane, edge: float) -> Plane:
 
 def ellipse_distance(x: Plane, y: Plane, cx: float, cy: float, rx: float, ry: float, angle: float = 0.0) -> Plane:
     """Approximate signed distance to an ellipse turned by `angle` (radians): first-order exact at its border."""
-    c, s = np.cos(angle), np.sin(angle)
+    c, s = math.cos(angle), math.sin(angle)  # Python floats keep the planes in float32
     u, v = (c * (x - cx) + s * (y - cy)), (-s * (x - cx) + c * (y - cy))
     level = np.sqrt((u / rx) ** 2 + (v / ry) ** 2)
     slope = np.sqrt((u / rx**2) ** 2 + (v / ry**2) ** 2)
