@@ -175,9 +175,9 @@ def _lesion(
     turn = pick(-1.5, 1.5, "x")
     dim = np.float32(1.0 - 0.45 * anatomy["tone"])
     for at, distance, radius, opacity, paint in (
-        (4.5, 0.72, 0.42, 0.80, np.array([0.88, 0.50, 0.48]) * dim),  # regression: pink-red
-        (2.0, 0.40, 0.55, 0.80, np.array([0.43, 0.49, 0.58]) * dim),  # blue-grey veil
-        (0.1, 0.55, 0.55, 0.93, np.array([0.08, 0.06, 0.07])),  # black
+        (4.5, 0.72, pick(0.36, 0.50, "redness"), 0.80, np.array([0.88, 0.50, 0.48]) * dim),  # regression: pink-red
+        (2.0, 0.42, pick(0.62, 0.46, "elongation"), 0.80, np.array([0.43, 0.49, 0.58]) * dim),  # blue-grey veil
+        (0.1, 0.55, pick(0.44, 0.64, "pigment"), 0.93, np.array([0.08, 0.06, 0.07])),  # black
     ):
         angle = at + turn + hidden.uniform(-0.3, 0.3)
         du, dv = u - distance * np.cos(angle), v - distance * np.sin(angle)
