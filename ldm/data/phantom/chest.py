@@ -16,7 +16,17 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm.data.phantom.draw import Plane, coverage, curve, ellipse_distance, grid, over, polyline_distance, stream, texture
+from ldm.data.phantom.draw import (
+    Plane,
+    coverage,
+    curve,
+    ellipse_distance,
+    grid,
+    over,
+    polyline_distance,
+    stream,
+    texture,
+)
 from ldm.data.phantom.types import Phantom
 
 AERATION = 0.80  # share of the attenuation that is missing where there is lung
@@ -263,9 +273,17 @@ def bones(a: Anatomy, s: Plane, y: Plane, size: int) -> Plane:
     top = (a.apex_y + 0.035 + a.rib_spacing * np.arange(9))[:, None]
     wall = lateral_wall(a, top + 0.08) + 0.008
     # behind: from the spine up and out, then down to the wall; in front: on down and inwards
-    back = np.stack([_at(0.04, top), _at(0.45 * wall, top - 0.045), _at(0.95 * wall, top - 0.01), _at(wall, top + 0.085)], 1)
+    back = np.stack(
+        [_at(0.04, top), _at(0.45 * wall, top - 0.045), _at(0.95 * wall, top - 0.01), _at(wall, top + 0.085)], 1
+    )
     front = np.stack(
-        [_at(wall, top + 0.085), _at(0.98 * wall, top + 0.15), _at(0.70 * wall, top + 0.20), _at(0.38 * wall, top + 0.20)], 1
+        [
+            _at(wall, top + 0.085),
+            _at(0.98 * wall, top + 0.15),
+            _at(0.70 * wall, top + 0.20),
+            _at(0.38 * wall, top + 0.20),
+        ],
+        1,
     )[:6]
     y0, y1 = a.apex_y + 0.090, a.apex_y + 0.045 - a.clavicle_slope
     collar = np.array([(0.030, y0), (0.14, y0 + 0.005), (0.20, y1 - 0.030), (0.385, y1 + 0.045)])
@@ -289,24 +307,23 @@ def both_sides(a: Anatomy, control: NDArray[np.floating]) -> NDArray[np.float64]
 def vessels(a: Anatomy, seed: int, size: int) -> Plane:
     """The branching vessels of both hila: thick at the root, fading outwards."""
     rng = stream(seed, "chest vessels")
-    stems, twigs = [], []
-    for side in (-1.0, 1.0):
-        hilum = np.array([side * 0.070, a.apex_y + (0.29 if side < 0 else 0.27)])
-        # upwards, outwards, two downwards: the lower lobes carry most of the blood
-        for angle, reach in ((-1.0, 0.17), (-0.15, 0.17), (0.55, 0.24), (1.0, 0.27)):
-            angle += rng.uniform(-0.15, 0.15)
-            reach *= rng.uniform(0.9, 1.1)
-            ahead = np.array([side * np.cos(angle), np.sin(angle)])
-            aside = np.array([-ahead[1], ahead[0]]) * side * rng.uniform(-0.03, 0.06)
-            start = hilum + 0.09 * (angle - 0.2) * np.array([0.15 * side, 0.55])
-            control = np.stack([start, start + 0.3 * reach * ahead, start + 0.7 * reach * ahead, start + reach * ahead + aside])
-            stem = curve(control)
-            stems.append(stem)
-            for turn, fork in ((-0.5, 9), (0.45, 13)):
-                twig = np.array([side * np.cos(angle + turn), np.sin(angle + turn)])
-                twigs.append(stem[fork] + np.linspace(0.0, 0.45 * reach, 24)[:, None] * twig)
+    # upwards, outwards, two downwards (the lower lobes carry most of the blood), on either side
+    side = np.repeat([-1.0, 1.0], 4)
+    angle = np.tile([-1.0, -0.15, 0.55, 1.0], 2) + rng.uniform(-0.15, 0.15, 8)
+    reach = np.tile([0.17, 0.17, 0.24, 0.27], 2) * rng.uniform(0.9, 1.1, 8)
+    ahead = np.stack([side * np.cos(angle), np.sin(angle)], axis=1)
+    aside = np.stack([-ahead[:, 1], ahead[:, 0]], axis=1) * (side * rng.uniform(-0.03, 0.06, 8))[:, None]
+    rise = a.apex_y + np.where(side < 0, 0.29, 0.27)
+    start = np.stack([side * (0.070 + 0.0135 * (angle - 0.2)), rise + 0.05 * (angle - 0.2)], axis=1)
+    tip = reach[:, None] * ahead
+    stems = curve(np.stack([start, start + 0.3 * tip, start + 0.7 * tip, start + tip + aside], axis=1))
     fade = np.linspace(1.0, 0.1, 24)
-    trunks, branches = to_image(a, np.stack(stems)), to_image(a, np.stack(twigs))
+    along = np.linspace(0.0, 0.45, 24)[:, None]
+    twigs = []
+    for turn, fork in ((-0.5, 9), (0.45, 13)):
+        way = reach[:, None] * np.stack([side * np.cos(angle + turn), np.sin(angle + turn)], axis=1)
+        twigs.append(stems[:, fork, None] + along * way[:, None])
+    trunks, branches = to_image(a, stems), to_image(a, np.concatenate(twigs))
     root = 0.17 * beads(trunks, 0.024, size, fade**3)
     return root + 0.14 * beads(trunks, 0.0145, size, fade) + 0.06 * beads(branches, 0.013, size, fade)
 
@@ -332,11 +349,15 @@ def device(a: Anatomy, s: Plane, y: Plane, size: int) -> tuple[Plane, Plane]:
     u, v = c * (s - cx) + t * (y - cy), c * (y - cy) - t * (s - cx)
     box = np.hypot(np.maximum(np.abs(u) - 0.034, 0.0), np.maximum(np.abs(v) - 0.022, 0.0)) - 0.024
     can = coverage(box, 0.014)
-    # The lead: over the can, along the clavicle to the vena cava, down the right border of the heart, across to the apex
+    # The lead: from the can along the clavicle to the vena cava, down the right border of the heart, across to the apex
     width = a.ctr * 2 * a.chest_half_width
     floor = a.base_y - a.dome_height + 0.030
-    upper = np.array([(cx - side * 0.04, cy - 0.03), (cx - side * 0.10, cy - 0.08), (0.02 * side, cy - 0.07), (-0.040, cy + 0.08)])
-    lower = np.array([(-0.040, cy + 0.08), (-0.085, floor - 0.19), (-0.06, floor - 0.01), (0.42 * width, floor - 0.050)])
+    upper = np.array(
+        [(cx - side * 0.04, cy - 0.03), (cx - side * 0.10, cy - 0.08), (0.02 * side, cy - 0.07), (-0.040, cy + 0.08)]
+    )
+    lower = np.array(
+        [(-0.040, cy + 0.08), (-0.085, floor - 0.19), (-0.06, floor - 0.01), (0.42 * width, floor - 0.050)]
+    )
     path = to_image(a, np.concatenate([curve(upper, 20), curve(lower, 20)[1:]]))
     lead = coverage(polyline_distance(size, path, 0.03) - 0.0165, 0.012)
     shade = np.where(can >= lead, 0.86 + 0.10 * ramp(-0.014, 0.004, v), 0.97)  # the can's upper part is clear resin

@@ -6,11 +6,12 @@ Every edge has compact support: coverage is exactly 0 outside, so that a shape c
 
 import math
 import zlib
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-Plane = NDArray[np.float32]  # (H, W)
+Plane = NDArray[np.floating]  # (H, W), float32
 
 
 def stream(seed: int, part: str) -> np.random.Generator:
@@ -50,7 +51,7 @@ def polyline_distance(size: int, points: NDArray[np.floating], reach: float) -> 
     """
     x, y = grid(size)
     best = np.full((size, size), np.inf, dtype=np.float32)
-    for (ax, ay), (bx, by) in zip(points[:-1], points[1:], strict=True):
+    for (ax, ay), (bx, by) in pairwise(points):
         left, right = _window(min(ax, bx) - reach, max(ax, bx) + reach, size)
         top, bottom = _window(min(ay, by) - reach, max(ay, by) + reach, size)
         px, py = x[top:bottom, left:right] - ax, y[top:bottom, left:right] - ay
@@ -85,7 +86,7 @@ def texture(rng: np.random.Generator, size: int, cells: int) -> Plane:
     return (rows[:, low] * (1 - u) + rows[:, low + 1] * u).astype(np.float32)
 
 
-def over(image: NDArray[np.float32], colour: NDArray[np.float32] | float, alpha: Plane) -> NDArray[np.float32]:
-    """`colour` laid over `image` with coverage `alpha`: exactly `image` where alpha is 0. image: (H, W) or (H, W, 3)."""
+def over(image: NDArray[np.floating], colour: NDArray[np.floating] | float, alpha: Plane) -> NDArray[np.floating]:
+    """`colour` over `image` with coverage `alpha`: exactly `image` where alpha is 0. image: (H, W) or (H, W, 3)."""
     weight = alpha if image.ndim == 2 else alpha[..., None]
     return image + weight * (colour - image)
