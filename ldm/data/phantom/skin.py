@@ -8,6 +8,7 @@ finer than 4 pixels, so that an autoencoder which downsamples 8 times can keep i
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +17,8 @@ from ldm.data.phantom.draw import Plane, coverage, curve, grid, over, polyline_d
 from ldm.data.phantom.types import Phantom
 
 Image = NDArray[np.float32]  # (H, W, 3)
+Mask = NDArray[np.bool_]  # (H, W)
 Pick = Callable[[float, float, str], float]
-
-ATTRIBUTES = ("melanoma", "hair", "gel_bubble", "ruler", "ink")
 
 # What can be seen in every image of a seed, whatever its attributes: name -> range.
 ANATOMY = {
@@ -33,7 +33,7 @@ ANATOMY = {
 }
 
 _PX = 1.0 / 128.0
-_TEMPLATE = 2025  # tied mode: the seed of the irregularities that all images share
+_TEMPLATE = 3  # tied mode: the seed of the irregularities that all images share; chosen by eye
 _TONES = np.array(  # Fitzpatrick I .. VI
     [
         [0.94, 0.78, 0.71],
@@ -47,46 +47,60 @@ _TONES = np.array(  # Fitzpatrick I .. VI
 _MELANIN = np.array([0.60, 0.95, 1.20], dtype=np.float32)  # absorption of red, green, blue
 
 
+@dataclass(frozen=True)
+class Scene:
+    """What every part of one phantom is drawn from."""
+
+    seed: int
+    size: int
+    tied: bool
+    unit: Mapping[str, float]  # the anatomy's draws, each in [0, 1)
+    anatomy: Mapping[str, float]  # the same, scaled to the ranges of `ANATOMY`
+
+    def placement(self, part: str) -> tuple[np.random.Generator, Pick]:
+        """How a part that is added lies: its irregularities, and pick(low, high, fact) for its main parameters.
+
+        Tied: the irregularities are the same in all images, and the visible fact sets the parameter.
+        Free: both are drawn from the seed's own stream for that part.
+        """
+        rng = stream(_TEMPLATE if self.tied else self.seed, part)
+
+        def pick(low: float, high: float, fact: str) -> float:
+            return low + (high - low) * (self.unit[fact] if self.tied else float(rng.random()))
+
+        return rng, pick
+
+
 def render(seed: int, attributes: Mapping[str, bool], size: int = 128, tied: bool = True) -> Phantom:
     """Draw one dermoscopic phantom.
 
-    Args:    seed: the subject: skin, lesion geometry, illumination, noise.  attributes: any of `ATTRIBUTES`; an
-             absent one is False; melanoma False is a nevus.  tied: place what is added as a fixed function of the
-             visible anatomy, so that the counterfactual is unique; else from the seed's own hidden draws.
-    Returns: the phantom, with a mask for melanoma (both lesion outlines) and for every artifact that is present.
+    Args:    seed: the subject: skin, lesion geometry, illumination, noise.  attributes: melanoma (False is a nevus)
+             and any of `ARTIFACTS`; a name left out is absent.  tied: place what is added as a fixed function of
+             the visible anatomy, so that the counterfactual is unique; else from the seed's own hidden draws.
+    Returns: the phantom, with a mask for each attribute that is present; melanoma's covers both lesion outlines.
     Raises:  ValueError: an attribute's name is unknown.
     """
-    unknown = sorted(set(attributes) - set(ATTRIBUTES))
-    if unknown:
-        raise ValueError(f"attributes: unknown {unknown}, expected some of {list(ATTRIBUTES)}")
-    present = {name: bool(attributes.get(name, False)) for name in ATTRIBUTES}
+    names = ["melanoma", *ARTIFACTS]
+    if unknown := sorted(set(attributes) - set(names)):
+        raise ValueError(f"attributes: {unknown} unknown, expected some of {names}")
+    present = {name: bool(attributes.get(name, False)) for name in names}
 
     rng = stream(seed, "anatomy")
     unit = {name: float(rng.random()) for name in ANATOMY}
     anatomy = {name: low + (high - low) * unit[name] for name, (low, high) in ANATOMY.items()}
-    masks: dict[str, NDArray[np.bool_]] = {}
+    scene = Scene(seed, size, tied, unit, anatomy)
 
-    image = _skin(seed, size, anatomy)
-    image, support = _lesion(seed, size, image, anatomy, unit, present["melanoma"], tied)
+    masks: dict[str, Mask] = {}
+    image, lesion_mask = _lesion(_skin(scene), scene, present["melanoma"])
     if present["melanoma"]:
-        masks["melanoma"] = support
-    for name, layer in (("ink", _ink), ("hair", _hair), ("gel_bubble", _gel_bubbles), ("ruler", _ruler)):
+        masks["melanoma"] = lesion_mask
+    for name, lay_over in ARTIFACTS.items():
         if present[name]:
-            image, masks[name] = layer(seed, image, anatomy, unit, tied)
-    image = image * _illumination(seed, size)[..., None]
+            image, masks[name] = lay_over(image, scene)
+
     noise = 0.01 * stream(seed, "noise").standard_normal((size, size, 1), dtype=np.float32)
-    image = np.clip(image + noise, 0.0, 1.0).astype(np.float32)
+    image = np.clip(image * _illumination(scene)[..., None] + noise, 0.0, 1.0).astype(np.float32)
     return Phantom(domain="skin", seed=seed, image=image, masks=masks, attributes=present, anatomy=anatomy)
-
-
-def _placement(seed: int, part: str, unit: Mapping[str, float], tied: bool) -> tuple[np.random.Generator, Pick]:
-    """The stream of a part's irregularities, and pick(low, high, fact): set by that visible fact, or drawn if free."""
-    rng = stream(_TEMPLATE if tied else seed, part)
-
-    def pick(low: float, high: float, fact: str) -> float:
-        return low + (high - low) * (unit[fact] if tied else float(rng.random()))
-
-    return rng, pick
 
 
 # --- skin and light ---
@@ -99,54 +113,48 @@ def _tone(anatomy: Mapping[str, float]) -> NDArray[np.float64]:
     return colour * (1.0 + anatomy["redness"] * np.array([0.02, -0.035, -0.02]))
 
 
-def _skin(seed: int, size: int, anatomy: Mapping[str, float]) -> Image:
+def _skin(scene: Scene) -> Image:
     """Mottled skin: low-frequency changes of melanin (brown) and of blood (red)."""
-    rng = stream(seed, "skin")
+    rng, size = stream(scene.seed, "skin"), scene.size
     melanin = 0.045 * texture(rng, size, 3) + 0.03 * texture(rng, size, 7)
     blood = 0.04 * texture(rng, size, 4) + 0.025 * texture(rng, size, 9)
     depth = melanin[..., None] * _MELANIN + blood[..., None] * np.array([0.15, 1.0, 0.8], dtype=np.float32)
-    return (_tone(anatomy) * np.exp(-depth)).astype(np.float32)
+    return (_tone(scene.anatomy) * np.exp(-depth)).astype(np.float32)
 
 
-def _illumination(seed: int, size: int) -> Plane:
+def _illumination(scene: Scene) -> Plane:
     """The dermatoscope's light: brightest near the middle, falling off towards the corners, a little oblique."""
-    rng = stream(seed, "light")
-    x, y = grid(size)
+    rng = stream(scene.seed, "light")
+    x, y = grid(scene.size)
     cx, cy = rng.uniform(0.4, 0.6, 2)
     square = (x - cx) ** 2 + (y - cy) ** 2
     tilt = rng.uniform(-0.06, 0.06, 2)
-    falloff = rng.uniform(0.15, 0.65)
-    return (
-        rng.uniform(1.0, 1.09) * (1.0 - falloff * square - 0.5 * square**2 + tilt[0] * (x - 0.5) + tilt[1] * (y - 0.5))
-    ).astype(np.float32)
+    falloff, brightness = rng.uniform(0.15, 0.65), rng.uniform(1.0, 1.09)
+    oblique = tilt[0] * (x - 0.5) + tilt[1] * (y - 0.5)
+    return (brightness * (1.0 - falloff * square - 0.5 * square**2 + oblique)).astype(np.float32)
 
 
 # --- lesion ---
 
 
-def _lesion(
-    seed: int,
-    size: int,
-    skin: Image,
-    anatomy: Mapping[str, float],
-    unit: Mapping[str, float],
-    melanoma: bool,
-    tied: bool,
-) -> tuple[Image, NDArray[np.bool_]]:
-    """Nevus or melanoma on the skin, and the union of both supports."""
-    rng = stream(seed, "lesion")
-    phases = rng.uniform(0.0, 2.0 * np.pi, 2)  # of the harmonics that both outlines show
-    mottle = texture(rng, size, 6)
-    period, kind = rng.uniform(8.5, 11.0) * _PX, rng.uniform(-1.0, 1.0)
-    hidden, pick = _placement(seed, "melanoma", unit, tied)
+def _lesion(skin: Image, scene: Scene, melanoma: bool) -> tuple[Image, Mask]:
+    """Nevus or melanoma on the skin, and the union of both supports.
 
-    x, y = grid(size)
+    Lesion frame: u along the long axis, v across, rho = 1 near the border, theta from the long axis.
+    Both borders are radial Fourier series with the same phases; only the melanoma's has high harmonics and notches.
+    """
+    anatomy = scene.anatomy
+    rng = stream(scene.seed, "lesion")
+    phases = rng.uniform(0.0, 2.0 * np.pi, 2)
+    mottle = texture(rng, scene.size, 6)
+    period, kind = rng.uniform(8.5, 11.0) * _PX, rng.uniform(-1.0, 1.0)
+    hidden, pick = scene.placement("melanoma")
+
+    x, y = grid(scene.size)
     dx, dy = x - anatomy["x"], y - anatomy["y"]
     c, s = np.float32(np.cos(anatomy["axis"])), np.float32(np.sin(anatomy["axis"]))
     stretch = np.sqrt(anatomy["elongation"])
-    u = (c * dx + s * dy) / np.float32(
-        anatomy["radius"] * stretch
-    )  # lesion frame: long axis along u, border at about 1
+    u = (c * dx + s * dy) / np.float32(anatomy["radius"] * stretch)
     v = (c * dy - s * dx) / np.float32(anatomy["radius"] / stretch)
     rho, theta = np.hypot(u, v), np.arctan2(v, u)
 
@@ -159,7 +167,7 @@ def _lesion(
     melanoma_border = 1.09 + 0.075 * shared + 0.05 * rough - 0.26 * notches + 0.16 * bulge
     nevus_alpha = coverage((rho - nevus_border) * anatomy["radius"], 9 * _PX)
     melanoma_alpha = coverage((rho - melanoma_border) * anatomy["radius"], 4 * _PX)
-    support = (nevus_alpha > 0) | (melanoma_alpha > 0)
+    mask = (nevus_alpha > 0) | (melanoma_alpha > 0)
 
     # Pigment network (kind < 0: dark meshes) or globules (kind > 0), fading towards the border.
     waves = sum(
@@ -169,22 +177,32 @@ def _lesion(
     network = kind * waves / 3.0 * np.clip(1.15 - rho, 0.0, 1.0)
     depth = anatomy["pigment"] * (1.0 + 0.10 * mottle - 0.22 * rho**2 + 0.26 * network)
     if not melanoma:
-        return over(skin, _absorb(skin, depth), nevus_alpha), support
+        return over(skin, _absorb(skin, depth), nevus_alpha), mask
 
-    colour = _absorb(skin, np.maximum(depth * 1.2 + 0.20 + 0.30 * mottle, 0.7))
-    turn = pick(-1.5, 1.5, "x")
-    dim = np.float32(1.0 - 0.45 * anatomy["tone"])
+    brown = _absorb(skin, np.maximum(depth * 1.2 + 0.20 + 0.30 * mottle, 0.7))
+    colour = _melanoma_areas(brown, u, v, mottle, anatomy["tone"], hidden, pick)
+    return over(skin, colour, melanoma_alpha), mask
+
+
+def _melanoma_areas(
+    brown: Image, u: Plane, v: Plane, mottle: Plane, tone: float, hidden: np.random.Generator, pick: Pick
+) -> Image:
+    """The melanoma's pink, blue-grey and black areas, each to another side of its centre. (u, v): the lesion frame."""
+    turn, dim = pick(-1.5, 1.5, "x"), np.float32(1.0 - 0.45 * tone)
+    pink, blue_grey = np.array([0.88, 0.50, 0.48]) * dim, np.array([0.43, 0.49, 0.58]) * dim
+    black = np.array([0.08, 0.06, 0.07])
+    colour = brown
     for at, distance, radius, opacity, paint in (
-        (4.5, 0.72, pick(0.36, 0.50, "redness"), 0.80, np.array([0.88, 0.50, 0.48]) * dim),  # regression: pink-red
-        (2.0, 0.42, pick(0.62, 0.46, "elongation"), 0.80, np.array([0.43, 0.49, 0.58]) * dim),  # blue-grey veil
-        (0.1, 0.55, pick(0.44, 0.64, "pigment"), 0.93, np.array([0.08, 0.06, 0.07])),  # black
+        (4.5, 0.72, pick(0.36, 0.50, "redness"), 0.80, pink),
+        (2.0, 0.42, pick(0.62, 0.46, "elongation"), 0.80, blue_grey),
+        (0.1, 0.55, pick(0.44, 0.64, "pigment"), 0.93, black),
     ):
         angle = at + turn + hidden.uniform(-0.3, 0.3)
         du, dv = u - distance * np.cos(angle), v - distance * np.sin(angle)
-        across, along = du * np.cos(angle) + dv * np.sin(angle), dv * np.cos(angle) - du * np.sin(angle)
-        gap = np.hypot(across * 1.2, along * 0.85) - radius * (1.0 + 0.22 * mottle)
+        outward, sideways = du * np.cos(angle) + dv * np.sin(angle), dv * np.cos(angle) - du * np.sin(angle)
+        gap = np.hypot(outward * 1.2, sideways * 0.85) - radius * (1.0 + 0.22 * mottle)
         colour = over(colour, paint.astype(np.float32), opacity * coverage(gap, 0.55))
-    return over(skin, colour, melanoma_alpha), support
+    return colour
 
 
 def _absorb(skin: Image, depth: Plane) -> Image:
@@ -192,9 +210,9 @@ def _absorb(skin: Image, depth: Plane) -> Image:
     return (skin * np.exp(-np.maximum(depth, 0.0)[..., None] * _MELANIN)).astype(np.float32)
 
 
-def _reach(anatomy: Mapping[str, float], angle: float, fraction: float, margin: float) -> tuple[float, float]:
-    """The point that lies, on the ray at `angle` from the lesion's centre, `fraction` of the way from the lesion's
-    outermost border to the image's border less `margin`."""
+def _beside(anatomy: Mapping[str, float], angle: float, fraction: float, margin: float) -> tuple[float, float]:
+    """The point beside the lesion on the ray at `angle` from its centre: `fraction` of the way from its outermost
+    border to the image's border less `margin`."""
     c, s = np.cos(angle), np.sin(angle)
     turn, stretch = angle - anatomy["axis"], np.sqrt(anatomy["elongation"])
     inner = 1.15 * anatomy["radius"] / np.hypot(np.cos(turn) / stretch, np.sin(turn) * stretch)
@@ -207,19 +225,17 @@ def _reach(anatomy: Mapping[str, float], angle: float, fraction: float, margin: 
 # --- what lies on the skin ---
 
 
-def _ink(
-    seed: int, image: Image, anatomy: Mapping[str, float], unit: Mapping[str, float], tied: bool
-) -> tuple[Image, NDArray[np.bool_]]:
+def _ink(image: Image, scene: Scene) -> tuple[Image, Mask]:
     """Violet dashes of a surgical marker around the lesion, at fixed angles from its axis."""
-    size = image.shape[0]
-    rng, pick = _placement(seed, "ink", unit, tied)
+    size, anatomy = scene.size, scene.anatomy
+    rng, pick = scene.placement("ink")
     count = 2 + min(2, int(pick(3.0, 0.0, "radius")))  # the smaller the lesion, the more room
     first, half_width = pick(0.5, 0.9, "y"), pick(3.0, 3.8, "pigment") * _PX
     alpha = np.zeros((size, size), dtype=np.float32)
     for k in range(count):
         angle = anatomy["axis"] + first + 2 * np.pi * k / count + rng.uniform(-0.15, 0.15)
         sweep, bow = rng.uniform(0.30, 0.42), rng.uniform(-0.1, 0.1)
-        ends = [_reach(anatomy, angle + side * sweep, 0.50 + bow * side, 5 * _PX) for side in (-1.0, -0.4, 0.4, 1.0)]
+        ends = [_beside(anatomy, angle + side * sweep, 0.50 + bow * side, 5 * _PX) for side in (-1.0, -0.4, 0.4, 1.0)]
         distance = polyline_distance(size, curve(np.array(ends), points=7), half_width + 2 * _PX)
         alpha = np.maximum(alpha, coverage(distance - half_width, 2.5 * _PX))
     uneven = 0.84 + 0.10 * np.clip(texture(rng, size, 11), -2.4, 1.4)
@@ -228,14 +244,12 @@ def _ink(
     return over(image, colour, (alpha * uneven).astype(np.float32)), alpha > 0
 
 
-def _hair(
-    seed: int, image: Image, anatomy: Mapping[str, float], unit: Mapping[str, float], tied: bool
-) -> tuple[Image, NDArray[np.bool_]]:
+def _hair(image: Image, scene: Scene) -> tuple[Image, Mask]:
     """Curved, tapered hairs that lie across the lesion's axis."""
-    size = image.shape[0]
-    rng, pick = _placement(seed, "hair", unit, tied)
-    angle = anatomy["axis"] + 1.2 if tied else rng.uniform(0.0, np.pi)
-    spacing = pick(0.135, 0.195, "radius")
+    size, anatomy = scene.size, scene.anatomy
+    rng, pick = scene.placement("hair")
+    angle = anatomy["axis"] + 1.2 if scene.tied else rng.uniform(0.0, np.pi)
+    spacing = pick(0.15, 0.21, "radius")
     bend, shift = pick(-0.5, 0.5, "x"), pick(-0.3, 0.3, "y")
     x, y = grid(size)
     c, s = np.float32(np.cos(angle)), np.float32(np.sin(angle))
@@ -250,31 +264,31 @@ def _hair(
         if abs(offset) > 0.55:
             continue
         gap = np.abs(q - offset - slope * p - arch * p**2) / np.sqrt(1.0 + (slope + 2 * arch * p) ** 2)
-        half = 0.5 * width * np.minimum(np.minimum((tip - way * p) / 0.22, (way * p - root) / 0.05), 1.0)
+        to_tip, to_root = tip - way * p, way * p - root
+        taper = np.minimum(np.minimum(to_tip, to_root) / 0.04, np.minimum(0.6 + 0.4 * to_tip / 0.3, 1.0))
+        half = 0.5 * width * taper
         alpha = np.maximum(alpha, coverage(gap - half, 2.0 * _PX))
     light = np.clip(1.0 - 2.2 * anatomy["tone"], 0.0, 1.0)  # fair skin, brown hair
     colour = np.array([0.06, 0.045, 0.04]) + light * np.array([0.26, 0.14, 0.06])
     return over(image, colour.astype(np.float32), (0.94 * alpha).astype(np.float32)), alpha > 0
 
 
-def _gel_bubbles(
-    seed: int, image: Image, anatomy: Mapping[str, float], unit: Mapping[str, float], tied: bool
-) -> tuple[Image, NDArray[np.bool_]]:
+def _gel_bubbles(image: Image, scene: Scene) -> tuple[Image, Mask]:
     """Air bubbles in the immersion gel: bright rings with a glint, lit from the upper left, partly transparent."""
-    size = image.shape[0]
-    rng, pick = _placement(seed, "gel_bubble", unit, tied)
+    size, anatomy = scene.size, scene.anatomy
+    rng, pick = scene.placement("gel_bubble")
     count = 4 + min(4, int(pick(5.0, 0.0, "radius")))
     first = anatomy["axis"] + pick(-0.4, 0.4, "x")
     scale = pick(0.85, 1.15, "elongation")
+    stroke, edge = 3.4 * _PX, 2.0 * _PX
+    dark, bright = np.array([0.20, 0.13, 0.10], dtype=np.float32), np.array([1.0, 0.99, 0.97], dtype=np.float32)
     x, y = grid(size)
     image, mask = image.copy(), np.zeros((size, size), dtype=bool)
     for k in range(count):
         radius = np.clip(scale * rng.uniform(6.5, 11.0), 6.0, 12.0) * _PX
         angle, fraction = first + 2 * np.pi * (k + rng.uniform(-0.25, 0.25)) / count, rng.uniform(0.25, 0.9)
-        cx, cy = _reach(anatomy, angle, fraction, radius + 3 * _PX)
-        stroke, edge = 3.4 * _PX, 2.0 * _PX
-        reach = radius + stroke
-        rows, columns = _window(cy, reach, size), _window(cx, reach, size)
+        cx, cy = _beside(anatomy, angle, fraction, radius + 3 * _PX)
+        rows, columns = _window(cy, radius + stroke, size), _window(cx, radius + stroke, size)
         dx, dy = x[rows, columns] - cx, y[rows, columns] - cy
         r = np.hypot(dx, dy)
         lit = -(dx + dy) / (np.sqrt(2.0) * radius)  # 1 towards the light, -1 away from it
@@ -282,12 +296,9 @@ def _gel_bubbles(
         shade = coverage(np.abs(r - radius + 0.9 * stroke) - stroke / 2, 1.5 * edge)
         body = coverage(r - radius, edge)
         glint = coverage(np.hypot(dx + 0.38 * radius, dy + 0.38 * radius) - 2.3 * _PX, edge)
-        patch = image[rows, columns]
-        patch = over(patch, np.array([0.20, 0.13, 0.10], dtype=np.float32), shade * np.clip(0.24 + 0.16 * lit, 0, 1))
+        patch = over(image[rows, columns], dark, shade * np.clip(0.24 + 0.16 * lit, 0, 1))
         patch = over(patch, 1.0, body * np.clip(0.14 - 0.14 * lit, 0, 1))
-        patch = over(
-            patch, np.array([1.0, 0.99, 0.97], dtype=np.float32), np.maximum(ring * (0.72 + 0.2 * np.abs(lit)), glint)
-        )
+        patch = over(patch, bright, np.maximum(ring * (0.72 + 0.2 * np.abs(lit)), glint))
         image[rows, columns] = patch
         mask[rows, columns] |= np.maximum(np.maximum(ring, shade), np.maximum(body, glint)) > 0
     return image, mask
@@ -298,14 +309,12 @@ def _window(centre: float, reach: float, size: int) -> slice:
     return slice(max(0, int((centre - reach) * size)), min(size, int((centre + reach) * size) + 2))
 
 
-def _ruler(
-    seed: int, image: Image, anatomy: Mapping[str, float], unit: Mapping[str, float], tied: bool
-) -> tuple[Image, NDArray[np.bool_]]:
+def _ruler(image: Image, scene: Scene) -> tuple[Image, Mask]:
     """Ticks along the side that is farthest from the lesion, every fifth one long; white on dark skin."""
-    size = image.shape[0]
-    rng, pick = _placement(seed, "ruler", unit, tied)
+    size, anatomy = scene.size, scene.anatomy
+    rng, pick = scene.placement("ruler")
     room = {"left": anatomy["x"], "right": 1 - anatomy["x"], "top": anatomy["y"], "bottom": 1 - anatomy["y"]}
-    side = max(room, key=lambda name: room[name]) if tied else list(room)[rng.integers(4)]
+    side = max(room, key=lambda name: room[name]) if scene.tied else list(room)[rng.integers(4)]
     spacing, tilt = pick(9.5, 12.5, "radius") * _PX, pick(-0.06, 0.06, "axis")
     phase, baseline = pick(0.0, 5.0, "x"), pick(0.0, 1.0, "elongation") > 0.5
     x, y = grid(size)
@@ -321,3 +330,6 @@ def _ruler(
     alpha = coverage(distance.astype(np.float32), 1.6 * _PX)
     colour = np.array([0.93, 0.93, 0.90] if anatomy["tone"] > 0.72 else [0.07, 0.07, 0.08], dtype=np.float32)
     return over(image, colour, 0.93 * alpha), alpha > 0
+
+
+ARTIFACTS = {"ink": _ink, "hair": _hair, "gel_bubble": _gel_bubbles, "ruler": _ruler}  # in the order of compositing
