@@ -1,0 +1,219 @@
+"""The embedding schedule: which context the U-Net sees at which step, as plain data.
+
+Changing the prompt during a run then touches neither the U-Net nor a sampler. A schedule stores K
+contexts once and, for every step, their weights:
+
+    schedule.at(i) = sum_k weights[i, k] contexts[k]
+
+    constant    one row of ones                          swap, piecewise    one 1 a row
+    blend, ramp rows (1 - lambda_i, lambda_i)
+
+Letters: S steps, K contexts, B batch (or 1 for all samples), L tokens, D width.
+
+Source: swapping and blending the embedding at chosen steps is Wu et al. 2023, "Uncovering the
+Disentanglement Capability in Text-to-Image Diffusion Models", arXiv:2212.08698.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Indexing = Literal["steps", "authors"]
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingSchedule:
+    """S contexts of (B, L, D), without S copies of them.
+
+    Raises: ValueError: shapes that do not fit together, or weights that are not finite.
+    """
+
+    contexts: Tensor  # (K, B or 1, L, D)
+    weights: Tensor  # (S, K) float64 on the CPU
+
+    def __post_init__(self) -> None:
+        if self.contexts.ndim != 4 or not self.contexts.is_floating_point():
+            raise ValueError(f"contexts: expected floating-point (K, B, L, D), got {_describe(self.contexts)}")
+        if self.weights.ndim != 2 or self.weights.shape[0] == 0 or self.weights.shape[1] != len(self.contexts):
+            raise ValueError(f"weights: expected (S, {len(self.contexts)}) with S > 0, got {_describe(self.weights)}")
+        if not bool(self.weights.isfinite().all()):
+            raise ValueError("weights: expected finite values, got NaN or infinity")
+
+    def __len__(self) -> int:
+        """S, the number of steps."""
+        return len(self.weights)
+
+    def at(self, step: int) -> Tensor:
+        """The context of one step.
+
+        Where one weight is 1 and the rest 0 this is that context itself, bit for bit and without a
+        copy: no rounding may tell a swap from a run that had the prompt from the start.
+
+        Args:    step: 0 .. S-1, counted from noise.
+        Returns: (B or 1, L, D), dtype and device of the contexts.
+        Raises:  ValueError: step out of range.
+        """
+        if not 0 <= step < len(self):
+            raise ValueError(f"step: expected 0..{len(self) - 1}, the embedding schedule's steps, got {step}")
+        active = [(k, weight) for k, weight in enumerate(self.weights[step].tolist()) if weight != 0]
+        if len(active) == 1 and active[0][1] == 1:
+            return self.contexts[active[0][0]]
+        mixture = torch.zeros_like(self.contexts[0])
+        for k, weight in active:
+            mixture = mixture + weight * self.contexts[k]
+        return mixture
+
+
+# ---- schedules over steps -------------------------------------------------------------------------
+
+
+def constant(context: Tensor, steps: int) -> EmbeddingSchedule:
+    """The same context at every step: ordinary sampling.
+
+    Args:    context: (B, L, D).  steps: S >= 1.
+    Raises:  ValueError: context not (B, L, D), or no steps.
+    """
+    return piecewise([context], [], steps)
+
+
+def swap(
+    context: Tensor, other: Tensor, at: int = 20, steps: int = 50, indexing: Indexing = "steps"
+) -> EmbeddingSchedule:
+    """`context` until the swap step, `other` from there on.
+
+    A small `at` rewrites the layout; a large one can only change detail, as less noise is left to
+    shape. `at=0` is `other` throughout, `at=steps` never swaps.
+
+    Args:    context, other: (B or 1, L, D).  at: swap step.  steps: S.
+             indexing: "steps": `at` is the number of steps taken with `context`.  "authors": one more,
+             as the published code of the traversal paper counts (its callback runs after the step).
+    Raises:  ValueError: contexts that do not match, or a swap outside 0..S.
+    """
+    return piecewise([context, other], [neutral_steps(at, steps, indexing)], steps)
+
+
+def neutral_steps(at: int, steps: int, indexing: Indexing = "steps") -> int:
+    """How many steps are taken before a swap "at" this step: `at` itself, or at + 1 as the authors count.
+
+    Raises:  ValueError: an unknown indexing, or a result outside 0..steps.
+    """
+    if indexing not in ("steps", "authors"):
+        raise ValueError(f"indexing: expected 'steps' or 'authors', got {indexing!r}")
+    taken = at + 1 if indexing == "authors" else at
+    if not 0 <= taken <= steps:
+        raise ValueError(f"at: expected a swap after 0..{steps} steps, got {at} ({taken} with indexing {indexing!r})")
+    return taken
+
+
+def piecewise(contexts: Sequence[Tensor], boundaries: Sequence[int], steps: int) -> EmbeddingSchedule:
+    """Several swaps in a row: contexts[k] from step boundaries[k-1] up to boundaries[k].
+
+    Args:    contexts: K of (B or 1, L, D).  boundaries: K-1 steps in 0..S, never falling.  steps: S >= 1.
+    Raises:  ValueError: contexts that do not match, or boundaries of a wrong number, order or range.
+    """
+    stacked = _stack(contexts)
+    _check_steps(steps)
+    if len(boundaries) != len(contexts) - 1:
+        raise ValueError(f"boundaries: expected {len(contexts) - 1} for {len(contexts)} contexts, got {boundaries}")
+    if list(boundaries) != sorted(boundaries) or not all(0 <= step <= steps for step in boundaries):
+        raise ValueError(f"boundaries: expected rising steps in 0..{steps}, got {boundaries}")
+    # A step lies in piece k when k boundaries are at or before it.
+    pieces = torch.tensor([bisect_right(boundaries, step) for step in range(steps)])
+    return EmbeddingSchedule(stacked, torch.nn.functional.one_hot(pieces, len(contexts)).double())
+
+
+def blend(context: Tensor, other: Tensor, weights: Sequence[float] | Tensor) -> EmbeddingSchedule:
+    """Mix two prompts with a weight of its own for every step: the soft combination of Wu et al.
+
+    c_i = (1 - lambda_i) context + lambda_i other      (lambda: the new prompt's share)
+
+    Args:    context, other: (B or 1, L, D).  weights: S values lambda in 0..1, 0 = `context`.
+    Raises:  ValueError: contexts that do not match, or weights out of range.
+    """
+    lambdas = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
+    if lambdas.ndim != 1 or len(lambdas) == 0 or not bool(((lambdas >= 0) & (lambdas <= 1)).all()):
+        raise ValueError(f"weights: expected one value in 0..1 for every step, got {weights}")
+    return EmbeddingSchedule(_stack([context, other]), torch.stack([1 - lambdas, lambdas], dim=1))
+
+
+def ramp(context: Tensor, other: Tensor, begin: int, end: int, steps: int = 50) -> EmbeddingSchedule:
+    """A blend that rises in a straight line: the last pure `context` at step `begin`, pure `other` from `end` on.
+
+    lambda_i = clip((i - begin) / (end - begin), 0, 1)
+
+    Args:    context, other: (B or 1, L, D).  begin < end: steps in 0..S.  steps: S.
+    Raises:  ValueError: contexts that do not match, or steps out of order or range.
+    """
+    _check_steps(steps)
+    if not 0 <= begin < end <= steps:
+        raise ValueError(f"begin, end: expected 0 <= begin < end <= {steps}, got {begin}, {end}; see also swap")
+    return blend(context, other, [min(max((i - begin) / (end - begin), 0.0), 1.0) for i in range(steps)])
+
+
+# ---- the same over timesteps: what stays put when the number of steps changes ---------------------
+
+
+def swap_at_timestep(context: Tensor, other: Tensor, t: int, timesteps: Sequence[int]) -> EmbeddingSchedule:
+    """`context` while the timestep is above `t`, `other` at and below it.
+
+    Step 20 of 50 and step 40 of 100 are the same amount of noise; in timesteps both are t = 581.
+
+    Args:    context, other: (B or 1, L, D).  t: training timestep.  timesteps: S falling values, as sampled.
+    Raises:  ValueError: as for `piecewise_timesteps`.
+    """
+    return piecewise_timesteps([context, other], [t], timesteps)
+
+
+def piecewise_timesteps(
+    contexts: Sequence[Tensor], boundaries: Sequence[int], timesteps: Sequence[int]
+) -> EmbeddingSchedule:
+    """Several swaps: contexts[k] once the timestep has come down to boundaries[k-1].
+
+    Args:    contexts: K of (B or 1, L, D).  boundaries: K-1 training timesteps, never rising.
+             timesteps: S falling values, as sampled.
+    Raises:  ValueError: contexts that do not match, or boundaries of a wrong number or order.
+    """
+    if list(timesteps) != sorted(set(timesteps), reverse=True):
+        raise ValueError(f"timesteps: expected falling values, got {timesteps}")
+    if list(boundaries) != sorted(boundaries, reverse=True):
+        raise ValueError(f"boundaries: expected falling timesteps, got {boundaries}")
+    steps_before = [sum(t > boundary for t in timesteps) for boundary in boundaries]
+    return piecewise(contexts, steps_before, len(timesteps))
+
+
+# ---- checks: made here, once, so that no run fails halfway -----------------------------------------
+
+
+def _stack(contexts: Sequence[Tensor]) -> Tensor:
+    """-> (K, B or 1, L, D), after making sure that the contexts can share a run."""
+    if len(contexts) == 0:
+        raise ValueError("contexts: expected at least one, got none")
+    first = contexts[0]
+    for k, context in enumerate(contexts):
+        if context.ndim != 3 or not context.is_floating_point():
+            raise ValueError(f"context {k}: expected floating-point (B, L, D), got {_describe(context)}")
+        if (context.shape[1:], context.dtype, context.device) != (first.shape[1:], first.dtype, first.device):
+            raise ValueError(
+                f"context {k}: expected (L, D), dtype and device of context 0, {_describe(first)}, "
+                f"got {_describe(context)}"
+            )
+    batches = {len(context) for context in contexts} - {1}
+    if len(batches) > 1:
+        raise ValueError(f"contexts: expected one batch size (or 1), got {[len(context) for context in contexts]}")
+    batch = max(batches, default=1)
+    return torch.stack([context.expand(batch, -1, -1) for context in contexts])
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps: expected 1 or more, got {steps}")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"

@@ -1,0 +1,132 @@
+"""Classifier-free guidance: a U-Net and its contexts become the `eps_fn` that samplers call.
+
+Paper: Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", arXiv:2207.12598.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+UNetFn = Callable[[Tensor, int, Tensor], Tensor]
+"""eps = unet(x_t, t, context): (B, 4, H/8, W/8), training timestep, (B, L, D)."""
+
+
+class Contexts(Protocol):
+    """What is asked of an embedding schedule: its length and the (B or 1, L, D) context of a step."""
+
+    def at(self, step: int, /) -> Tensor: ...
+
+    def __len__(self) -> int: ...
+
+
+def guided(
+    unet: UNetFn,
+    schedule: Contexts,
+    guidance_scale: float = 7.5,
+    uncond: Tensor | Contexts | None = None,
+    *,
+    max_batch: int | None = None,
+) -> GuidedEps:
+    """Bind a U-Net to the contexts of a run.
+
+    eps = eps_uncond + g (eps_cond - eps_uncond)
+
+    In this convention g = 1 is no guidance at all (the paper's w is g - 1), and costs one evaluation
+    instead of two.
+
+    Args:    unet: see `UNetFn`.  schedule: the contexts of the prompt, one for every step.
+             guidance_scale: g; SD1's usual value is 7.5.
+             uncond: what guidance pushes away from: the empty prompt's (L, D) or (B or 1, L, D) context, or a
+             negative prompt's own embedding schedule; needed unless g is 1.
+             max_batch: most latents in one U-Net call (guidance doubles its rows); None: all of them.
+             It bounds memory. Results agree to the last bits of float32, not bit for bit, as matrix
+             products add up in another order for another size; `max_batch=1` makes every latent a call
+             of its own, and its result independent of whatever else is in the batch.
+    Returns: eps_fn(x_t, t, step), which also counts the U-Net rows it evaluated in `.rows`.
+    Raises:  ValueError: uncond missing, or of another length, (L, D), dtype or device than the schedule's contexts.
+    """
+    if max_batch is not None and max_batch < 1:
+        raise ValueError(f"max_batch: expected 1 or more, or None, got {max_batch}")
+    if guidance_scale == 1:
+        return GuidedEps(unet, schedule, 1.0, None, max_batch)
+
+    if uncond is None:
+        raise ValueError(f"uncond: expected the empty prompt's context for guidance_scale {guidance_scale}, got None")
+    if isinstance(uncond, Tensor):
+        uncond = _Always(uncond, len(schedule))
+    if len(uncond) != len(schedule):
+        raise ValueError(f"uncond: expected {len(schedule)} steps, as the prompt's schedule, got {len(uncond)}")
+    want, got = schedule.at(0), uncond.at(0)
+    if (got.shape[1:], got.dtype, got.device) != (want.shape[1:], want.dtype, want.device):
+        raise ValueError(
+            f"uncond: expected (L, D), dtype and device of the prompt's contexts, {tuple(want.shape[1:])} "
+            f"{want.dtype} on {want.device}, got {tuple(got.shape[1:])} {got.dtype} on {got.device}"
+        )
+    return GuidedEps(unet, schedule, guidance_scale, uncond, max_batch)
+
+
+class GuidedEps:
+    """The eps_fn that `guided` returns. `rows` counts the U-Net rows evaluated since it was made."""
+
+    def __init__(
+        self,
+        unet: UNetFn,
+        schedule: Contexts,
+        guidance_scale: float,
+        uncond: Contexts | None,
+        max_batch: int | None,
+    ) -> None:
+        self.unet = unet
+        self.schedule = schedule
+        self.guidance_scale = guidance_scale
+        self.uncond = uncond
+        self.max_batch = max_batch
+        self.rows = 0
+
+    def __call__(self, x_t: Tensor, t: int, step: int) -> Tensor:
+        """eps of (B, 4, H/8, W/8), see `guided`; ValueError when a context's batch is neither B nor 1."""
+        size = self.max_batch or len(x_t)
+        latents = x_t.split(size)
+        conds = _for_batch("context", self.schedule.at(step), len(x_t)).split(size)
+        if self.uncond is None:
+            return torch.cat([self._evaluate(x, t, cond) for x, cond in zip(latents, conds, strict=True)])
+
+        unconds = _for_batch("uncond", self.uncond.at(step), len(x_t)).split(size)
+        guided_eps = []
+        for x, uncond, cond in zip(latents, unconds, conds, strict=True):
+            # Both halves in one call, the unconditional one first, as CompVis has it.
+            both = self._evaluate(torch.cat([x, x]), t, torch.cat([uncond, cond]))
+            eps_uncond, eps_cond = both.chunk(2)
+            guided_eps.append(eps_uncond + self.guidance_scale * (eps_cond - eps_uncond))
+        return torch.cat(guided_eps)
+
+    def _evaluate(self, x_t: Tensor, t: int, context: Tensor) -> Tensor:
+        self.rows += len(x_t)
+        return self.unet(x_t, t, context)
+
+
+class _Always:
+    """One context at every step."""
+
+    def __init__(self, context: Tensor, steps: int) -> None:
+        if context.ndim not in (2, 3):
+            raise ValueError(f"uncond: expected (L, D) or (B, L, D), got {tuple(context.shape)}")
+        self.context = context if context.ndim == 3 else context[None]
+        self.steps = steps
+
+    def at(self, step: int, /) -> Tensor:
+        return self.context
+
+    def __len__(self) -> int:
+        return self.steps
+
+
+def _for_batch(name: str, context: Tensor, batch: int) -> Tensor:
+    """(B or 1, L, D) -> (B, L, D), as a view."""
+    if len(context) not in (1, batch):
+        raise ValueError(f"{name}: expected a batch of 1 or {batch}, as x_t's, got {len(context)}")
+    return context.expand(batch, -1, -1)
