@@ -1,0 +1,53 @@
+"""Captions: the wording of both templates, which labels count, and what is refused."""
+
+import math
+
+import pytest
+
+from ldm.data import captions
+
+
+def test_chexpert_templates_differ_only_in_the_stem():
+    labels = {"Support Devices": 1.0, "Pleural Effusion": 1.0}
+    assert captions.chexpert(labels) == "Chest X-ray of a subject with Pleural Effusion, Support Devices"
+    assert captions.chexpert(labels, "code") == "Chest X-ray showing Pleural Effusion, Support Devices"
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, None, math.nan])
+def test_chexpert_counts_only_ones(value):
+    assert captions.chexpert({"Edema": value}) == "Normal chest X-ray with no significant findings"
+
+
+def test_chexpert_labels_outside_the_list_read_as_normal():
+    assert captions.chexpert({"Fracture": 1.0}, "code") == captions.CHEXPERT_NEUTRAL
+
+
+def test_chexpert_no_finding_is_a_label_like_any_other():
+    assert captions.chexpert({"No Finding": 1.0}, "code") == "Chest X-ray showing No Finding"
+
+
+def test_isic_lists_artifacts_in_column_order():
+    assert captions.isic("MEL", ["ruler", "hair"]) == "a dermoscopic image with melanoma (MEL) showing hair, ruler"
+    assert captions.isic("NV", {"gel_bubble"}) == "a dermoscopic image with melanocytic nevus (NV) showing gel bubble"
+    assert captions.isic("NV", []) == "a dermoscopic image with melanocytic nevus (NV) with no visible artifacts"
+
+
+def test_isic_styles_extend_the_neutral_prompt():
+    assert captions.isic_style("MEL", "ruler") == "a dermoscopic image with melanoma (MEL) with a ruler visible"
+    for artifact in captions.ISIC_CAPTION_ARTIFACTS:
+        assert captions.isic_style("NV", artifact).startswith(captions.ISIC_NEUTRAL["NV"] + " ")
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: captions.chexpert({}, "thesis"), "template.*thesis"),
+        (lambda: captions.isic("BCC", []), "diagnosis.*BCC"),
+        (lambda: captions.isic("MEL", ["tattoo"]), "artifacts.*tattoo"),
+        (lambda: captions.isic("MEL", "hair"), "artifacts.*hair"),
+        (lambda: captions.isic_style("MEL", "tattoo"), "artifact.*tattoo"),
+    ],
+)
+def test_errors_name_the_argument(call, named):
+    with pytest.raises(ValueError, match=named):
+        call()
