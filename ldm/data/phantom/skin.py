@@ -7,6 +7,7 @@ Lengths are in units of the image side; `_PX` is one pixel of a 128-pixel image.
 finer than 4 pixels, so that an autoencoder which downsamples 8 times can keep it.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -119,16 +120,16 @@ def _skin(scene: Scene) -> Image:
     melanin = 0.045 * texture(rng, size, 3) + 0.03 * texture(rng, size, 7)
     blood = 0.04 * texture(rng, size, 4) + 0.025 * texture(rng, size, 9)
     depth = melanin[..., None] * _MELANIN + blood[..., None] * np.array([0.15, 1.0, 0.8], dtype=np.float32)
-    return (_tone(scene.anatomy) * np.exp(-depth)).astype(np.float32)
+    return _tone(scene.anatomy).astype(np.float32) * np.exp(-depth)
 
 
 def _illumination(scene: Scene) -> Plane:
     """The dermatoscope's light: brightest near the middle, falling off towards the corners, a little oblique."""
     rng = stream(scene.seed, "light")
     x, y = grid(scene.size)
-    cx, cy = rng.uniform(0.4, 0.6, 2)
+    cx, cy = rng.uniform(0.4, 0.6, 2).tolist()
     square = (x - cx) ** 2 + (y - cy) ** 2
-    tilt = rng.uniform(-0.06, 0.06, 2)
+    tilt = rng.uniform(-0.06, 0.06, 2).tolist()
     falloff, brightness = rng.uniform(0.15, 0.65), rng.uniform(1.0, 1.09)
     oblique = tilt[0] * (x - 0.5) + tilt[1] * (y - 0.5)
     return (brightness * (1.0 - falloff * square - 0.5 * square**2 + oblique)).astype(np.float32)
@@ -145,24 +146,24 @@ def _lesion(skin: Image, scene: Scene, melanoma: bool) -> tuple[Image, Mask]:
     """
     anatomy = scene.anatomy
     rng = stream(scene.seed, "lesion")
-    phases = rng.uniform(0.0, 2.0 * np.pi, 2)
+    phases = rng.uniform(0.0, 2.0 * np.pi, 2).tolist()
     mottle = texture(rng, scene.size, 6)
     period, kind = rng.uniform(8.5, 11.0) * _PX, rng.uniform(-1.0, 1.0)
     hidden, pick = scene.placement("melanoma")
 
     x, y = grid(scene.size)
     dx, dy = x - anatomy["x"], y - anatomy["y"]
-    c, s = np.float32(np.cos(anatomy["axis"])), np.float32(np.sin(anatomy["axis"]))
-    stretch = np.sqrt(anatomy["elongation"])
-    u = (c * dx + s * dy) / np.float32(anatomy["radius"] * stretch)
-    v = (c * dy - s * dx) / np.float32(anatomy["radius"] / stretch)
+    c, s = math.cos(anatomy["axis"]), math.sin(anatomy["axis"])
+    stretch = math.sqrt(anatomy["elongation"])
+    u = (c * dx + s * dy) / (anatomy["radius"] * stretch)
+    v = (c * dy - s * dx) / (anatomy["radius"] / stretch)
     rho, theta = np.hypot(u, v), np.arctan2(v, u)
 
     shared = np.cos(2 * theta + phases[0]) + np.cos(3 * theta + phases[1])
-    rough = sum(np.cos(k * theta + phase) for k, phase in zip((5, 7), hidden.uniform(0, 2 * np.pi, 2), strict=True))
-    notch_at = pick(-1.2, 1.2, "y") + np.array([0.7, 2.9])
-    notches = sum(np.maximum(np.cos(theta - at), 0.0) ** 18 for at in notch_at)
-    bulge = np.maximum(np.cos(theta - notch_at[1] - 2.2), 0.0) ** 3
+    rough = np.cos(5 * theta + hidden.uniform(0, 2 * np.pi)) + np.cos(7 * theta + hidden.uniform(0, 2 * np.pi))
+    place = pick(-1.2, 1.2, "y")
+    notches = sum(np.maximum(np.cos(theta - place - at), 0.0) ** 18 for at in (0.7, 2.9))
+    bulge = np.maximum(np.cos(theta - place - 5.1), 0.0) ** 3
     nevus_border = 1.0 + 0.045 * shared
     melanoma_border = 1.09 + 0.075 * shared + 0.05 * rough - 0.26 * notches + 0.16 * bulge
     nevus_alpha = coverage((rho - nevus_border) * anatomy["radius"], 9 * _PX)
@@ -171,8 +172,8 @@ def _lesion(skin: Image, scene: Scene, melanoma: bool) -> tuple[Image, Mask]:
 
     # Pigment network (kind < 0: dark meshes) or globules (kind > 0), fading towards the border.
     waves = sum(
-        np.cos(2 * np.pi / period * (np.cos(turn) * dx + np.sin(turn) * dy) + 0.8 * mottle)
-        for turn in anatomy["axis"] + np.array([0.0, np.pi / 3, 2 * np.pi / 3])
+        np.cos(2 * np.pi / period * (math.cos(turn) * dx + math.sin(turn) * dy) + 0.8 * mottle)
+        for turn in (anatomy["axis"] + k * np.pi / 3 for k in range(3))
     )
     network = kind * waves / 3.0 * np.clip(1.15 - rho, 0.0, 1.0)
     depth = anatomy["pigment"] * (1.0 + 0.10 * mottle - 0.22 * rho**2 + 0.26 * network)
@@ -198,8 +199,8 @@ def _melanoma_areas(
         (0.1, 0.55, pick(0.44, 0.64, "pigment"), 0.93, black),
     ):
         angle = at + turn + hidden.uniform(-0.3, 0.3)
-        du, dv = u - distance * np.cos(angle), v - distance * np.sin(angle)
-        outward, sideways = du * np.cos(angle) + dv * np.sin(angle), dv * np.cos(angle) - du * np.sin(angle)
+        c, s = math.cos(angle), math.sin(angle)
+        outward, sideways = c * u + s * v - distance, c * v - s * u
         gap = np.hypot(outward * 1.2, sideways * 0.85) - radius * (1.0 + 0.22 * mottle)
         colour = over(colour, paint.astype(np.float32), opacity * coverage(gap, 0.55))
     return colour
@@ -213,9 +214,9 @@ def _absorb(skin: Image, depth: Plane) -> Image:
 def _beside(anatomy: Mapping[str, float], angle: float, fraction: float, margin: float) -> tuple[float, float]:
     """The point beside the lesion on the ray at `angle` from its centre: `fraction` of the way from its outermost
     border to the image's border less `margin`."""
-    c, s = np.cos(angle), np.sin(angle)
-    turn, stretch = angle - anatomy["axis"], np.sqrt(anatomy["elongation"])
-    inner = 1.15 * anatomy["radius"] / np.hypot(np.cos(turn) / stretch, np.sin(turn) * stretch)
+    c, s = math.cos(angle), math.sin(angle)
+    turn, stretch = angle - anatomy["axis"], math.sqrt(anatomy["elongation"])
+    inner = 1.15 * anatomy["radius"] / math.hypot(math.cos(turn) / stretch, math.sin(turn) * stretch)
     room_x = ((1 - margin if c > 0 else margin) - anatomy["x"]) / (c if abs(c) > 1e-6 else 1e-6)
     room_y = ((1 - margin if s > 0 else margin) - anatomy["y"]) / (s if abs(s) > 1e-6 else 1e-6)
     length = inner + fraction * (min(room_x, room_y) - inner)
@@ -252,14 +253,14 @@ def _hair(image: Image, scene: Scene) -> tuple[Image, Mask]:
     spacing = pick(0.15, 0.21, "radius")
     bend, shift = pick(-0.5, 0.5, "x"), pick(-0.3, 0.3, "y")
     x, y = grid(size)
-    c, s = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    c, s = math.cos(angle), math.sin(angle)
     p = c * (x - 0.5) + s * (y - 0.5)  # along the hairs
     q = c * (y - 0.5) - s * (x - 0.5)  # across
     alpha = np.zeros((size, size), dtype=np.float32)
     for k in range(-4, 5):
         offset = (k + shift + rng.uniform(-0.3, 0.3)) * spacing
         slope, arch = 0.5 * offset + rng.uniform(-0.22, 0.22), bend + rng.uniform(-0.35, 0.35)
-        way, width = rng.choice([-1.0, 1.0]), rng.uniform(4.2, 5.2) * _PX
+        way, width = float(rng.choice([-1.0, 1.0])), rng.uniform(4.2, 5.2) * _PX
         root, tip = rng.uniform(-0.95, -0.45), rng.uniform(0.25, 0.8)
         if abs(offset) > 0.55:
             continue
@@ -285,13 +286,13 @@ def _gel_bubbles(image: Image, scene: Scene) -> tuple[Image, Mask]:
     x, y = grid(size)
     image, mask = image.copy(), np.zeros((size, size), dtype=bool)
     for k in range(count):
-        radius = np.clip(scale * rng.uniform(6.5, 11.0), 6.0, 12.0) * _PX
+        radius = min(max(scale * rng.uniform(6.5, 11.0), 6.0), 12.0) * _PX
         angle, fraction = first + 2 * np.pi * (k + rng.uniform(-0.25, 0.25)) / count, rng.uniform(0.25, 0.9)
         cx, cy = _beside(anatomy, angle, fraction, radius + 3 * _PX)
         rows, columns = _window(cy, radius + stroke, size), _window(cx, radius + stroke, size)
         dx, dy = x[rows, columns] - cx, y[rows, columns] - cy
         r = np.hypot(dx, dy)
-        lit = -(dx + dy) / (np.sqrt(2.0) * radius)  # 1 towards the light, -1 away from it
+        lit = -(dx + dy) / (math.sqrt(2.0) * radius)  # 1 towards the light, -1 away from it
         ring = coverage(np.abs(r - radius) - stroke / 2, edge)
         shade = coverage(np.abs(r - radius + 0.9 * stroke) - stroke / 2, 1.5 * edge)
         body = coverage(r - radius, edge)
@@ -320,10 +321,10 @@ def _ruler(image: Image, scene: Scene) -> tuple[Image, Mask]:
     x, y = grid(size)
     along, depth = (y, x) if side in ("left", "right") else (x, y)
     depth = depth if side in ("left", "top") else 1.0 - depth
-    depth = depth + np.float32(tilt) * (along - np.float32(0.5)) - np.float32(6 * _PX)
+    depth = depth + tilt * (along - 0.5) - 6 * _PX
     tick = np.round(along / spacing - phase)
     gap = np.abs(along - (tick + phase) * spacing)
-    length = np.where(tick % 5 == 0, 17.0, 10.0) * _PX
+    length = np.where(tick % 5 == 0, np.float32(17 * _PX), np.float32(10 * _PX))
     distance = np.maximum(gap - 1.7 * _PX, np.abs(depth - length / 2) - length / 2)
     if baseline:
         distance = np.minimum(distance, np.abs(depth) - 1.7 * _PX)
