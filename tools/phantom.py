@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
     """Write the data set and its contact sheet."""
     sheet = contact_sheet(args.domain, args.seed, min(args.n, SHEET_ROWS), args.size, tied=not args.free)
     if args.sheet:
+        if args.out.exists() and not args.out.is_dir():
+            raise ValueError(f"out: {args.out} is a file, expected a folder")
         args.out.mkdir(parents=True, exist_ok=True)
     else:
         WRITERS[args.domain](

@@ -312,6 +312,7 @@ def _published(out: Path) -> Iterator[Path]:
     """A folder under a temporary name, renamed to `out` when all is written and removed when anything fails."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: {out} exists and is not an empty folder; choose another or remove it")
+    out = out.resolve()
     partial_folder = out.with_name(out.name + ".partial")
     if partial_folder.exists():
         raise ValueError(f"out: {partial_folder} exists, left by a run that was killed or is still writing; remove it")
