@@ -1,0 +1,160 @@
+"""From a path to the three networks, filled.
+
+    identify -> lay over a base -> choose a set of weights -> infer the configuration -> explain every key -> fill
+
+The networks are built on the meta device, without memory, and take the checkpoint's tensors as their parameters: at
+most one tensor exists twice at a time.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ldm.checkpoint import settings
+from ldm.checkpoint.container import CheckpointError, LazyTensor, sha256
+from ldm.checkpoint.identification import Checkpoint, WeightSet, identify
+from ldm.checkpoint.layouts import PARTS
+from ldm.checkpoint.report import KeyReport, explain, require_fit
+from ldm.checkpoint.settings import PartConfig
+from ldm.clip import CLIPTextEncoder
+from ldm.config import CLIPConfig, Config, UNetConfig, VAEConfig
+from ldm.unet import UNet
+from ldm.vae import AutoencoderKL
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A checkpoint with its configuration and report; no weight is read yet.
+
+    configs, networks: for each of "clip", "vae", "unet" that is there. The networks are on the meta device.
+    """
+
+    checkpoint: Checkpoint
+    configs: dict[str, PartConfig]
+    networks: dict[str, nn.Module]
+    report: KeyReport
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The three networks in evaluation mode, and where they come from.
+
+    mapped: whether parameters are views of the mapped files rather than copies: nothing is read before it is used, and
+    writing into a parameter copies the page, never changes the file.
+    """
+
+    config: Config
+    clip: CLIPTextEncoder
+    vae: AutoencoderKL
+    unet: UNet
+    report: KeyReport
+    description: str
+    files: tuple[Path, ...]
+    mapped: bool
+
+    def sha256s(self) -> dict[str, str]:
+        """File name -> SHA-256 of each file read. Reads them whole: seconds for a full-size model."""
+        return {str(path): sha256(path) for path in self.files}
+
+
+class _LeaveUninitialised(TorchFunctionMode):
+    """No random numbers for tensors that have no memory: on the meta device `nn.init.normal_` costs two seconds of imports."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
+
+
+def build(config: PartConfig) -> nn.Module:
+    """The network of a configuration, on the meta device: shapes and no memory."""
+    with torch.device("meta"), _LeaveUninitialised():
+        if isinstance(config, CLIPConfig):
+            return CLIPTextEncoder(config)
+        if isinstance(config, VAEConfig):
+            return AutoencoderKL(config)
+        return UNet(config)
+
+
+def examine(checkpoint: Checkpoint) -> Examined:
+    """Infer the configuration of each network there and explain every key; reads headers only."""
+    configs, networks, expected = {}, {}, {}
+    for part in PARTS:
+        if part not in checkpoint.parts:
+            continue
+        shapes = {name: tensor.shape for name, tensor in checkpoint.parts[part].items()}
+        try:
+            configs[part] = settings.infer_config(part, shapes, checkpoint.hidden.get(part))
+        except CheckpointError as error:
+            raise CheckpointError(f"{checkpoint.path}: {error}") from error
+        networks[part] = build(configs[part])
+        expected[part] = {name: tuple(tensor.shape) for name, tensor in networks[part].state_dict().items()}
+    return Examined(checkpoint, configs, networks, explain(checkpoint, expected))
+
+
+def load_parts(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    ema: WeightSet | None = None,
+    base: str | Path | None = None,
+) -> Loaded:
+    """Read a model: any of the layouts, its configuration told from its tensors.
+
+    Args:    path: SD1.5 single file, diffusers folder, a file of ours; or one network of these, with `base`.
+             dtype: what the weights are converted to, tensor by tensor; None keeps each as it is stored.
+             ema: which U-Net weights, where the file has both: "ema" or "plain".
+             base: a whole model, from which the networks come that `path` lacks.
+    Returns: the networks, their configuration and the report. On the CPU and in the stored dtype, parameters are views
+             of the mapped file (`mapped`); otherwise copies. Peak memory: the weights and one tensor.
+    Raises:  CheckpointError: when the path is not such a model, or any key is missing, unexpected or of wrong shape.
+    """
+    checkpoint = identify(path)
+    if base is not None:
+        checkpoint = checkpoint.over(identify(base))
+    checkpoint.require_complete()
+    checkpoint = checkpoint.choose(ema)
+    examined = examine(checkpoint)
+    require_fit(checkpoint, examined.report)
+    config = _whole(examined.configs, checkpoint)
+
+    mapped = torch.device(device).type == "cpu"
+    for part, network in examined.networks.items():
+        tensors = {name: tensor.cast(dtype) for name, tensor in checkpoint.parts[part].items()}
+        mapped = mapped and all(tensors[name].dtype == checkpoint.parts[part][name].dtype for name in tensors)
+        fill(network, tensors, device)
+    clip, vae, unet = (examined.networks[part] for part in PARTS)
+    assert isinstance(clip, CLIPTextEncoder)
+    assert isinstance(vae, AutoencoderKL)
+    assert isinstance(unet, UNet)
+    files = tuple(file.path for file in checkpoint.files)
+    return Loaded(config, clip, vae, unet, examined.report, checkpoint.describe(), files, mapped)
+
+
+def fill(network: nn.Module, tensors: Mapping[str, LazyTensor], device: torch.device | str) -> None:
+    """Make the tensors the parameters of a network that was built on the meta device, and set it to evaluation."""
+    copy = torch.device(device).type != "cpu"  # pages of a mapped file would stay in memory after the transfer
+    state = {name: tensors[name].fetch(copy).to(device) for name in network.state_dict()}
+    network.load_state_dict(state, assign=True)
+    network.eval()
+
+
+def _whole(configs: dict[str, PartConfig], checkpoint: Checkpoint) -> Config:
+    clip, vae, unet = (configs[part] for part in PARTS)
+    assert isinstance(clip, CLIPConfig)
+    assert isinstance(vae, VAEConfig)
+    assert isinstance(unet, UNetConfig)
+    if unet.context_width != clip.width or unet.latent_channels != vae.latent_channels:
+        raise CheckpointError(
+            f"{checkpoint.path}: its networks do not go together: the text encoder gives contexts of width "
+            f"{clip.width}, the U-Net takes {unet.context_width}; the autoencoder gives {vae.latent_channels} latent "
+            f"channels, the U-Net takes {unet.latent_channels}"
+        )
+    return Config(clip, vae, unet)

@@ -1,0 +1,260 @@
+"""From networks, or from another file, to a file or folder that other programs read too.
+
+A conversion there and back gives the same bytes. Three things make it so: tensors that the folder layout has no place
+for go into a file of their own; a header that this writer would not have written itself (another order of tensors,
+other metadata, as in the published single file) travels along as text; dtypes change only when asked to.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ldm.checkpoint import layouts, settings
+from ldm.checkpoint.container import CheckpointError, Header, LazyTensor, write_tensors
+from ldm.checkpoint.identification import (
+    CONFIG_KEY,
+    EXTRAS_FILE,
+    HEADER_KEY,
+    NON_EMA_FILE,
+    VAE_NAMES_KEY,
+    WEIGHT_FILES,
+    WeightSet,
+    identify,
+)
+from ldm.checkpoint.layouts import FOLDERS, PARTS
+from ldm.checkpoint.loading import examine
+from ldm.checkpoint.report import require_fit
+from ldm.checkpoint.settings import PartConfig
+
+Tensors = Mapping[str, LazyTensor]
+VaeNames = Literal["new", "old"]
+PLAIN_METADATA = {"format": "pt"}  # what every published file has: the tensors come from PyTorch
+
+
+@dataclass(frozen=True)
+class Content:
+    """What is written, whatever the layout.
+
+    parts: "clip", "vae", "unet", "unet_ema", or some of them -> our names -> tensors.  extras: a single file's other
+    tensors.  headers: "single" or a part -> the header that its file had, for files that were there before.
+    metadata: the user's own, text -> text.  always_tell_config: also where it shows in the shapes.
+    """
+
+    parts: Mapping[str, Tensors]
+    configs: Mapping[str, PartConfig]
+    extras: tuple[LazyTensor, ...] = ()
+    headers: Mapping[str, Header] = field(default_factory=dict)
+    vae_names: VaeNames = "new"
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    always_tell_config: bool = False
+
+
+def save(
+    path: str | Path,
+    parts: Mapping[str, nn.Module],
+    *,
+    layout: Literal["single", "folder"] = "single",
+    dtype: torch.dtype | None = None,
+    vae_names: VaeNames = "new",
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Write networks as a checkpoint that `load_parts` and other programs read.
+
+    Args:    path: the file, or the folder.  parts: "clip", "vae", "unet", or some of them -> network; "unet_ema" too,
+             when "unet" is the plain one of two sets.
+             dtype: what floating-point weights are stored in; None keeps each as it is.
+             vae_names: "old" for programs that read folders as they were before diffusers 0.18.
+             metadata: text -> text, put into each file's header.  overwrite: replace what is there.
+    Returns: the files written, each under a temporary name first.
+    Raises:  CheckpointError: when the path is taken, or a part is none of the four.
+    """
+    if unknown := set(parts) - {*PARTS, "unet_ema"}:
+        raise CheckpointError(f"parts: {sorted(unknown)}, expected some of {[*PARTS, 'unet_ema']}")
+    tensors = {
+        part: {name: LazyTensor.of(name, tensor).cast(dtype) for name, tensor in network.state_dict().items()}
+        for part, network in parts.items()
+    }
+    configs: dict[str, Any] = {part: network.config for part, network in parts.items() if part in PARTS}
+    content = Content(tensors, configs, vae_names=vae_names, metadata=metadata or {}, always_tell_config=True)
+    return _write(Path(path), content, layout, overwrite)
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    layout: Literal["single", "folder"],
+    dtype: torch.dtype | None = None,
+    vae_names: VaeNames | None = None,
+    ema: WeightSet | None = None,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Write a checkpoint in another layout or dtype, one tensor at a time.
+
+    Args:    dtype: for weights; None keeps each as it is. Schedule buffers are never converted.
+             vae_names: None keeps what the source has, or had before it became a single file.
+             ema: keep one set of U-Net weights where there are two; None keeps both.
+    Returns: the files written. Without dtype, vae_names and ema, converting back gives the same bytes; of a folder the
+             weights only, not its tokenizer, scheduler or safety checker.
+    Raises:  CheckpointError: as `load_parts`, or when the target is taken.
+    """
+    checkpoint = identify(source)
+    extras = checkpoint.extras  # before a choice: the set that is not chosen becomes one
+    if ema is not None:
+        checkpoint = checkpoint.choose(ema)
+    examined = examine(checkpoint)
+    require_fit(checkpoint, examined.report)
+    content = Content(
+        parts={
+            part: {name: tensor.cast(dtype) for name, tensor in tensors.items()}
+            for part, tensors in checkpoint.parts.items()
+        },
+        configs=examined.configs,
+        extras=extras,
+        headers=checkpoint.headers,
+        vae_names=vae_names or checkpoint.vae_names,
+    )
+    return _write(Path(target), content, layout, overwrite)
+
+
+def _write(path: Path, content: Content, layout: str, overwrite: bool) -> list[Path]:
+    if layout not in ("single", "folder"):
+        raise CheckpointError(f"layout: {layout!r}, expected 'single' or 'folder'")
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"{path}: exists already; choose another path, or overwrite it (overwrite=True, --force)")
+    if path.exists() and path.is_dir() != (layout == "folder"):
+        kind = "a folder" if path.is_dir() else "a file"
+        raise CheckpointError(f"{path}: is {kind}, which a {layout} layout cannot replace; choose another path")
+    return _write_folder(path, content) if layout == "folder" else _write_single(path, content)
+
+
+# --- the single file -------------------------------------------------------------------------------------------------
+
+
+def _single_tensors(content: Content) -> dict[str, LazyTensor]:
+    """All tensors under their names in the single file."""
+    tensors = {tensor.key: tensor for tensor in content.extras}
+    for part, named in content.parts.items():
+        network = part.removesuffix("_ema")
+        depth = layouts.depth_of(content.configs[network])
+        singles = layouts.to_single(network, named, depth)
+        for name, tensor in named.items():
+            if layouts.is_vae_attention_weight(name):
+                tensor = tensor.reshaped((*tensor.shape, 1, 1))
+            tensors[layouts.ema_key(singles[name]) if part == "unet_ema" else singles[name]] = tensor
+    return tensors
+
+
+def _single_metadata(content: Content) -> dict[str, str]:
+    """The metadata of a single file, from which a folder can be written again as it was."""
+    metadata = {**PLAIN_METADATA, **content.metadata}
+    if any(_tells_config(content, part) for part in content.configs):
+        metadata[CONFIG_KEY] = settings.config_to_metadata(content.configs)
+    if content.vae_names == "old":
+        metadata[VAE_NAMES_KEY] = "old"
+    for part in content.parts:
+        header, tensors = content.headers.get(part), _part_tensors(content, part)
+        if header and _must_carry(header, tensors, _part_metadata(content, part)):
+            metadata[HEADER_KEY + part] = header.text.decode()
+    return metadata
+
+
+def _tells_config(content: Content, part: str) -> bool:
+    """Whether a file must say a network's configuration, since a reader would infer another one from the shapes."""
+    if content.always_tell_config:
+        return True
+    shapes = {name: tensor.shape for name, tensor in content.parts[part].items()}
+    try:
+        return settings.infer_config(part, shapes) != content.configs[part]
+    except CheckpointError:
+        return True
+
+
+def _must_carry(header: Header, tensors: Tensors, metadata: Mapping[str, str]) -> bool:
+    """Whether these tensors' former header is still right, and not the one that would be written anyway."""
+    return header.describes(tensors) and header.text != Header.build(tensors, metadata).text
+
+
+def _write_single(path: Path, content: Content) -> list[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = content.headers.get("single")
+    metadata = _single_metadata(content)
+    former = _users_metadata(header)
+    write_tensors(path, _single_tensors(content), {**former, **metadata}, header)
+    return [path]
+
+
+def _users_metadata(header: Header | None) -> dict[str, str]:
+    """What stays of a former header's metadata when its tensors change; what we put there is put there anew."""
+    metadata = header.metadata if header else {}
+    return {key: value for key, value in metadata.items() if not key.startswith("ldm.")}
+
+
+# --- the folder ------------------------------------------------------------------------------------------------------
+
+
+def _part_tensors(content: Content, part: str) -> dict[str, LazyTensor]:
+    """One network's tensors under their names in the folder."""
+    if part != "vae" or content.vae_names == "new":
+        return dict(content.parts[part])
+    to_old = {new: old for old, new in layouts.OLD_VAE_NAMES}
+    return {layouts.rename(name, to_old) or name: tensor for name, tensor in content.parts[part].items()}
+
+
+def _part_metadata(content: Content, part: str) -> dict[str, str]:
+    metadata = {**PLAIN_METADATA, **content.metadata}
+    if part in PARTS and _tells_config(content, part):
+        metadata[CONFIG_KEY] = settings.config_to_metadata({part: content.configs[part]})
+    return metadata
+
+
+def _part_path(folder: Path, part: str, both_sets: bool) -> Path:
+    """Where one network's weights go. Of two sets the moving average has the plain name, as on the hub."""
+    if part == "unet" and both_sets:
+        return folder / "unet" / NON_EMA_FILE
+    network = part.removesuffix("_ema")
+    return folder / FOLDERS[network] / WEIGHT_FILES[network]
+
+
+def _write_folder(folder: Path, content: Content) -> list[Path]:
+    both_sets = "unet_ema" in content.parts
+    written = []
+    for part in content.parts:
+        path = _part_path(folder, part, both_sets)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        header = content.headers.get(part)
+        metadata = {**_users_metadata(header), **_part_metadata(content, part)}
+        write_tensors(path, _part_tensors(content, part), metadata, header)
+        written.append(path)
+    for network, config in content.configs.items():
+        path = folder / FOLDERS[network] / "config.json"
+        path.write_text(settings.config_to_json(config))
+        written.append(path)
+
+    extras = {tensor.key: tensor for tensor in content.extras}
+    header, carried = content.headers.get("single"), {}
+    if header and _must_carry(header, _single_tensors(content), _single_metadata(content)):
+        carried = {HEADER_KEY + "single": header.text.decode()}
+    if extras or carried:
+        write_tensors(folder / EXTRAS_FILE, extras, {**PLAIN_METADATA, **carried})
+        written.append(folder / EXTRAS_FILE)
+    _remove_older_weights(folder, content, written)
+    return written
+
+
+def _remove_older_weights(folder: Path, content: Content, written: list[Path]) -> None:
+    """Remove weights of these networks that an overwritten folder had under other names: a reader would mix them in."""
+    older = [folder / EXTRAS_FILE]
+    for network in content.configs:
+        path = folder / FOLDERS[network] / WEIGHT_FILES[network]
+        older += [path, path.with_suffix(".fp16.safetensors")]
+    if "unet" in content.configs:
+        older += [folder / "unet" / NON_EMA_FILE, folder / "unet_ema" / WEIGHT_FILES["unet"]]
+    for path in older:
+        if path not in written:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,184 @@
+"""From tensors to a configuration, and to the config.json that other programs read beside a folder's weights.
+
+Widths and depths show in the tensors' shapes. Numbers of heads, groups of the norms and epsilons do not: they are
+SD1.5's unless the checkpoint carries them, as metadata (our own files) or in config.json (folders).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ldm.checkpoint.container import CheckpointError
+from ldm.config import SD15, CLIPConfig, UNetConfig, VAEConfig
+
+PartConfig = CLIPConfig | VAEConfig | UNetConfig
+Shapes = Mapping[str, tuple[int, ...]]  # our names -> shapes
+
+# The fields that no shape shows -> their names in config.json; None for those that it does not have.
+# `attention_head_dim` is the number of heads in SD1.5's files, whatever its name says (diffusers issue 2011).
+HIDDEN_FIELDS: dict[str, dict[str, str | None]] = {
+    "clip": {"heads": "num_attention_heads", "norm_eps": "layer_norm_eps"},
+    "vae": {"norm_groups": "norm_num_groups", "scaling_factor": "scaling_factor", "norm_eps": None},
+    "unet": {
+        "heads": "attention_head_dim",
+        "norm_groups": "norm_num_groups",
+        "resnet_norm_eps": "norm_eps",
+        "transformer_norm_eps": None,
+        "layer_norm_eps": None,
+    },
+}
+
+
+def infer_config(part: str, shapes: Shapes, hidden: Mapping[str, Any] | None = None) -> PartConfig:
+    """The configuration of one network.
+
+    Args:    part: "clip", "vae" or "unet".  shapes: our names -> shapes; where a telling tensor is missing, SD1.5's
+             number is taken, so that the report can say what is missing.
+             hidden: what shapes do not show, such as {"heads": 4}; other fields in it are ignored.
+    Raises:  CheckpointError: when the numbers do not go together.
+    """
+    hidden = {name: value for name, value in (hidden or {}).items() if name in HIDDEN_FIELDS[part]}
+    try:
+        if part == "clip":
+            return _infer_clip(shapes, hidden)
+        if part == "vae":
+            return _infer_vae(shapes, hidden)
+        return _infer_unet(shapes, hidden)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{part}: no configuration fits the shapes ({error}); numbers of heads and groups do not show in them, "
+            "and are SD1.5's where the file does not tell"
+        ) from error
+
+
+def _infer_clip(shapes: Shapes, hidden: Mapping[str, Any]) -> CLIPConfig:
+    vocabulary, width = shapes.get("text_model.embeddings.token_embedding.weight", (49408, 768))
+    tokens, _ = shapes.get("text_model.embeddings.position_embedding.weight", (77, width))
+    mlp_width, _ = shapes.get("text_model.encoder.layers.0.mlp.fc1.weight", (4 * width, width))
+    layers = _count(shapes, "text_model.encoder.layers.{}.") or SD15.clip.layers
+    config = CLIPConfig(vocabulary, tokens, width, layers, heads=max(1, width // 64), mlp_width=mlp_width)
+    return replace(config, **hidden)
+
+
+def _infer_vae(shapes: Shapes, hidden: Mapping[str, Any]) -> VAEConfig:
+    widths = _widths(shapes, "encoder.down_blocks.{}.") or SD15.vae.widths
+    latent_channels = shapes.get("decoder.conv_in.weight", (0, SD15.vae.latent_channels))[1]
+    image_channels = shapes.get("encoder.conv_in.weight", (0, SD15.vae.image_channels))[1]
+    resnets = _count(shapes, "encoder.down_blocks.0.resnets.{}.") or SD15.vae.resnets_per_level
+    return replace(VAEConfig(image_channels, latent_channels, widths, resnets), **hidden)
+
+
+def _infer_unet(shapes: Shapes, hidden: Mapping[str, Any]) -> UNetConfig:
+    widths = _widths(shapes, "down_blocks.{}.") or SD15.unet.widths
+    contexts = [shape[-1] for name, shape in shapes.items() if name.endswith(".attn2.to_k.weight")]
+    inferred = UNetConfig(
+        latent_channels=shapes.get("conv_in.weight", (0, SD15.unet.latent_channels))[1],
+        widths=widths,
+        resnets_per_level=_count(shapes, "down_blocks.0.resnets.{}.") or SD15.unet.resnets_per_level,
+        attention=tuple(_count(shapes, f"down_blocks.{i}.attentions.{{}}.") > 0 for i in range(len(widths))),
+        context_width=contexts[0] if contexts else SD15.unet.context_width,
+        **hidden,
+    )
+    return inferred
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    """How many of pattern.format(0), pattern.format(1), .. begin a name."""
+    count = 0
+    while any(name.startswith(pattern.format(count)) for name in shapes):
+        count += 1
+    return count
+
+
+def _widths(shapes: Shapes, level: str) -> tuple[int, ...]:
+    levels = range(_count(shapes, level))
+    return tuple(shapes.get(f"{level.format(i)}resnets.0.conv1.weight", (320,))[0] for i in levels)
+
+
+def hidden_from_json(path: Path, part: str) -> dict[str, Any]:
+    """What a folder's config.json tells beyond the shapes; empty when there is no such file.
+
+    Raises: CheckpointError when the file is no JSON, or tells of a network that is not SD1.5's.
+    """
+    if not path.exists():
+        return {}
+    try:
+        fields = json.loads(path.read_text())
+        hidden = {ours: fields[theirs] for ours, theirs in HIDDEN_FIELDS[part].items() if theirs in fields}
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a configuration ({error})") from error
+    if wrong := [f"{name} = {value!r}" for name, value in hidden.items() if not isinstance(value, int | float)]:
+        raise CheckpointError(f"{path}: {', '.join(wrong)}, expected one number as in SD1.5")
+    if part == "clip" and (activation := fields.get("hidden_act", "quick_gelu")) != "quick_gelu":
+        raise CheckpointError(f"{path}: hidden_act is {activation!r}, SD1.5's text encoder has 'quick_gelu'")
+    return hidden
+
+
+def hidden_from_metadata(metadata: Mapping[str, str], key: str) -> dict[str, dict[str, Any]]:
+    """What our own files tell: a JSON of {part: {field: value}} under `key` of the file's metadata."""
+    try:
+        fields = json.loads(metadata.get(key, "{}"))
+        return {part: dict(values) for part, values in fields.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"its metadata {key!r} is no configuration ({error})") from error
+
+
+def config_to_metadata(configs: Mapping[str, PartConfig]) -> str:
+    """The inverse of `hidden_from_metadata`."""
+    return json.dumps({part: asdict(config) for part, config in sorted(configs.items())}, separators=(",", ":"))
+
+
+def config_to_json(config: PartConfig) -> str:
+    """config.json for one network, in the words of diffusers and transformers."""
+    if isinstance(config, CLIPConfig):
+        fields: dict[str, Any] = {
+            "architectures": ["CLIPTextModel"],
+            "model_type": "clip_text_model",
+            "hidden_act": "quick_gelu",
+            "hidden_size": config.width,
+            "intermediate_size": config.mlp_width,
+            "layer_norm_eps": config.norm_eps,
+            "max_position_embeddings": config.tokens,
+            "num_attention_heads": config.heads,
+            "num_hidden_layers": config.layers,
+            "projection_dim": config.width,
+            "vocab_size": config.vocabulary,
+        }
+    elif isinstance(config, VAEConfig):
+        levels = len(config.widths)
+        fields = {
+            "_class_name": "AutoencoderKL",
+            "act_fn": "silu",
+            "block_out_channels": config.widths,
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "in_channels": config.image_channels,
+            "latent_channels": config.latent_channels,
+            "layers_per_block": config.resnets_per_level,
+            "norm_num_groups": config.norm_groups,
+            "out_channels": config.image_channels,
+            "scaling_factor": config.scaling_factor,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+        }
+    else:
+        fields = {
+            "_class_name": "UNet2DConditionModel",
+            "act_fn": "silu",
+            "attention_head_dim": config.heads,
+            "block_out_channels": config.widths,
+            "center_input_sample": False,
+            "cross_attention_dim": config.context_width,
+            "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention],
+            "downsample_padding": 1,
+            "flip_sin_to_cos": True,
+            "freq_shift": 0,
+            "in_channels": config.latent_channels,
+            "layers_per_block": config.resnets_per_level,
+            "mid_block_scale_factor": 1,
+            "norm_eps": config.resnet_norm_eps,
+            "norm_num_groups": config.norm_groups,
+            "out_channels": config.latent_channels,
+            "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention)],
+        }
+    return json.dumps(fields, indent=2, sort_keys=True) + "\n"
