@@ -43,9 +43,9 @@ def guided(
              uncond: what guidance pushes away from: the empty prompt's (L, D) or (B or 1, L, D) context, or a
              negative prompt's own embedding schedule; needed unless g is 1.
              max_batch: most latents in one U-Net call (guidance doubles its rows); None: all of them.
-             It bounds memory. Results agree to the last bits of float32, not bit for bit, as matrix
-             products add up in another order for another size; `max_batch=1` makes every latent a call
-             of its own, and its result independent of whatever else is in the batch.
+             It bounds memory. Results then agree to the last bits of float32, not bit for bit, as a matrix
+             product of another size adds up in another order; `max_batch=1` gives every latent a call of
+             its own, and a result that does not depend on the rest of the batch.
     Returns: eps_fn(x_t, t, step), which also counts the U-Net rows it evaluated in `.rows`.
     Raises:  ValueError: uncond missing, or of another length, (L, D), dtype or device than the schedule's contexts.
     """

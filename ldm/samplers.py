@@ -91,7 +91,7 @@ def ddim(
     x_t = x_T
     for index in range(start, steps):
         a_t, a_prev = alphas[index], alphas[index + 1]
-        eps = eps_fn(x_t, ts[index], index)
+        eps = eps_fn(x_t, ts[index], index).to(x_t.dtype)
         if eps.shape != x_t.shape:
             raise ValueError(f"eps_fn: expected eps like x_t, {tuple(x_t.shape)}, got {tuple(eps.shape)}")
         x0_pred = (x_t - sqrt(1 - a_t) * eps) / sqrt(a_t)

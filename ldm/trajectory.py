@@ -122,9 +122,13 @@ def traverse_tree(
 ) -> TreeResult:
     """Denoise every branch of a prompt tree for every seed, sharing each step before a fork.
 
-    A branch is the ddim run under the swapped embedding schedule, step for step; how closely the two
-    agree in floating point is `guide`'s matter (see `max_batch` of `ldm.guidance.guided`): with
-    `max_batch=1` bit for bit, otherwise to the rounding of matrix products of another batch size.
+    A branch is the ddim run under the swapped embedding schedule, step for step. How closely the two
+    agree in floating point is up to `guide`, since a matrix product rounds a row by the size of the
+    batch that it is in, and even by its place there. With `max_batch` (see `ldm.guidance.guided`)
+    - None, or any number: to the last bits of float32, some 1e-7 after 10 steps at guidance 1;
+    - B: every branch makes the very calls that it would make alone, so bit for bit: a neutral -> neutral
+      swap is then the neutral path;
+    - 1: so does every seed, and no result depends on anything else in the batch.
 
         guide = partial(guided, sd.unet, guidance_scale=7.5, uncond=empty, max_batch=16)
         result = traverse_tree(guide, initial_noise(seeds, (4, 64, 64)), tree, sd.schedule)

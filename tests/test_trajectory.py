@@ -1,0 +1,318 @@
+"""The prompt tree: every branch is the run it stands for, shared steps are taken once, and runs resume."""
+
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from reference import TRAJECTORY_G1, TRAJECTORY_G75, golden
+from safetensors.torch import load_file, save_file
+from small_networks import ToyUNet, reference_run_inputs, small_unet, toy_context
+from torch import Tensor
+
+from ldm.conditioning import EmbeddingSchedule, constant, piecewise, swap
+from ldm.guidance import guided
+from ldm.samplers import Step, ddim, initial_noise, step_noise
+from ldm.schedule import Schedule
+from ldm.trajectory import Branch, load_latents, run_seeds, swaps, traverse_tree, unet_rows
+
+SCHEDULE = Schedule.sd15()
+SHAPE = (4, 8, 8)
+NEUTRAL, EFFUSION, DEVICES, EMPTY = (toy_context(value) for value in (0.1, 0.7, -0.5, 0.0))
+NINE = range(5, 50, 5)
+NESTED = Branch(
+    "neutral",
+    NEUTRAL,
+    children=(
+        Branch("effusion", EFFUSION, 2, children=(Branch("effusion+devices", DEVICES, 6), Branch("back", NEUTRAL, 6))),
+        Branch("devices", DEVICES, 6),
+        Branch("all along", DEVICES, 0),
+        Branch("too late", DEVICES, 10),
+    ),
+)
+# What each branch of NESTED stands for, as an embedding schedule of 10 steps.
+NESTED_ALONE = {
+    "neutral": constant(NEUTRAL, 10),
+    "effusion": swap(NEUTRAL, EFFUSION, 2, 10),
+    "effusion+devices": piecewise([NEUTRAL, EFFUSION, DEVICES], [2, 6], 10),
+    "back": piecewise([NEUTRAL, EFFUSION, NEUTRAL], [2, 6], 10),
+    "devices": swap(NEUTRAL, DEVICES, 6, 10),
+    "all along": constant(DEVICES, 10),
+    "too late": constant(NEUTRAL, 10),
+}
+
+
+def toy_guide(scale: float = 7.5, **options):
+    return partial(guided, ToyUNet(), guidance_scale=scale, uncond=EMPTY, **options)
+
+
+def alone(guide, schedule: EmbeddingSchedule, x_T: Tensor, **options) -> list[Step]:
+    with torch.no_grad():
+        return list(ddim(guide(schedule), x_T, SCHEDULE, len(schedule), **options))
+
+
+# ---- a tree is its branches ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.8])
+@pytest.mark.parametrize("max_batch", [None, 1, 5])
+def test_every_branch_is_the_run_it_stands_for(max_batch, eta):
+    x_T, noise = initial_noise([0, 1, 2], SHAPE), step_noise([0, 1, 2], SHAPE)
+    result = traverse_tree(
+        toy_guide(max_batch=max_batch), x_T, NESTED, SCHEDULE, 10, eta=eta, noise=noise, keep=("x_t", "x0_pred", "eps")
+    )
+    assert list(result.latents) == list(NESTED_ALONE)
+    for name, schedule in NESTED_ALONE.items():
+        run = alone(toy_guide(), schedule, x_T, eta=eta, noise=noise)
+        assert torch.equal(result.latents[name], run[-1].x_prev), name
+        for quantity in ("x_t", "x0_pred", "eps"):
+            assert torch.equal(result.path(name, quantity), torch.stack([getattr(step, quantity) for step in run]))
+
+
+def test_neutral_to_neutral_is_the_neutral_path_bit_for_bit():
+    tree = swaps(NEUTRAL, {"neutral again": NEUTRAL.clone()}, NINE)
+    result = traverse_tree(toy_guide(), initial_noise([0, 1], SHAPE), tree, SCHEDULE)
+    for latents in result.latents.values():
+        assert torch.equal(latents, result.latents["neutral"])
+
+
+def test_contexts_may_differ_from_seed_to_seed():
+    x_T, neutrals = initial_noise([0, 1], SHAPE), torch.cat([NEUTRAL, DEVICES])
+    tree = Branch("neutral", neutrals, children=(Branch("effusion", EFFUSION, 3),))
+    result = traverse_tree(toy_guide(), x_T, tree, SCHEDULE, 10)
+    for row, neutral in enumerate([NEUTRAL, DEVICES]):
+        expected = alone(toy_guide(), swap(neutral, EFFUSION, 3, 10), x_T[row : row + 1])[-1].x_prev
+        assert torch.equal(result.latents["effusion"][row : row + 1], expected)
+
+
+def test_swaps_names_every_style_and_step():
+    tree = swaps(NEUTRAL, {"effusion": EFFUSION, "devices": DEVICES}, (5, 20), steps=50)
+    assert [(child.name, child.at) for child in tree.children] == [
+        ("effusion/s05", 5),
+        ("effusion/s20", 20),
+        ("devices/s05", 5),
+        ("devices/s20", 20),
+    ]
+    authors = swaps(NEUTRAL, {"effusion": EFFUSION}, (5,), indexing="authors")
+    assert [(child.name, child.at) for child in authors.children] == [("effusion/s05", 6)]
+    with pytest.raises(ValueError, match=r"at: .*0\.\.50 steps, got 51"):
+        swaps(NEUTRAL, {"effusion": EFFUSION}, (51,))
+
+
+# ---- what it costs ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("styles", "shared", "separate"), [(1, 275, 500), (2, 500, 950)])
+def test_nine_swaps_cost_275_rows_a_seed_instead_of_500(styles, shared, separate):
+    tree = swaps(NEUTRAL, {f"style {k}": EFFUSION for k in range(styles)}, NINE)
+    unet, done = ToyUNet(), []
+    guide = partial(guided, unet, guidance_scale=7.5, uncond=EMPTY)
+    result = traverse_tree(guide, initial_noise([0, 1, 2], SHAPE), tree, SCHEDULE, progress=done.append)
+    assert unet_rows(tree, 50) == shared
+    assert (result.unet_rows, result.unet_rows_separate) == (3 * shared, 3 * separate)
+    assert sum(done) == 3 * shared
+    # The network saw just those, with the unconditional half that guidance adds, in one call a step.
+    assert sum(rows for rows, *_ in unet.calls) == 2 * 3 * shared
+    assert len(unet.calls) == 50
+
+
+def test_only_what_is_asked_for_is_kept():
+    result = traverse_tree(toy_guide(), initial_noise([0], SHAPE), NESTED, SCHEDULE, 10, keep=("x_prev",))
+    own_steps = {name: len(tensor) for name, tensor in result.kept["x_prev"].items()}
+    assert own_steps["neutral"] == 10
+    assert own_steps["effusion+devices"] == 4
+    assert own_steps["too late"] == 0
+    assert sum(own_steps.values()) == result.unet_rows
+    assert result.path("effusion+devices", "x_prev").shape == (10, 1, *SHAPE)
+    assert torch.equal(result.path("devices", "x_prev")[-1], result.latents["devices"])
+    with pytest.raises(ValueError, match=r"quantity: .*\['x_prev'\], got 'eps'"):
+        result.path("neutral", "eps")
+    with pytest.raises(ValueError, match=r"name: expected one of .* got 'nowhere'"):
+        result.path("nowhere", "x_prev")
+
+
+# ---- errors come before the first evaluation ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("children", "message"),
+    [
+        ((Branch("a", EFFUSION, 1), Branch("a", DEVICES, 2)), "tree: expected unique names, got 'a' twice"),
+        ((Branch("a", EFFUSION, 11),), r"branch 'a': expected to fork at step 0\.\.10, got 11"),
+        ((Branch("a", EFFUSION, 4, (Branch("b", DEVICES, 3),)),), r"branch 'b': .*step 4\.\.10, got 3"),
+        ((Branch("a", EFFUSION[0], 1),), r"branch 'a': expected a context of \(1 or 2, L, D\), got \(3, 8\)"),
+        ((Branch("a", EFFUSION.repeat(3, 1, 1), 1),), r"branch 'a': .*got \(3, 3, 8\)"),
+        ((Branch("a", EFFUSION[:, :2], 1),), r"branch 'a': expected a context like the root's"),
+        ((Branch("a", EFFUSION.double(), 1),), r"branch 'a': expected a context like the root's"),
+    ],
+)
+def test_a_tree_that_cannot_run_is_refused(children, message):
+    unet = ToyUNet()
+    with pytest.raises(ValueError, match=message):
+        traverse_tree(
+            partial(guided, unet, guidance_scale=1),
+            initial_noise([0, 1], SHAPE),
+            Branch("neutral", NEUTRAL, children=children),
+            SCHEDULE,
+            10,
+        )
+    assert unet.calls == []
+
+
+def test_other_arguments_are_named_too():
+    x_T = initial_noise([0], SHAPE)
+    with pytest.raises(ValueError, match="tree: expected the root 'neutral' at step 0, got 3"):
+        traverse_tree(toy_guide(), x_T, Branch("neutral", NEUTRAL, 3), SCHEDULE, 10)
+    with pytest.raises(ValueError, match=r"keep: expected some of .* got \['x0'\]"):
+        traverse_tree(toy_guide(), x_T, NESTED, SCHEDULE, 10, keep=("x0",))
+    with pytest.raises(ValueError, match="noise: expected a callable"):
+        traverse_tree(toy_guide(), x_T, NESTED, SCHEDULE, 10, eta=1.0)
+
+
+# ---- a real network --------------------------------------------------------------------------------
+
+
+def small_guide(scale: float, **options):
+    return partial(guided, small_unet(), guidance_scale=scale, uncond=reference_run_inputs()[2], **options)
+
+
+@pytest.mark.parametrize(("scale", "tolerance"), [(1.0, TRAJECTORY_G1), (7.5, TRAJECTORY_G75)])
+def test_a_branch_that_swaps_twice_is_compvis(scale, tolerance):
+    x_T, (first, second, third), _ = reference_run_inputs()
+    twice = Branch("one swap", second, 17, children=(Branch("two swaps", third, 34),))
+    result = traverse_tree(
+        small_guide(scale), x_T, Branch("none", first, children=(twice,)), SCHEDULE, keep=("x_prev",)
+    )
+    stored = golden(f"ddim50_swap_g{scale:g}")
+    assert stored.error("x", result.path("two swaps", "x_prev").squeeze(1)) < tolerance
+    assert golden(f"ddim_variants_g{scale:g}").error("noswap50.final", result.latents["none"]) < tolerance
+
+
+def small_tree() -> Branch:
+    _, (first, second, third), _ = reference_run_inputs()
+    deep = Branch("deep", second, 1, children=(Branch("deeper", third, 4),))
+    return Branch("neutral", first, children=(deep, Branch("same", first.clone(), 2)))
+
+
+SMALL_ALONE = {"neutral": [0], "deep": [0, 1], "deeper": [0, 1, 2]}  # which prompts, in turn
+
+
+def small_alone(name: str, x_T: Tensor, max_batch: int | None = None) -> Tensor:
+    prompts = reference_run_inputs()[1]
+    contexts = piecewise([prompts[k] for k in SMALL_ALONE[name]], [1, 4][: len(SMALL_ALONE[name]) - 1], 6)
+    return alone(small_guide(7.5, max_batch=max_batch), contexts, x_T)[-1].x_prev
+
+
+def test_one_latent_a_call_makes_results_independent_of_everything_else_in_the_batch():
+    x_T = initial_noise([0, 1], (4, 16, 16))
+    latents = traverse_tree(small_guide(7.5, max_batch=1), x_T, small_tree(), SCHEDULE, 6).latents
+    assert torch.equal(latents["same"], latents["neutral"])
+    for name in SMALL_ALONE:
+        for seed in (0, 1):
+            assert torch.equal(latents[name][seed : seed + 1], small_alone(name, x_T[seed : seed + 1]))
+
+
+def test_one_branch_a_call_makes_a_branch_the_run_alone_bit_for_bit():
+    x_T = initial_noise([0, 1], (4, 16, 16))
+    latents = traverse_tree(small_guide(7.5, max_batch=len(x_T)), x_T, small_tree(), SCHEDULE, 6).latents
+    assert torch.equal(latents["same"], latents["neutral"])
+    for name in SMALL_ALONE:
+        assert torch.equal(latents[name], small_alone(name, x_T))
+
+
+@pytest.mark.parametrize("max_batch", [None, 3])
+def test_any_other_batching_agrees_to_the_roundings_of_one_forward_pass_a_step(max_batch):
+    # A matrix product of another size adds in another order: 2e-6 a forward pass of this network, which a run at
+    # guidance 7.5 carries along. The tolerance is the one that independent implementations are held to.
+    x_T = initial_noise([0, 1], (4, 16, 16))
+    latents = traverse_tree(small_guide(7.5, max_batch=max_batch), x_T, small_tree(), SCHEDULE, 6).latents
+    for name in [*SMALL_ALONE, "same"]:
+        expected = small_alone(name.replace("same", "neutral"), x_T, max_batch=1)
+        assert (latents[name] - expected).norm() / expected.norm() < TRAJECTORY_G75
+
+
+# ---- many seeds, one file ----------------------------------------------------------------------------
+
+SETTINGS = {"guidance_scale": 7.5, "steps": 10, "swap_steps": (2, 6)}
+
+
+class Counting:
+    """A traversal that remembers which seeds it was asked for, and can be cut off."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.groups: list[list[int]] = []
+        self.fail_at = fail_at
+
+    def __call__(self, seeds: list[int]) -> dict[str, Tensor]:
+        if self.fail_at in seeds:
+            raise KeyboardInterrupt
+        self.groups.append(seeds)
+        tree = swaps(NEUTRAL, {"effusion": EFFUSION}, (2, 6), steps=10)
+        return traverse_tree(toy_guide(), initial_noise(seeds, SHAPE), tree, SCHEDULE, 10).latents
+
+
+def test_what_is_written_is_what_was_computed(tmp_path: Path):
+    path = run_seeds(Counting(), [0, 3, 12], tmp_path, SETTINGS, at_once=2)
+    assert path == tmp_path / "latents.safetensors"
+    assert sorted(path.parent.iterdir()) == [path]  # nothing unfinished is left behind
+    stored = load_file(path)
+    assert len(stored) == 9
+    assert stored["seed0003/effusion/s02"].shape == SHAPE
+    saved = load_latents(path)
+    assert saved.seeds == [0, 3, 12]
+    assert saved.settings == {"guidance_scale": 7.5, "steps": 10, "swap_steps": [2, 6]}
+    for name, latents in Counting()([0, 3, 12]).items():
+        assert torch.equal(saved.latents[name], latents)
+
+
+def test_an_interrupted_run_resumes_and_ends_in_the_same_file(tmp_path: Path):
+    whole = run_seeds(Counting(), range(5), tmp_path / "whole", SETTINGS)
+    with pytest.raises(KeyboardInterrupt):
+        run_seeds(Counting(fail_at=3), range(5), tmp_path / "cut", SETTINGS, at_once=2)
+    assert not (tmp_path / "cut" / "latents.safetensors").exists()
+    rest = Counting()
+    resumed = run_seeds(rest, range(5), tmp_path / "cut", SETTINGS, at_once=2)
+    assert rest.groups == [[2, 3], [4]]
+    assert resumed.read_bytes() == whole.read_bytes()
+
+
+def test_a_finished_run_can_grow(tmp_path: Path):
+    run_seeds(Counting(), [0, 1], tmp_path, SETTINGS)
+    more = Counting()
+    path = run_seeds(more, [1, 2, 2], tmp_path, SETTINGS)
+    assert more.groups == [[2]]
+    assert load_latents(path).seeds == [0, 1, 2]
+    nothing = Counting()
+    assert run_seeds(nothing, [0, 2], tmp_path, SETTINGS).read_bytes() == path.read_bytes()
+    assert nothing.groups == []
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_latents_of_other_settings_are_never_mixed_in(tmp_path: Path, finished: bool):
+    if finished:
+        run_seeds(Counting(), [0], tmp_path, SETTINGS)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            run_seeds(Counting(fail_at=1), [0, 1], tmp_path, SETTINGS)
+    other = SETTINGS | {"guidance_scale": 5.0, "eta": 0}
+    with pytest.raises(ValueError, match=r"eta was \(absent\), is 0, guidance_scale was 7.5, is 5.0"):
+        run_seeds(Counting(), [0, 1], tmp_path, other)
+
+
+def test_files_of_others_are_refused(tmp_path: Path):
+    save_file({"seed0000/neutral": torch.zeros(1)}, tmp_path / "latents.safetensors")
+    with pytest.raises(ValueError, match="found no settings in the header"):
+        load_latents(tmp_path / "latents.safetensors")
+
+
+def test_compute_must_return_a_row_for_every_seed(tmp_path: Path):
+    with pytest.raises(ValueError, match="compute: expected 2 rows of 'neutral', one a seed, got 1"):
+        run_seeds(lambda seeds: {"neutral": torch.zeros(1, 4, 8, 8)}, [0, 1], tmp_path, SETTINGS, at_once=2)
+
+
+def test_branches_that_fork_later_stay_closer_to_the_neutral_path():
+    tree = swaps(NEUTRAL, {"effusion": EFFUSION}, NINE)
+    latents = traverse_tree(toy_guide(), initial_noise([0], SHAPE), tree, SCHEDULE).latents
+    distances = [float((latents[f"effusion/s{s:02d}"] - latents["neutral"]).norm()) for s in NINE]
+    assert all(early > late > 0 for early, late in pairwise(distances))
