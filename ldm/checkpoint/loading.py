@@ -63,7 +63,7 @@ class Loaded:
 
 
 class _LeaveUninitialised(TorchFunctionMode):
-    """No random numbers for tensors that have no memory: on the meta device `nn.init.normal_` costs two seconds of imports."""
+    """Skips `nn.init.normal_`, which on the meta device has no memory to fill and costs two seconds of imports."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
