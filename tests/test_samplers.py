@@ -172,7 +172,7 @@ def test_every_step_of_50_is_compvis(scale):
         assert stored.error(f"x.final.{other}", run[-1].x_prev) < TOLERANCE[scale]
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 10, 20, 25])
+@pytest.mark.parametrize("steps", [1, 2, 5, 10, 20])
 @pytest.mark.parametrize("scale", GUIDANCE)
 def test_other_step_counts_are_compvis_and_diffusers(scale, steps):
     stored = golden(f"ddim_variants_g{scale:g}")
@@ -191,12 +191,11 @@ def test_given_timesteps_reproduce_even_what_we_would_not_choose(other, steps):
     assert stored.error(f"swap7.{other}.final", run[-1].x_prev) < TRAJECTORY_G1
 
 
-def test_one_prompt_and_the_details_of_the_first_step():
-    stored = golden("ddim_variants_g1")
-    run = reference_run(1.0, constant(reference_run_inputs()[1][0], 50))
-    assert stored.error("noswap50.pred_x0_step0", run[0].x0_pred) < TRAJECTORY_G1
-    assert stored.error("noswap50.step0", run[0].x_prev) < TRAJECTORY_G1
-    assert stored.error("noswap50.final", run[-1].x_prev) < TRAJECTORY_G1
+def test_the_first_step_and_its_x0_pred_are_compvis():
+    x_T, (prompt, *_), _ = reference_run_inputs()
+    step = next(ddim(guided(small_unet(), constant(prompt, 50), 1), x_T, SCHEDULE))
+    assert golden("ddim_variants_g1").error("noswap50.pred_x0_step0", step.x0_pred) < TRAJECTORY_G1
+    assert golden("ddim_variants_g1").error("noswap50.step0", step.x_prev) < TRAJECTORY_G1
 
 
 # diffusers' "linspace" variant is left out: its DDIM steps back by 20 whatever the next timestep is, so its updates

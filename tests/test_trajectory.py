@@ -205,7 +205,7 @@ def small_alone(name: str, x_T: Tensor, max_batch: int | None = None) -> Tensor:
 
 
 def test_one_latent_a_call_makes_results_independent_of_everything_else_in_the_batch():
-    x_T = initial_noise([0, 1], (4, 16, 16))
+    x_T = initial_noise([0, 1], SHAPE)
     latents = traverse_tree(small_guide(7.5, max_batch=1), x_T, small_tree(), SCHEDULE, 6).latents
     assert torch.equal(latents["same"], latents["neutral"])
     for name in SMALL_ALONE:
@@ -214,7 +214,7 @@ def test_one_latent_a_call_makes_results_independent_of_everything_else_in_the_b
 
 
 def test_one_branch_a_call_makes_a_branch_the_run_alone_bit_for_bit():
-    x_T = initial_noise([0, 1], (4, 16, 16))
+    x_T = initial_noise([0, 1], SHAPE)
     latents = traverse_tree(small_guide(7.5, max_batch=len(x_T)), x_T, small_tree(), SCHEDULE, 6).latents
     assert torch.equal(latents["same"], latents["neutral"])
     for name in SMALL_ALONE:
@@ -225,7 +225,7 @@ def test_one_branch_a_call_makes_a_branch_the_run_alone_bit_for_bit():
 def test_any_other_batching_agrees_to_the_roundings_of_one_forward_pass_a_step(max_batch):
     # A matrix product of another size adds in another order: 2e-6 a forward pass of this network, which a run at
     # guidance 7.5 carries along. The tolerance is the one that independent implementations are held to.
-    x_T = initial_noise([0, 1], (4, 16, 16))
+    x_T = initial_noise([0, 1], SHAPE)
     latents = traverse_tree(small_guide(7.5, max_batch=max_batch), x_T, small_tree(), SCHEDULE, 6).latents
     for name in [*SMALL_ALONE, "same"]:
         expected = small_alone(name.replace("same", "neutral"), x_T, max_batch=1)
