@@ -5,7 +5,7 @@ it?), settings (its configuration), report (every key), loading, saving.
 """
 
 from ldm.checkpoint.container import CheckpointError, sha256
-from ldm.checkpoint.identification import Checkpoint, identify
+from ldm.checkpoint.identification import Checkpoint, WeightSet, identify
 from ldm.checkpoint.loading import Examined, Loaded, examine, load_parts
 from ldm.checkpoint.report import KeyReport, KeysDoNotFit
 from ldm.checkpoint.saving import convert, save
@@ -18,6 +18,7 @@ __all__ = [
     "KeyReport",
     "KeysDoNotFit",
     "Loaded",
+    "WeightSet",
     "convert",
     "examine",
     "identify",

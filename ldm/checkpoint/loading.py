@@ -63,13 +63,14 @@ class Loaded:
 
 
 class _LeaveUninitialised(TorchFunctionMode):
-    """Skips `nn.init.normal_`, which on the meta device has no memory to fill and costs two seconds of imports."""
+    """Skips torch.nn.init: the meta device has no memory to fill, and its normal_ costs two seconds of imports."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
+        initialises = getattr(func, "__module__", None) == nn.init.__name__
+        return kwargs["tensor"] if initialises else func(*args, **kwargs)
 
 
 def build(config: PartConfig) -> nn.Module:

@@ -22,6 +22,7 @@ HIDDEN_FIELDS: dict[str, dict[str, str | None]] = {
     "clip": {"heads": "num_attention_heads", "norm_eps": "layer_norm_eps"},
     "vae": {"norm_groups": "norm_num_groups", "scaling_factor": "scaling_factor", "norm_eps": None},
     "unet": {
+        "sample_size": "sample_size",
         "heads": "attention_head_dim",
         "norm_groups": "norm_num_groups",
         "resnet_norm_eps": "norm_eps",
