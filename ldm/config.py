@@ -46,6 +46,7 @@ class UNetConfig:
     """The noise predictor eps(x_t, t, context)."""
 
     latent_channels: int = 4
+    sample_size: int = 64  # latent pixels a side that it was trained at; it runs at others
     widths: tuple[int, ...] = (320, 640, 1280, 1280)  # one level each, highest resolution first
     resnets_per_level: int = 2  # on the way down; one more on the way up
     attention: tuple[bool, ...] = (True, True, True, False)  # which levels have transformers; the middle always has
@@ -100,5 +101,7 @@ SD15 = Config(CLIPConfig(), VAEConfig(), UNetConfig())
 PHANTOM = Config(
     CLIPConfig(width=64, layers=2, heads=4, mlp_width=256),
     VAEConfig(widths=(16, 32, 64, 64), resnets_per_level=1, norm_groups=8),
-    UNetConfig(widths=(64, 128, 192), resnets_per_level=1, attention=(True, True, False), context_width=64),
+    UNetConfig(
+        sample_size=16, widths=(96, 128, 160), resnets_per_level=1, attention=(False, True, True), context_width=64
+    ),
 )

@@ -5,7 +5,7 @@ whatever a caller wants of the trajectory is a `for` loop away:
 
     for step in ddim(eps_fn, x_T, schedule, steps=50):
         ...
-    latents = step.x_prev
+    latents = step.x_t
 
 Nothing here switches gradients off: wrap the loop in `torch.no_grad()` to sample.
 
@@ -36,16 +36,16 @@ Noise = Callable[[int], Tensor]
 class Step:
     """One step of a sampler, from the latent that it met to the latent that it left.
 
-    x_t, eps and x0_pred belong together: x_t = sqrt(a_t) x0_pred + sqrt(1 - a_t) eps.
-    `x_prev` is the DDIM paper's x_{t-1}: the x_t of the next Step, or the final latents.
+    x_in, eps and x0_pred belong together: x_in = sqrt(a_t) x0_pred + sqrt(1 - a_t) eps.
+    `x_t` is where the step arrives (the DDIM paper's x_{t-1}): the x_in of the next Step; in the last, the result.
     """
 
     index: int  # 0 .. S-1, counted from noise
     t: int  # training timestep, 999 .. 0
-    x_t: Tensor  # (B, 4, H/8, W/8) the latents BEFORE this step, as the network saw them
-    x_prev: Tensor  # (B, 4, H/8, W/8) the latents AFTER this step
+    x_t: Tensor  # (B, 4, H/8, W/8) the latents AFTER this step
     x0_pred: Tensor  # (B, 4, H/8, W/8) the clean latents that eps implies
     eps: Tensor  # (B, 4, H/8, W/8) the predicted noise, guidance included
+    x_in: Tensor  # (B, 4, H/8, W/8) the latents BEFORE this step, as the network saw them at time t
 
 
 def ddim(
@@ -99,7 +99,7 @@ def ddim(
         x_prev = sqrt(a_prev) * x0_pred + sqrt(1 - a_prev - sigma**2) * eps
         if noise is not None and sigma > 0:
             x_prev = x_prev + sigma * noise(index).to(x_t)
-        yield Step(index, ts[index], x_t, x_prev, x0_pred, eps)
+        yield Step(index, ts[index], x_prev, x0_pred, eps, x_in=x_t)
         x_t = x_prev
 
 

@@ -10,6 +10,7 @@ import html
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import ftfy
@@ -101,7 +102,7 @@ class Tokenizer:
         """Byte-pair merging of one word: again and again the neighbouring pair that was learnt first."""
         parts = (*word[:-1], word[-1] + "</w>")
         while len(parts) > 1:
-            best = min(zip(parts, parts[1:], strict=False), key=lambda pair: self.rank.get(pair, len(self.rank)))
+            best = min(pairwise(parts), key=lambda pair: self.rank.get(pair, len(self.rank)))
             if best not in self.rank:
                 break
             merged: list[str] = []

@@ -33,7 +33,7 @@ from ldm.conditioning import EmbeddingSchedule, Indexing, constant, neutral_step
 from ldm.samplers import EpsFn, Noise, ddim
 from ldm.schedule import Schedule
 
-KEEPABLE = ("x_t", "x_prev", "x0_pred", "eps")  # the tensors of a sampler's Step
+KEEPABLE = ("x_t", "x0_pred", "eps")  # the tensors of a sampler's Step
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +161,7 @@ def traverse_tree(
         batch = torch.cat([latents[name] for name in live])
         eps_fn = guide(constant(torch.cat([contexts[name] for name in live]), steps))
         for step in ddim(eps_fn, batch, schedule, steps, eta=eta, start=start, noise=_repeated(noise, len(live))):
-            batch = step.x_prev
+            batch = step.x_t
             for quantity in keep:
                 for name, rows in zip(live, getattr(step, quantity).split(len(x_T)), strict=True):
                     kept[quantity][name].append(rows)

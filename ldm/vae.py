@@ -5,6 +5,7 @@ Sources for the numbers: CompVis autoencoder_kl_32x32x4 and v1-inference.yaml; t
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ class Level(nn.Module):
         super().__init__()
         widths = [in_channels] + [out_channels] * resnets
         self.resnets = nn.ModuleList(
-            [ResnetBlock(a, b, config.norm_groups, config.norm_eps) for a, b in zip(widths, widths[1:], strict=False)]
+            [ResnetBlock(a, b, config.norm_groups, config.norm_eps) for a, b in pairwise(widths)]
         )
 
 

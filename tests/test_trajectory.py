@@ -65,7 +65,7 @@ def test_every_branch_is_the_run_it_stands_for(max_batch, eta):
     assert list(result.latents) == list(NESTED_ALONE)
     for name, schedule in NESTED_ALONE.items():
         run = alone(toy_guide(), schedule, x_T, eta=eta, noise=noise)
-        assert torch.equal(result.latents[name], run[-1].x_prev), name
+        assert torch.equal(result.latents[name], run[-1].x_t), name
         for quantity in ("x_t", "x0_pred", "eps"):
             assert torch.equal(result.path(name, quantity), torch.stack([getattr(step, quantity) for step in run]))
 
@@ -82,7 +82,7 @@ def test_contexts_may_differ_from_seed_to_seed():
     tree = Branch("neutral", neutrals, children=(Branch("effusion", EFFUSION, 3),))
     result = traverse_tree(toy_guide(), x_T, tree, SCHEDULE, 10)
     for row, neutral in enumerate([NEUTRAL, DEVICES]):
-        expected = alone(toy_guide(), swap(neutral, EFFUSION, 3, 10), x_T[row : row + 1])[-1].x_prev
+        expected = alone(toy_guide(), swap(neutral, EFFUSION, 3, 10), x_T[row : row + 1])[-1].x_t
         assert torch.equal(result.latents["effusion"][row : row + 1], expected)
 
 
@@ -118,18 +118,18 @@ def test_nine_swaps_cost_275_rows_a_seed_instead_of_500(styles, shared, separate
 
 
 def test_only_what_is_asked_for_is_kept():
-    result = traverse_tree(toy_guide(), initial_noise([0], SHAPE), NESTED, SCHEDULE, 10, keep=("x_prev",))
-    own_steps = {name: len(tensor) for name, tensor in result.kept["x_prev"].items()}
+    result = traverse_tree(toy_guide(), initial_noise([0], SHAPE), NESTED, SCHEDULE, 10, keep=("x_t",))
+    own_steps = {name: len(tensor) for name, tensor in result.kept["x_t"].items()}
     assert own_steps["neutral"] == 10
     assert own_steps["effusion+devices"] == 4
     assert own_steps["too late"] == 0
     assert sum(own_steps.values()) == result.unet_rows
-    assert result.path("effusion+devices", "x_prev").shape == (10, 1, *SHAPE)
-    assert torch.equal(result.path("devices", "x_prev")[-1], result.latents["devices"])
-    with pytest.raises(ValueError, match=r"quantity: .*\['x_prev'\], got 'eps'"):
+    assert result.path("effusion+devices", "x_t").shape == (10, 1, *SHAPE)
+    assert torch.equal(result.path("devices", "x_t")[-1], result.latents["devices"])
+    with pytest.raises(ValueError, match=r"quantity: .*\['x_t'\], got 'eps'"):
         result.path("neutral", "eps")
     with pytest.raises(ValueError, match=r"name: expected one of .* got 'nowhere'"):
-        result.path("nowhere", "x_prev")
+        result.path("nowhere", "x_t")
 
 
 # ---- errors come before the first evaluation ---------------------------------------------------------
@@ -182,10 +182,10 @@ def test_a_branch_that_swaps_twice_is_compvis(scale, tolerance):
     x_T, (first, second, third), _ = reference_run_inputs()
     twice = Branch("one swap", second, 17, children=(Branch("two swaps", third, 34),))
     result = traverse_tree(
-        small_guide(scale), x_T, Branch("none", first, children=(twice,)), SCHEDULE, keep=("x_prev",)
+        small_guide(scale), x_T, Branch("none", first, children=(twice,)), SCHEDULE, keep=("x_t",)
     )
     stored = golden(f"ddim50_swap_g{scale:g}")
-    assert stored.error("x", result.path("two swaps", "x_prev").squeeze(1)) < tolerance
+    assert stored.error("x", result.path("two swaps", "x_t").squeeze(1)) < tolerance
     assert golden(f"ddim_variants_g{scale:g}").error("noswap50.final", result.latents["none"]) < tolerance
 
 
@@ -201,7 +201,7 @@ SMALL_ALONE = {"neutral": [0], "deep": [0, 1], "deeper": [0, 1, 2]}  # which pro
 def small_alone(name: str, x_T: Tensor, max_batch: int | None = None) -> Tensor:
     prompts = reference_run_inputs()[1]
     contexts = piecewise([prompts[k] for k in SMALL_ALONE[name]], [1, 4][: len(SMALL_ALONE[name]) - 1], 6)
-    return alone(small_guide(7.5, max_batch=max_batch), contexts, x_T)[-1].x_prev
+    return alone(small_guide(7.5, max_batch=max_batch), contexts, x_T)[-1].x_t
 
 
 def test_one_latent_a_call_makes_results_independent_of_everything_else_in_the_batch():

@@ -1,7 +1,7 @@
 """From tensors to a configuration, and to the config.json that other programs read beside a folder's weights.
 
-Widths and depths show in the tensors' shapes. Numbers of heads, groups of the norms and epsilons do not: they are
-SD1.5's unless the checkpoint carries them, as metadata (our own files) or in config.json (folders).
+Widths and depths show in the tensors' shapes. Numbers of heads, groups of the norms, epsilons and sizes of images do
+not: they are SD1.5's unless the checkpoint carries them, as metadata (our own files) or in config.json (folders).
 """
 
 import json
@@ -180,6 +180,7 @@ def config_to_json(config: PartConfig) -> str:
             "norm_eps": config.resnet_norm_eps,
             "norm_num_groups": config.norm_groups,
             "out_channels": config.latent_channels,
+            "sample_size": config.sample_size,
             "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention)],
         }
     return json.dumps(fields, indent=2, sort_keys=True) + "\n"

@@ -1,0 +1,305 @@
+"""From prompts to files: sample a prompt tree for some seeds, draw the curves, decode, and write run.json.
+
+    OUT/latents.safetensors                          seed0000/neutral, seed0000/<style>/s05, seed0000/<style>/bezier
+    OUT/images/seed0000/neutral.png, <style>/s05.png, <style>/bezier_00.png
+    OUT/figure.png, curve.gif
+    OUT/run.json                                     what was run, on what, and what it cost
+
+Letters: B seeds, S steps, P points of a curve, C H W of a latent.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm import bezier
+from ldm.conditioning import Indexing
+from ldm.guidance import guided
+from ldm.pipeline import StableDiffusion, to_uint8
+from ldm.report import figures
+from ldm.report.figures import Pixels
+from ldm.samplers import initial_noise, step_noise
+from ldm.trajectory import KEEPABLE, Branch, SavedLatents, load_latents, run_seeds, swaps, traverse_tree, unet_rows
+
+SWAP_STEPS = tuple(range(5, 50, 5))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to sample, whatever the prompts."""
+
+    seeds: tuple[int, ...]
+    steps: int = 50
+    guidance: float = 7.5
+    negative: str = ""
+    eta: float = 0.0
+    latent_size: tuple[int, int] | None = None  # height, width; None: the size that the model was trained at
+    keep: tuple[str, ...] = ()  # quantities of every step to save, out of x_t, x0_pred, eps
+
+    def __post_init__(self) -> None:
+        """Everything that can be wrong before a network is at hand."""
+        if self.steps < 1:
+            raise ValueError(f"steps: expected 1 or more, got {self.steps}")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds: expected one or more, each once, got {list(self.seeds)}")
+        if unknown := sorted(set(self.keep) - set(KEEPABLE)):
+            raise ValueError(f"keep: expected some of {list(KEEPABLE)}, got {unknown}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation(Sampling):
+    """One prompt."""
+
+    prompt: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traversal(Sampling):
+    """A neutral prompt, and styles that are swapped in at many steps. The defaults are the paper's."""
+
+    neutral: str
+    styles: Mapping[str, str]  # name -> prompt; the name becomes a folder
+    swap_steps: tuple[int, ...] = SWAP_STEPS
+    indexing: Indexing = "steps"
+    bezier_points: int = 50  # 0: no curves
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.styles:
+            raise ValueError("styles: none given, expected at least one, as name=prompt")
+        if bad := [name for name in self.styles if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)]:
+            raise ValueError(f"styles: {bad[0]!r} names a folder, expected letters, digits, '_' and '-'")
+        if "neutral" in self.styles:
+            raise ValueError("styles: 'neutral' is taken by the neutral prompt, choose another name")
+        if not self.swap_steps or len(set(self.swap_steps)) != len(self.swap_steps):
+            raise ValueError(f"swap steps: expected one or more, each once, got {list(self.swap_steps)}")
+        if bad_steps := [s for s in self.swap_steps if not 0 <= s <= self.steps]:
+            raise ValueError(f"swap steps: {bad_steps[0]} lies outside 0..{self.steps}, the number of steps")
+        if self.bezier_points not in (0, *range(2, 10_001)):
+            raise ValueError(f"bezier points: expected 0 (no curve) or 2..10000, got {self.bezier_points}")
+
+
+def run_generation(sd: StableDiffusion, plan: Generation, out: Path, *, max_batch: int = 16) -> dict[str, Any]:
+    """Images of one prompt into a folder, OUT/images/seed0000/image.png; see `run_traversal`."""
+    return _run(sd, plan, Branch("image", sd.encode_prompts([plan.prompt])), out, max_batch, True, "generate")
+
+
+def run_traversal(
+    sd: StableDiffusion,
+    plan: Traversal,
+    out: Path,
+    *,
+    max_batch: int = 16,
+    images: bool = True,
+    label: str = "traverse",
+) -> dict[str, Any]:
+    """Run a traversal into a folder, continuing one that was cut off there.
+
+    Args:    max_batch: most latents in one call of a network; bounds memory, changes results in the last bits only.
+             images: decode and write the images as well.  label: in front of the progress bars.
+    Returns: the content of run.json.
+    Raises:  ValueError: the folder holds a traversal of other settings.
+    """
+    neutral, *contexts = sd.encode_prompts([plan.neutral, *plan.styles.values()])[:, None]
+    styles = dict(zip(plan.styles, contexts, strict=True))
+    tree = swaps(neutral, styles, plan.swap_steps, plan.steps, plan.indexing)
+    return _run(sd, plan, tree, out, max_batch, images, label)
+
+
+def _run(
+    sd: StableDiffusion,
+    plan: Generation | Traversal,
+    tree: Branch,
+    out: Path,
+    max_batch: int,
+    images: bool,
+    label: str,
+) -> dict[str, Any]:
+    began = time.monotonic()
+    empty = sd.encode_prompts([plan.negative])
+    guide = partial(guided, sd.unet, guidance_scale=plan.guidance, uncond=empty, max_batch=max_batch)
+    channels, *trained_size = sd.latent_shape
+    shape = (channels, *(plan.latent_size or trained_size))
+    branches, rows_a_seed = 1 + len(tree.children), unet_rows(tree, plan.steps)
+    model = {"weights_sha256": sd.weights_sha256(), "dtype": str(sd.dtype).removeprefix("torch.")}
+
+    with tqdm(total=len(plan.seeds) * rows_a_seed, desc=f"{label}: U-Net rows", unit="row", mininterval=1) as bar:
+
+        def compute(seeds: list[int]) -> dict[str, Tensor]:
+            x_T = initial_noise(seeds, shape).to(sd.device, sd.dtype)
+            noise = step_noise(seeds, shape) if plan.eta else None
+            result = traverse_tree(
+                guide,
+                x_T,
+                tree,
+                sd.schedule,
+                plan.steps,
+                eta=plan.eta,
+                noise=noise,
+                keep=plan.keep,
+                progress=bar.update,
+            )
+            found = {"x_T": x_T, **result.latents}
+            for quantity, by_branch in result.kept.items():  # each branch's own steps, (B, S - s, C, H, W)
+                found |= {f"{name}/{quantity}": steps.transpose(0, 1) for name, steps in by_branch.items()}
+            return found | (curves(result.latents, plan) if isinstance(plan, Traversal) else {})
+
+        settings = {**asdict(plan), **model, "latent_size": shape[1:]}
+        del settings["seeds"]  # so that a folder may grow by further seeds
+        path = run_seeds(compute, plan.seeds, out, settings, at_once=max(1, max_batch // branches))
+        evaluated = bar.n
+    if images:
+        write_images(sd, load_latents(path), out, max_batch, label)
+
+    record = {
+        "unet_rows": len(plan.seeds) * rows_a_seed,
+        "unet_rows_separate": len(plan.seeds) * plan.steps * branches,
+        "unet_rows_this_run": evaluated,  # fewer where an earlier run was continued
+        "seconds": round(time.monotonic() - began, 2),
+        "sampler": "ddim",
+        "backend": "torch",
+        "device": str(sd.device),
+        "max_batch": max_batch,
+        "weights": [path.name for path in sd.files],
+        **model,
+        **asdict(plan),
+        "latent_size": shape[1:],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    write_json(out / "run.json", record)
+    return record
+
+
+def curves(latents: Mapping[str, Tensor], plan: Traversal) -> dict[str, Tensor]:
+    """One Bezier curve per style, from the neutral latent towards the earliest, strongest swap.
+
+    Control points: neutral, then the swaps from late to early (s = 45, 40 ... 5); points at u = linspace(0, 1, P), so
+    that the first is the neutral latent and the last the strongest edit.
+
+    Returns: "<style>/bezier" -> (B, P, C, H, W), computed in float32.
+    """
+    if not plan.bezier_points:
+        return {}
+    u = torch.linspace(0, 1, plan.bezier_points)
+    late_to_early = sorted(plan.swap_steps, reverse=True)
+    found = {}
+    for style in plan.styles:
+        names = ["neutral", *(swap_name(style, s) for s in late_to_early)]
+        control_points = torch.stack([latents[name].float().cpu() for name in names])
+        found[f"{style}/bezier"] = bezier.evaluate(control_points, u).transpose(0, 1)
+    return found
+
+
+def swap_name(style: str, swap_step: int) -> str:
+    """The name of a swap's latent and image."""
+    return f"{style}/s{swap_step:02d}"
+
+
+def image_path(out: Path, seed: int, name: str) -> Path:
+    """Where the image of a latent lies; name: such as "neutral" or "hair/s05"."""
+    return out / "images" / f"seed{seed:04d}" / f"{name}.png"
+
+
+def bezier_name(style: str, point: int, points: int) -> str:
+    """The name of the image at one point of a curve."""
+    return f"{style}/bezier_{point:0{max(2, len(str(points - 1)))}d}"
+
+
+def write_images(sd: StableDiffusion, saved: SavedLatents, out: Path, max_batch: int, label: str) -> None:
+    """Decode the final latents and those of the curves; images that are there already are left alone."""
+    wanted = [(path, latent) for path, latent in _image_files(saved, out) if not path.exists()]
+    with tqdm(total=len(wanted), desc=f"{label}: decoding", unit="image", mininterval=1) as bar:
+        for start in range(0, len(wanted), max_batch):
+            paths, latents = zip(*wanted[start : start + max_batch], strict=True)
+            for path, pixels in zip(paths, to_uint8(sd.decode_latents(torch.stack(latents))), strict=True):
+                figures.save_image(path, pixels)
+            bar.update(len(paths))
+
+
+def _image_files(saved: SavedLatents, out: Path) -> Iterator[tuple[Path, Tensor]]:
+    """Every image's path and its latent (C, H, W); x_T and kept steps are no images."""
+    for row, seed in enumerate(saved.seeds):
+        for name, latents in saved.latents.items():
+            style, _, last = name.rpartition("/")
+            if last == "bezier":
+                for i, latent in enumerate(latents[row]):
+                    yield image_path(out, seed, bezier_name(style, i, len(latents[row]))), latent
+            elif last != "x_T" and last not in KEEPABLE:
+                yield image_path(out, seed, name), latents[row]
+
+
+def write_figures(out: Path, plan: Traversal, seeds: Sequence[int] | None = None, title: str = "") -> list[Path]:
+    """Draw a finished traversal from its images, in the manner of the paper's figures 1, 3 and 6.
+
+    figure.png: a row per seed and style, from the neutral image over late swaps to the earliest one, with the change
+    against the neutral image under each. curve.gif: every style of the first seed, along its Bezier curve.
+
+    Args:    out: the traversal's folder.  seeds: those to draw; None: as many as give about six rows.
+    Returns: the files written.
+    """
+    seeds = seeds or plan.seeds[: max(1, 6 // len(plan.styles))]
+    late_to_early = sorted(plan.swap_steps, reverse=True)
+
+    def image(seed: int, name: str) -> Pixels:
+        return load_pixels(image_path(out, seed, name))
+
+    rows = [
+        (style, [image(seed, "neutral"), *(image(seed, swap_name(style, s)) for s in late_to_early)])
+        for seed in seeds
+        for style in plan.styles
+    ]
+    columns = ["neutral", *(f"s = {s}" for s in late_to_early)]
+    written = [out / "figure.png"]
+    figures.save_image(written[0], figures.trajectories(rows, columns, title))
+    if points := plan.bezier_points:
+        frames = [
+            figures.grid(
+                [[image(seeds[0], bezier_name(style, i, points)) for style in plan.styles]],
+                [""],
+                list(plan.styles),
+                f"u = {i / (points - 1):.2f}",
+            )
+            for i in range(points)
+        ]
+        written.append(out / "curve.gif")
+        figures.save_animation(written[1], frames)
+    return written
+
+
+def load_pixels(path: Path) -> Pixels:
+    """An image file as (H, W, 3) bytes."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def parse_integers(text: str, name: str) -> tuple[int, ...]:
+    """ "0-3,8" -> (0, 1, 2, 3, 8). Raises ValueError, naming the option, for anything else."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(f"{name}: got {text!r}, expected numbers and ranges such as 0-15 or 0,3,8")
+        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return tuple(numbers)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Indented JSON, under a temporary name first."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)

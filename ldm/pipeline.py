@@ -1,0 +1,131 @@
+"""The few lines a user starts from: load a checkpoint, turn prompts into contexts, latents into images.
+
+sd = ldm.load("v1-5-pruned-emaonly.safetensors")
+context, empty = sd.encode_prompts(["a photograph of an astronaut", ""])[:, None]
+eps_fn = ldm.guidance.guided(sd.unet, ldm.conditioning.constant(context, 50), 7.5, empty)
+with torch.no_grad():
+    for step in ldm.samplers.ddim(eps_fn, ldm.samplers.initial_noise([0], sd.latent_shape), sd.schedule, 50):
+        ...
+images = sd.decode_latents(step.x_t)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ldm import checkpoint
+from ldm.checkpoint import KeyReport
+from ldm.clip import CLIPTextEncoder
+from ldm.config import Config
+from ldm.schedule import Schedule
+from ldm.tokenizer import Tokenizer
+from ldm.unet import UNet
+from ldm.vae import AutoencoderKL
+
+PHANTOM_WEIGHTS = Path(__file__).parent.parent / "weights" / "phantom.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class StableDiffusion:
+    """A loaded model. Letters: B batch, L = 77 tokens, D context width, f = 8 image pixels a latent pixel."""
+
+    config: Config
+    tokenizer: Tokenizer
+    clip: CLIPTextEncoder
+    unet: UNet
+    vae: AutoencoderKL
+    schedule: Schedule
+    device: torch.device
+    report: KeyReport = field(repr=False)  # what became of every key of the files
+    files: tuple[Path, ...] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The U-Net's, and so the latents'."""
+        return self.unet.conv_in.weight.dtype
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(4, H/f, W/f) at the size that the U-Net was trained at: (4, 64, 64) for SD1.5."""
+        return (self.config.unet.latent_channels, self.config.unet.sample_size, self.config.unet.sample_size)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """The contexts of some prompts: (B, L, D), in the U-Net's dtype."""
+        return self.clip(self.tokenizer(prompts).to(self.device)).to(self.dtype)
+
+    @torch.no_grad()
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Scaled latents: the posterior's mean times 0.18215.
+
+        Args:    images: (B, 3, H, W) in [-1, 1].
+        Returns: (B, 4, H/f, W/f) in the U-Net's dtype.
+        """
+        vae_dtype = self.vae.quant_conv.weight.dtype
+        mean = self.vae.encode(images.to(self.device, vae_dtype)).mean
+        return (mean * self.config.vae.scaling_factor).to(self.dtype)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Images of scaled latents.
+
+        Args:    latents: (B, 4, H/f, W/f).
+        Returns: (B, 3, H, W) in the autoencoder's dtype, about [-1, 1] and not clipped.
+        """
+        vae_dtype = self.vae.quant_conv.weight.dtype
+        return self.vae.decode(latents.to(self.device, vae_dtype) / self.config.vae.scaling_factor)
+
+    def weights_sha256(self) -> str:
+        """The SHA-256 of the checkpoint file; for several files that of their lines "hash  name", sorted by name."""
+        hashes = {path.name: checkpoint.sha256(path) for path in self.files}
+        if len(hashes) == 1:
+            return next(iter(hashes.values()))
+        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    *,
+    ema: checkpoint.WeightSet | None = None,
+    base: str | Path | None = None,
+) -> StableDiffusion:
+    """Read a model from a file or folder in any supported layout; see `ldm.checkpoint`.
+
+    Args:    dtype: float32, float16 or bfloat16; None keeps what is stored.
+             ema: "ema" or "plain", needed only where a file holds both sets of U-Net weights.
+             base: a whole model to take from what `path` lacks; for U-Net-only files of fine-tuning frameworks.
+    Returns: the model in evaluation mode. A float16 autoencoder is widened to float32: its activations overflow.
+    Raises:  CheckpointError (a ValueError): in one line what the path is instead, or which keys do not fit.
+    """
+    loaded = checkpoint.load_parts(path, dtype=dtype, device=device, ema=ema, base=base)
+    vae = loaded.vae
+    if vae.quant_conv.weight.dtype == torch.float16:
+        vae = vae.float()
+    return StableDiffusion(
+        config=loaded.config,
+        tokenizer=Tokenizer(loaded.config.clip.tokens),
+        clip=loaded.clip,
+        unet=loaded.unet,
+        vae=vae,
+        schedule=Schedule.sd15(),
+        device=torch.device(device),
+        report=loaded.report,
+        files=loaded.files,
+    )
+
+
+def to_uint8(images: Tensor) -> NDArray[np.uint8]:
+    """(B, 3, H, W) in [-1, 1], clipped -> (B, H, W, 3) bytes, rounded to nearest."""
+    pixels = (images.float().clamp(-1, 1) + 1) * 127.5
+    return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

@@ -1,0 +1,94 @@
+"""Figures of trajectories: pixel-exact grids with labels, and animations.
+
+An image here is (H, W, 3) bytes; a row is a list of images of one size.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+Pixels = NDArray[np.uint8]
+
+MARGIN, INK, PAPER = 6, (30, 30, 30), (255, 255, 255)
+
+
+def difference(image: Pixels, neutral: Pixels, gain: float = 2.0) -> Pixels:
+    """What changed against the neutral image: white where nothing did, red where brighter, blue where darker.
+
+    gain: a change of 255 / gain grey levels or more is drawn in full colour.
+    """
+    change = gain * (image.astype(np.float32) - neutral.astype(np.float32)).mean(axis=2) / 255.0
+    brighter, darker = np.clip(change, 0, 1), np.clip(-change, 0, 1)
+    red, green, blue = 1 - darker, 1 - darker - brighter, 1 - brighter
+    return np.rint(255.0 * np.stack([red, green, blue], axis=2)).astype(np.uint8)
+
+
+def grid(
+    rows: Sequence[Sequence[Pixels]],
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    title: str = "",
+    scale: int = 1,
+) -> Image.Image:
+    """Rows of images under column labels, each row with its label on the left.
+
+    scale: every pixel is drawn as scale x scale pixels.
+    """
+    height, width = (side * scale for side in rows[0][0].shape[:2])
+    size, title_size = max(11, height // 10), max(14, height // 7)
+    font, title_font = ImageFont.load_default(size), ImageFont.load_default(title_size)
+    label_width = max([int(font.getlength(label)) for label in row_labels] + [0]) + 2 * MARGIN
+    head = int(title_size * 1.8) if title else 0
+    top = head + (int(size * 1.8) if any(column_labels) else MARGIN)
+
+    columns = max(len(row) for row in rows)
+    canvas = Image.new(
+        "RGB", (label_width + columns * (width + 2) + MARGIN, top + len(rows) * (height + 2) + MARGIN), PAPER
+    )
+    draw = ImageDraw.Draw(canvas)
+    draw.text((MARGIN, MARGIN), title, INK, font=title_font)
+    for i, label in enumerate(column_labels):
+        draw.text((label_width + i * (width + 2) + width // 2, top - 4), label, INK, font=font, anchor="mb")
+    for r, (row, label) in enumerate(zip(rows, row_labels, strict=True)):
+        y = top + r * (height + 2)
+        draw.text((label_width - MARGIN, y + height // 2), label, INK, font=font, anchor="rm")
+        for c, image in enumerate(row):
+            tile = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(tile, (label_width + c * (width + 2), y))
+    return canvas
+
+
+def trajectories(
+    rows: Sequence[tuple[str, Sequence[Pixels]]], column_labels: Sequence[str], title: str = "", scale: int = 1
+) -> Image.Image:
+    """One row per trajectory, neutral image first, and under it what changed against that neutral image."""
+    images, labels = [], []
+    for label, row in rows:
+        images += [list(row), [difference(image, row[0]) for image in row]]
+        labels += [label, "change"]
+    return grid(images, labels, column_labels, title, scale)
+
+
+def save_image(path: Path, image: Image.Image | Pixels) -> None:
+    """A PNG, written under a temporary name first."""
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    picture.save(partial, format="PNG")
+    partial.replace(path)
+
+
+def save_animation(path: Path, frames: Sequence[Image.Image], frame_ms: int = 60) -> None:
+    """A GIF that runs to the end and back, for ever; all frames share one palette, so that nothing flickers."""
+    there_and_back = [*frames, *frames[-2:0:-1]]
+    sample = Image.new("RGB", (frames[0].width, 3 * frames[0].height))
+    for i, frame in enumerate((frames[0], frames[len(frames) // 2], frames[-1])):
+        sample.paste(frame, (0, i * frame.height))
+    palette = sample.quantize(256, method=Image.Quantize.MEDIANCUT)
+    first, *rest = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in there_and_back]
+    partial = path.with_suffix(".partial")
+    first.save(partial, format="GIF", save_all=True, append_images=rest, duration=frame_ms, loop=0, optimize=False)
+    partial.replace(path)

@@ -1,0 +1,1 @@
+"""Training: the one loop, and what each network is trained on."""

@@ -1,0 +1,45 @@
+"""Training the U-Net: predict the noise that was added to a latent, given the time and the caption.
+
+    L = || eps - eps_theta(sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t, context) ||^2      [Ho et al. 2020, eq. 14]
+
+Letters: B batch, L context tokens, D context width, abar_t = alphas_cumprod[t].
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ldm.schedule import Schedule
+from ldm.unet import UNet
+
+
+def diffusion_loss(unet: UNet, x_0: Tensor, context: Tensor, schedule: Schedule, generator: torch.Generator) -> Tensor:
+    """The mean squared error of the predicted noise.
+
+    The times of a batch are spread evenly with a common random shift: each is uniform on its own, and together they
+    vary the loss less than independent draws [Kingma et al. 2021, "Variational diffusion models", appendix I].
+
+    Args:    x_0: (B, 4, h, w) scaled latents.  context: (B, L, D).
+    """
+    batch, count = len(x_0), len(schedule)
+    spread = (torch.arange(batch) / batch + torch.rand((), generator=generator)) % 1.0
+    t = (spread * count).long().clamp(max=count - 1)
+    eps = torch.randn(x_0.shape, generator=generator)
+    x_t = schedule.add_noise(x_0, eps, t).contiguous(memory_format=torch.channels_last)
+    return F.mse_loss(unet(x_t, t, context), eps)
+
+
+def drop_captions(captions: Tensor, empty: int, share: float, generator: torch.Generator) -> Tensor:
+    """Replace a share of the caption numbers by the empty caption's: the unconditional model that guidance needs.
+
+    [Ho and Salimans 2022, algorithm 1]
+    """
+    dropped = torch.rand(captions.shape, generator=generator) < share
+    return torch.where(dropped, empty, captions)
+
+
+def initialise(unet: UNet) -> None:
+    """Every residual branch starts at zero, so that the network starts as the identity. [Dhariwal and Nichol 2021]"""
+    for name, p in unet.named_parameters():
+        if name.endswith(("conv2.weight", "proj_out.weight")) or name == "conv_out.weight":
+            torch.nn.init.zeros_(p)

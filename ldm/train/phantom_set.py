@@ -1,0 +1,98 @@
+"""The training set of the phantom model: rendered images on disk, and their captions.
+
+Letters: N images, B a batch, S = 128 pixels a side.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.data import captions
+from ldm.data.phantom import ATTRIBUTES, render, sample_attributes
+
+DOMAINS = tuple(ATTRIBUTES)
+
+
+def phrasings(domain: str, attributes: Mapping[str, bool]) -> tuple[str, ...]:
+    """The captions that one image goes by, one of which is drawn each time it is seen.
+
+    All wordings of the paper and of its code, so that prompts in either wording work. A clean lesion is also captioned
+    with the bare stem: that is the neutral prompt of the paper's traversals.
+    """
+    if domain == "chest":
+        labels = {
+            "Pleural Effusion": float(attributes["pleural_effusion"]),
+            "Support Devices": float(attributes["support_devices"]),
+        }
+        choices = [captions.chexpert(labels, "paper"), captions.chexpert(labels, "code")]
+        if not attributes["pleural_effusion"]:  # CheXpert: "No Finding" goes together with devices
+            choices.append(captions.chexpert(labels | {"No Finding": 1.0}, "paper"))
+        return tuple(choices)
+    diagnosis = "MEL" if attributes["melanoma"] else "NV"
+    artifacts = [name for name in captions.ISIC_CAPTION_ARTIFACTS if attributes[name]]
+    choices = [captions.isic(diagnosis, artifacts)]
+    if not artifacts:
+        choices.append(captions.ISIC_NEUTRAL[diagnosis])
+    if len(artifacts) == 1:
+        choices.append(captions.isic_style(diagnosis, artifacts[0]))
+    return tuple(choices)
+
+
+class PhantomSet:
+    """N rendered phantoms of both domains, alternating, memory-mapped; image i is phantom seed0 + i // 2."""
+
+    def __init__(self, folder: Path, count: int, seed0: int, size: int = 128, workers: int = 2) -> None:
+        """Opens folder/phantoms.npy, rendering it first where it is missing. uint8, (N, S, S, 3)."""
+        self.keys = [(DOMAINS[i % 2], seed0 + i // 2) for i in range(count)]
+        self.attributes = [sample_attributes(domain, seed) for domain, seed in self.keys]
+        self.captions = [phrasings(d, a) for (d, _), a in zip(self.keys, self.attributes, strict=True)]
+        path, meta = folder / "phantoms.npy", {"count": count, "seed0": seed0, "size": size}
+        note = folder / "phantoms.json"
+        if not path.exists():
+            self._render(path, size, workers)
+            note.write_text(json.dumps(meta))
+        if json.loads(note.read_text()) != meta:
+            raise ValueError(
+                f"{path}: rendered with {note.read_text()}, asked for {json.dumps(meta)}; use a new folder"
+            )
+        self.images: NDArray[np.uint8] = np.load(path, mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def batch(self, indices: Sequence[int] | NDArray[np.integer]) -> Tensor:
+        """(B, 3, S, S) float32 in [-1, 1], channels last in memory."""
+        pixels = torch.from_numpy(self.images[np.asarray(indices)])
+        return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+    def _render(self, path: Path, size: int, workers: int) -> None:
+        partial_path = path.with_suffix(".partial")
+        images = np.lib.format.open_memmap(partial_path, "w+", np.uint8, (len(self), size, size, 3))
+        jobs = list(zip(self.keys, self.attributes, strict=True))
+        with ProcessPoolExecutor(workers) as pool:
+            rendered = pool.map(partial(_render_one, size=size), jobs, chunksize=64)
+            for i, image in enumerate(tqdm(rendered, desc="rendering", total=len(self), mininterval=5)):
+                images[i] = image
+        images.flush()
+        partial_path.replace(path)
+
+
+def _render_one(job: tuple[tuple[str, int], Mapping[str, bool]], size: int) -> NDArray[np.uint8]:
+    (domain, seed), attributes = job
+    return render(domain, seed, attributes, size).to_uint8()
+
+
+def draw(seed: int, step: int, count: int, batch: int) -> NDArray[np.int64]:
+    """The images of one step: walks through a new permutation each epoch; depends on (seed, step) only."""
+    places = np.arange(step * batch, (step + 1) * batch)
+    epochs, within = places // count, places % count
+    orders = {e: np.random.default_rng([seed, e]).permutation(count) for e in np.unique(epochs)}
+    return np.array([orders[e][i] for e, i in zip(epochs, within, strict=True)])

@@ -1,0 +1,46 @@
+"""`ldm`: finds the command, runs it, and turns bad input into one line and a non-zero exit."""
+
+import argparse
+import importlib
+import logging
+import sys
+
+# command: (module, one line of help). Imported only when called, so that `ldm --help` is quick.
+COMMANDS = {
+    "demo": ("tools.demo", "the main job: trajectories of both phantom domains with the shipped model"),
+    "generate": ("tools.generate", "images from prompts"),
+    "traverse": ("tools.traverse", "trajectories: one noise, a neutral prompt, styles swapped in at many steps"),
+    "phantom": ("tools.phantom", "draw a data set of phantoms in the files of CheXpert or ISIC 2019"),
+    "train-phantom": ("tools.train_phantom", "train the shipped model anew"),
+    "inspect": ("tools.inspect", "what a checkpoint is, and what becomes of every key"),
+    "convert": ("tools.convert", "write a checkpoint in another layout or precision"),
+    "fetch-weights": ("tools.fetch_weights", "download the known SD1.5 files, checked by hash"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Returns 0; 1 when interrupted; 2 for bad input, explained in one line on stderr."""
+    parser = argparse.ArgumentParser(prog="ldm", description="Stable Diffusion 1.5 from scratch, and its trajectories.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, line) in COMMANDS.items():
+        commands.add_parser(name, help=line, add_help=False)
+    first, rest = parser.parse_known_args(arguments if arguments is not None else sys.argv[1:])
+
+    module = importlib.import_module(COMMANDS[first.command][0])
+    command = argparse.ArgumentParser(prog=f"ldm {first.command}", formatter_class=argparse.RawDescriptionHelpFormatter)
+    module.add_arguments(command)
+    args = command.parse_args(rest)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        module.run(args)
+    except (ValueError, OSError) as error:
+        print(f"ldm {first.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"ldm {first.command}: interrupted; run it again to go on", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""`ldm train-phantom`: the recipe of the shipped model, from rendering its training set to the checkpoint.
+
+Four stages, each restarted where it stopped: render, autoencoder, text encoder, U-Net. About two hours on two cores.
+"""
+
+import argparse
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ldm import checkpoint
+from ldm.clip import CLIPTextEncoder
+from ldm.config import PHANTOM
+from ldm.schedule import Schedule
+from ldm.tokenizer import Tokenizer
+from ldm.train import autoencoder, diffusion, text_encoder
+from ldm.train.loop import Recipe, fit
+from ldm.train.phantom_set import PhantomSet, draw
+from ldm.unet import UNet
+from ldm.vae import AutoencoderKL
+
+log = logging.getLogger(__name__)
+
+IMAGES, FIRST_SEED = 24_000, 1_000_000  # half chest, half skin; seeds below are left for evaluation
+AUTOENCODER = Recipe(steps=2500, lr=1.5e-3, weight_decay=0.0)
+AUTOENCODER_BATCH = 8
+TEXT_ENCODER = Recipe(steps=1000, lr=1e-3, weight_decay=0.0)
+TEXT_ENCODER_BATCH = 128
+UNET = Recipe(steps=4000, lr=1e-3, warmup=200, ema_decay=0.998)
+UNET_BATCH = 32
+CAPTION_DROPOUT = 0.1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command to `parser`."""
+    parser.description = (
+        "Train the model in weights/ anew: render 24,000 phantoms, train the autoencoder, the text encoder and the "
+        "U-Net one after the other, write one checkpoint in the single-file layout of SD1.5. About two hours on two "
+        "cores; run it again with the same --work to go on after a stop."
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("out/train-phantom"), help="folder of images, checkpoints and logs"
+    )
+    parser.add_argument("--out", type=Path, default=Path("weights/phantom.safetensors"), help="the checkpoint to write")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and noise (default %(default)s)")
+    parser.add_argument("--shrink", type=int, default=1, help="divide images and steps by this, for a trial")
+
+
+def run(args: argparse.Namespace) -> None:
+    """All stages. Raises ValueError for numbers that do not fit."""
+    if args.shrink < 1:
+        raise ValueError(f"--shrink: got {args.shrink}, expected >= 1")
+    args.work.mkdir(parents=True, exist_ok=True)
+    data = PhantomSet(args.work, max(64, IMAGES // args.shrink), FIRST_SEED)
+    tokenizer = Tokenizer()
+    tokens = text_encoder.CaptionTokens(data.captions, tokenizer)
+
+    torch.manual_seed(args.seed)  # the initial weights; everything else has generators of its own
+    vae = AutoencoderKL(PHANTOM.vae)
+    clip = CLIPTextEncoder(PHANTOM.clip)
+    text_encoder.initialise(clip)
+    unet = UNet(PHANTOM.unet)
+    diffusion.initialise(unet)
+    for network in (vae, unet):  # the layout that convolutions are fastest in on a CPU
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    latents = train_autoencoder(vae, data, args)
+    train_text_encoder(clip, latents, tokens, args)
+    train_unet(unet, latents, clip, tokens, tokenizer([""]), args)
+    checkpoint.save(args.out, {"clip": clip, "vae": vae, "unet": unet}, layout="single", dtype=torch.float16)
+    log.info("wrote %s", args.out)
+
+
+def train_autoencoder(vae: AutoencoderKL, data: PhantomSet, args: argparse.Namespace) -> Tensor:
+    """Stage 1. Returns the latents of all images: (N, 8, 16, 16), mean and standard deviation, scaled."""
+    latents, weights = args.work / "latents.safetensors", args.work / "vae.safetensors"
+    if latents.exists():
+        vae.load_state_dict(load_file(weights))
+        return load_file(latents)["latents"]
+
+    def loss_at(step: int) -> Tensor:
+        return autoencoder.autoencoder_loss(vae, data, step, AUTOENCODER_BATCH, args.seed)
+
+    fit("autoencoder", vae, loss_at, shrunk(AUTOENCODER, args.shrink), args.work)
+    autoencoder.normalise_latents(vae, data, images=min(2048, len(data)))
+    encoded = autoencoder.encode_all(vae, data)
+    store(weights, dict(vae.state_dict()))
+    store(latents, {"latents": encoded})
+    return encoded
+
+
+def train_text_encoder(
+    clip: CLIPTextEncoder, latents: Tensor, tokens: text_encoder.CaptionTokens, args: argparse.Namespace
+) -> None:
+    """Stage 2. The image tower and the temperature are thrown away."""
+    c = PHANTOM.vae.latent_channels
+    model = text_encoder.ContrastiveModel(clip, (c, *latents.shape[2:]))
+
+    def loss_at(step: int) -> Tensor:
+        images = draw(args.seed, step, len(latents), TEXT_ENCODER_BATCH)
+        return text_encoder.contrastive_loss(model, latents[images, :c], tokens.draw(images, args.seed, step), tokens)
+
+    fit("text_encoder", model, loss_at, shrunk(TEXT_ENCODER, args.shrink), args.work)
+
+
+def train_unet(
+    unet: UNet,
+    latents: Tensor,
+    clip: CLIPTextEncoder,
+    tokens: text_encoder.CaptionTokens,
+    empty: Tensor,
+    args: argparse.Namespace,
+) -> None:
+    """Stage 3. The text encoder is frozen: the context of every caption is computed once."""
+    with torch.no_grad():
+        contexts = clip(torch.cat([tokens.ids, empty]))  # the last one is the empty caption's
+    schedule = Schedule.sd15()
+
+    def loss_at(step: int) -> Tensor:
+        images = draw(args.seed, step, len(latents), UNET_BATCH)
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        mean, std = latents[images].chunk(2, dim=1)
+        x_0 = mean + std * torch.randn(mean.shape, generator=generator)
+        captions = tokens.draw(images, args.seed, step)
+        captions = diffusion.drop_captions(captions, len(contexts) - 1, CAPTION_DROPOUT, generator)
+        return diffusion.diffusion_loss(unet, x_0, contexts[captions], schedule, generator)
+
+    fit("unet", unet, loss_at, shrunk(UNET, args.shrink), args.work)
+
+
+def shrunk(recipe: Recipe, by: int) -> Recipe:
+    """The same recipe with fewer steps."""
+    return replace(recipe, steps=max(2, recipe.steps // by), warmup=recipe.warmup // by)
+
+
+def store(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write under a temporary name, then rename."""
+    partial = path.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    partial.replace(path)

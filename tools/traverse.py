@@ -1,0 +1,67 @@
+"""`ldm traverse`: trajectories from a neutral prompt to each style, for any checkpoint.
+
+ldm traverse --neutral "Normal chest X-ray with no significant findings" \\
+             --style effusion="Chest X-ray of a subject with Pleural Effusion" --seeds 0-15 --out out/effusion
+"""
+
+import argparse
+from dataclasses import replace
+
+from ldm.experiment import SWAP_STEPS, Traversal, parse_integers, run_traversal, write_figures
+from tools.options import add_model, add_sampling, latent_size, load_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command to `parser`."""
+    parser.description = (
+        "Denoise every seed under the neutral prompt, and again with each style's prompt swapped in after s steps, for "
+        "every s of --swap-steps; steps that branches share are taken once. Draw a Bezier curve through each style's "
+        "latents, decode everything, and write latents.safetensors, images/, figure.png, curve.gif and run.json."
+    )
+    parser.add_argument("--neutral", required=True, help="the prompt of the unedited image")
+    parser.add_argument("--style", action="append", required=True, metavar="NAME=PROMPT", help="repeat for each style")
+    parser.add_argument(
+        "--swap-steps",
+        default=",".join(map(str, SWAP_STEPS)),
+        help="numbers of neutral steps before the swap; early swaps edit strongly (default %(default)s)",
+    )
+    parser.add_argument(
+        "--indexing",
+        choices=("steps", "authors"),
+        default="steps",
+        help="authors: s + 1 neutral steps, as in the paper's published code",
+    )
+    parser.add_argument("--bezier-points", type=int, default=50, help="points along each curve; 0: none (default 50)")
+    parser.add_argument("--keep", metavar="x_t,x0_pred,eps", help="also save these of every step of every branch")
+    parser.add_argument("--no-images", action="store_true", help="write latents and run.json only")
+    add_model(parser)
+    add_sampling(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that do not fit."""
+    styles = dict(style.split("=", 1) for style in args.style if "=" in style)
+    if len(styles) != len(args.style):
+        raise ValueError(f"--style: got {args.style}, expected NAME=PROMPT with a different NAME each")
+    plan = Traversal(  # before the weights are read, so that bad options are refused at once
+        neutral=args.neutral,
+        styles=styles,
+        seeds=parse_integers(args.seeds, "--seeds"),
+        swap_steps=parse_integers(args.swap_steps, "--swap-steps"),
+        steps=args.steps,
+        guidance=args.guidance,
+        negative=args.negative,
+        eta=args.eta,
+        indexing=args.indexing,
+        bezier_points=args.bezier_points,
+        keep=tuple(args.keep.split(",")) if args.keep else (),
+    )
+    sd = load_model(args)
+    plan = replace(plan, latent_size=latent_size(args.size, sd))
+    record = run_traversal(sd, plan, args.out, max_batch=args.max_batch, images=not args.no_images)
+    if not args.no_images:
+        write_figures(args.out, plan)
+    print(
+        f"{len(plan.seeds)} seeds, {len(styles)} styles, {len(plan.swap_steps)} swap steps: {record['unet_rows']} "
+        f"U-Net rows where separate runs cost {record['unet_rows_separate']}; {record['seconds']} s; see {args.out}"
+    )
