@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
+from tiny_checkpoints import FORMAT, manifest
 
 from ldm.checkpoint.container import DTYPES, CheckpointError, Header, LazyTensor, TensorFile, sha256, write_tensors
-from tests.tiny_checkpoints import FORMAT, manifest
 
 TENSORS = {
     "b": torch.randn(3, 2),

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_checkpoints import FORMAT, part, single, write_folder, write_single
 
 from ldm.checkpoint import CheckpointError, identify, load_parts
-from tests.tiny_checkpoints import FORMAT, part, single, write_folder, write_single
 
 ANY = torch.zeros(1)
 CONV = "model.diffusion_model.input_blocks.0.0.weight"

@@ -1,12 +1,12 @@
 """Two names for every weight: the tables against the names of the published files, and at other depths."""
 
 import pytest
+from tiny_checkpoints import manifest
 
 from ldm.checkpoint import layouts
 from ldm.checkpoint.layouts import Depth, depth_of, ema_key, from_single, is_vae_attention_weight, rename, to_single
 from ldm.checkpoint.loading import build
 from ldm.config import PHANTOM, SD15, Config, UNetConfig, VAEConfig
-from tests.tiny_checkpoints import manifest
 
 PARTS_IN_MANIFEST = {"clip": "text_encoder", "vae": "vae", "unet": "unet"}
 OTHER_DEPTHS = [

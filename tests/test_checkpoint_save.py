@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_checkpoints import FORMAT, TINY, part, single, write_as_published, write_folder, write_single
 
 from ldm.checkpoint import CheckpointError, KeysDoNotFit, convert, identify, load_parts, save
 from ldm.checkpoint.container import TensorFile
@@ -11,7 +12,6 @@ from ldm.clip import CLIPTextEncoder
 from ldm.config import PHANTOM
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
-from tests.tiny_checkpoints import FORMAT, TINY, part, single, write_as_published, write_folder, write_single
 
 
 def weights_of(folder):

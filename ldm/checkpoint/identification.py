@@ -81,13 +81,13 @@ class Checkpoint:
         if "unet_ema" not in self.parts:
             if ema == "ema":
                 raise CheckpointError(
-                    f"{self.path}: has one set of U-Net weights, not marked as EMA or plain: leave ema (--ema) away"
+                    f"{self.path}: has one set of U-Net weights, not marked as EMA or plain: leave ema (--ema) out"
                 )
             return self
         if ema is None:
             raise CheckpointError(
                 f"{self.path}: has the U-Net's trained weights and their moving average (EMA, which samples better): "
-                "choose with ema='ema' or ema='plain' (--ema or --no-ema)"
+                "choose with ema='ema' or ema='plain' (--ema ema, --ema plain)"
             )
         dropped = self.parts["unet" if ema == "ema" else "unet_ema"]
         kept = self.parts["unet_ema" if ema == "ema" else "unet"]
