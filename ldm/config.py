@@ -100,8 +100,8 @@ SD15 = Config(CLIPConfig(), VAEConfig(), UNetConfig())
 # train it in under two hours. 128 x 128 images, 16 x 16 latents.
 PHANTOM = Config(
     CLIPConfig(width=64, layers=2, heads=4, mlp_width=256),
-    VAEConfig(widths=(16, 32, 64, 64), resnets_per_level=1, norm_groups=8),
+    VAEConfig(widths=(16, 32, 64, 96), resnets_per_level=1, norm_groups=8),
     UNetConfig(
-        sample_size=16, widths=(96, 128, 160), resnets_per_level=1, attention=(False, True, True), context_width=64
+        sample_size=16, widths=(96, 128, 128), resnets_per_level=1, attention=(False, True, True), context_width=64
     ),
 )

@@ -12,6 +12,7 @@ COMMANDS = {
     "traverse": ("tools.traverse", "trajectories: one noise, a neutral prompt, styles swapped in at many steps"),
     "phantom": ("tools.phantom", "draw a data set of phantoms in the files of CheXpert or ISIC 2019"),
     "train-phantom": ("tools.train_phantom", "train the shipped model anew"),
+    "judge-phantom": ("tools.judge_phantom", "count and look at what the shipped model draws when asked"),
     "inspect": ("tools.inspect", "what a checkpoint is, and what becomes of every key"),
     "convert": ("tools.convert", "write a checkpoint in another layout or precision"),
     "fetch-weights": ("tools.fetch_weights", "download the known SD1.5 files, checked by hash"),

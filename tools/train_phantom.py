@@ -26,7 +26,7 @@ from ldm.vae import AutoencoderKL
 log = logging.getLogger(__name__)
 
 IMAGES, FIRST_SEED = 24_000, 1_000_000  # half chest, half skin; seeds below are left for evaluation
-AUTOENCODER = Recipe(steps=2500, lr=1.5e-3, weight_decay=0.0)
+AUTOENCODER = Recipe(steps=2400, lr=2e-3, weight_decay=0.0)
 AUTOENCODER_BATCH = 8
 TEXT_ENCODER = Recipe(steps=1000, lr=1e-3, weight_decay=0.0)
 TEXT_ENCODER_BATCH = 128
