@@ -167,6 +167,7 @@ def damaged(path: Path, change) -> Path:
         (lambda raw: raw.replace(b"[0,16]", b"[0,12]", 1), "corrupt"),
         (lambda raw: raw.replace(b"[16,32]", b"[ 8,24]", 1), "corrupt: b begins at byte 8, expected 16"),
         (lambda raw: raw.replace(b'"shape"', b'"shope"', 1), "its header is not one of safetensors"),
+        (lambda raw: (10**6).to_bytes(8, "little") + b"[" * 10**6, "its header is not one of safetensors"),
     ],
 )
 def test_broken_files_are_named_in_one_line(tmp_path, change, message):

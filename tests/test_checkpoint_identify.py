@@ -158,7 +158,6 @@ def test_a_missing_part_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("part_folder", "fields", "message"),
     [
-        ("unet", '{"attention_head_dim": [5, 10, 20, 20]}', r"heads = \[5, 10, 20, 20\], expected one number"),
         ("text_encoder", '{"hidden_act": "gelu"}', "hidden_act is 'gelu', SD1.5's text encoder has 'quick_gelu'"),
         ("vae", "{broken", "not a configuration"),
     ],
@@ -169,10 +168,17 @@ def test_a_config_json_that_is_not_sd15s_is_refused(tmp_path, part_folder, field
     refused(tmp_path / "a", message)
 
 
-def test_metadata_that_is_no_configuration_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"ldm.config": json.dumps([1])}, "its metadata 'ldm.config' is no configuration"),
+        ({"ldm.header.unet": "{"}, "its header is not one of safetensors"),
+    ],
+)
+def test_broken_metadata_of_our_own_is_refused(tmp_path, metadata, message):
     path = tmp_path / "a.safetensors"
-    save_file(single(), path, metadata={"ldm.config": json.dumps([1])})
-    refused(path, "its metadata 'ldm.config' is no configuration")
+    save_file(single(), path, metadata=metadata)
+    refused(path, message)
 
 
 def refused(path, message):

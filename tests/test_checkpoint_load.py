@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from ldm.checkpoint import CheckpointError, KeysDoNotFit, examine, identify, inf
 from ldm.checkpoint.container import Header, LazyTensor, write_tensors
 from ldm.checkpoint.loading import build
 from ldm.clip import CLIPTextEncoder
-from ldm.config import PHANTOM, SD15, CLIPConfig, VAEConfig
+from ldm.config import PHANTOM, SD15, CLIPConfig
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 
@@ -270,13 +271,37 @@ def test_configurations_are_inferred_from_shapes(name):
         assert infer_config(name, shapes) == config
 
 
-def test_shapes_that_no_configuration_fits_are_refused():
-    network = AutoencoderKL(VAEConfig(widths=(32, 64), resnets_per_level=1))
-    shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
-    assert infer_config("vae", shapes, {"norm_groups": 8}).norm_groups == 8
-    unet = {"down_blocks.0.resnets.0.conv1.weight": (33, 32, 3, 3)}
-    with pytest.raises(CheckpointError, match="width 33 is not a multiple of norm_groups 32"):
-        infer_config("unet", unet)
+@pytest.mark.parametrize("name", ["vae", "unet"])
+def test_shapes_that_no_network_has_are_refused(tmp_path, name):
+    # The phantom model's groups are not SD1.5's, and a file of other making does not tell them.
+    path = tmp_path / "a.safetensors"
+    network = (
+        AutoencoderKL(PHANTOM.vae)
+        if name == "vae"
+        else UNet(replace(PHANTOM.unet, norm_groups=16, widths=(48, 80, 96)))
+    )
+    save_file(network.state_dict(), path)
+    with pytest.raises(
+        CheckpointError, match=r"has these shapes \(.*\); numbers of heads and of groups do not show"
+    ) as error:
+        examine(identify(path))
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ('{"attention_head_dim": [5, 10, 20, 20]}', r"heads = \[5, 10, 20, 20\], expected one number"),
+        ('{"attention_head_dim": 0}', "modulo by zero"),
+        ('{"norm_num_groups": 7}', "not a multiple of norm_groups 7"),
+    ],
+)
+def test_settings_that_no_network_can_have_are_refused(tmp_path, fields, message):
+    folder = write_folder(tmp_path / "a")
+    (folder / "unet" / "config.json").write_text(fields)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_parts(folder)
+    assert str(folder) in str(error.value)
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
@@ -338,3 +363,13 @@ def test_loading_a_full_size_model_takes_its_weights_memory_and_a_tenth(full_siz
     assert weights == 1_066_235_307 * (4 if dtype == "float32" else 2)
     # A tenth: the largest tensor, the token embedding, is 3.6 % of the weights; the rest is the allocator's.
     assert 0.95 * weights < peak < 1.1 * weights, f"{peak / weights:.3f} of the weights"
+
+
+@pytest.mark.gpu
+def test_loading_onto_a_gpu(tmp_path):
+    loaded = load_parts(write_single(tmp_path / "a.safetensors"), device="cuda", dtype=torch.float16)
+    assert not loaded.mapped
+    for name, network in networks(loaded).items():
+        for key, tensor in network.state_dict().items():
+            assert tensor.device.type == "cuda"
+            assert torch.equal(tensor.cpu(), part(name)[key].half())

@@ -13,7 +13,8 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -44,6 +45,15 @@ CHUNK_BYTES = 1 << 24
 
 class CheckpointError(ValueError):
     """A file or folder cannot serve as a model: the message says what it is and what to do."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts the path in front of a CheckpointError that does not know it."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -102,9 +112,9 @@ class Header:
         """Raises CheckpointError when the text is no header, or its tensors overlap or leave gaps."""
         try:
             fields: dict[str, Any] = json.loads(text)
-            metadata = fields.pop("__metadata__", None) or {}
+            metadata = {str(key): str(text) for key, text in (fields.pop("__metadata__", None) or {}).items()}
             entries = {name: _parse_entry(name, entry) for name, entry in fields.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"its header is not one of safetensors ({error})") from error
@@ -161,10 +171,8 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
+        with naming(path):
             self.header = self._read_header()
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from error
         self._data_start = 8 + len(self.header.text)
 
     def _read_header(self) -> Header:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ldm.checkpoint import layouts, settings
-from ldm.checkpoint.container import CheckpointError, Header, LazyTensor, TensorFile
+from ldm.checkpoint.container import CheckpointError, Header, LazyTensor, TensorFile, naming
 from ldm.checkpoint.foreign import PICKLE_SUFFIXES, refuse_other_folders, refuse_other_formats, refuse_other_models
 from ldm.checkpoint.layouts import FOLDERS, PARTS, SINGLE_PREFIXES
 
@@ -60,9 +60,8 @@ class Checkpoint:
 
     def describe(self) -> str:
         """What it is, in a few words."""
-        kind = {"single": "SD1.5 single file", "folder": "diffusers folder", "part": "diffusers-layout file"}[
-            self.layout
-        ]
+        kinds = {"single": "SD1.5 single file", "folder": "diffusers folder", "part": "diffusers-layout file"}
+        kind = kinds[self.layout]
         if any(CONFIG_KEY in header.metadata for header in self.headers.values()):
             kind += " written by ldm"
         if self.layout == "folder" and "vae" in self.parts:
@@ -132,9 +131,7 @@ def identify(path: str | Path) -> Checkpoint:
     path = Path(path)
     if path.is_dir():
         return _identify_folder(path)
-    refuse_other_formats(path)
-    file = TensorFile(path)
-    refuse_other_models(path, _shapes(file.tensors()))
+    file = _open(path)
     if any(name.startswith(tuple(SINGLE_PREFIXES.values())) for name in file.header.entries):
         return _identify_single(file)
     for part, marks in _PART_MARKS.items():
@@ -144,8 +141,11 @@ def identify(path: str | Path) -> Checkpoint:
     raise CheckpointError(f"{path}: none of its {len(file.header.entries)} tensors is SD1.5's (the first: {first})")
 
 
-def _shapes(tensors: Mapping[str, LazyTensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
+def _open(path: Path) -> TensorFile:
+    refuse_other_formats(path)
+    file = TensorFile(path)
+    refuse_other_models(path, {name: tensor.shape for name, tensor in file.tensors().items()})
+    return file
 
 
 def _identify_single(file: TensorFile) -> Checkpoint:
@@ -159,7 +159,6 @@ def _identify_single(file: TensorFile) -> Checkpoint:
     parts["unet_ema"] = {name: tensors[key] for name, key in ema_keys.items() if key in tensors}
     placed = {tensor.key for part in parts.values() for tensor in part.values()}
     extras, unexpected = _sort_extras(tensor for name, tensor in tensors.items() if name not in placed)
-    metadata = file.header.metadata
     return Checkpoint(
         path=file.path,
         layout="single",
@@ -168,8 +167,8 @@ def _identify_single(file: TensorFile) -> Checkpoint:
         extras=extras,
         unexpected=unexpected,
         hidden=_hidden_from_metadata(file),
-        headers={"single": file.header, **_carried_headers(metadata)},
-        vae_names="old" if metadata.get(VAE_NAMES_KEY) == "old" else "new",
+        headers={"single": file.header, **_carried_headers(file)},
+        vae_names="old" if file.header.metadata.get(VAE_NAMES_KEY) == "old" else "new",
     )
 
 
@@ -192,15 +191,16 @@ def _as_ours(name: str, tensor: LazyTensor) -> LazyTensor:
 
 
 def _hidden_from_metadata(file: TensorFile) -> dict[str, dict[str, Any]]:
-    try:
+    with naming(file.path):
         return settings.hidden_from_metadata(file.header.metadata, CONFIG_KEY)
-    except CheckpointError as error:
-        raise CheckpointError(f"{file.path}: {error}") from error
 
 
-def _carried_headers(metadata: Mapping[str, str]) -> dict[str, Header]:
+def _carried_headers(file: TensorFile) -> dict[str, Header]:
+    """The headers of former files that a conversion put into this one's metadata."""
+    metadata = file.header.metadata
     carried = {key.removeprefix(HEADER_KEY): text for key, text in metadata.items() if key.startswith(HEADER_KEY)}
-    return {role: Header.parse(text.encode()) for role, text in carried.items()}
+    with naming(file.path):
+        return {role: Header.parse(text.encode()) for role, text in carried.items()}
 
 
 def _identify_folder(path: Path) -> Checkpoint:
@@ -239,15 +239,8 @@ def _identify_folder(path: Path) -> Checkpoint:
         files=(*checkpoint.files, file),
         extras=extras,
         unexpected=unexpected,
-        headers={**checkpoint.headers, **_carried_headers(file.header.metadata)},
+        headers={**checkpoint.headers, **_carried_headers(file)},
     )
-
-
-def _open(path: Path) -> TensorFile:
-    refuse_other_formats(path)
-    file = TensorFile(path)
-    refuse_other_models(path, _shapes(file.tensors()))
-    return file
 
 
 def _pick(folder: Path, name: str) -> str:
@@ -273,12 +266,12 @@ def _some(names: Iterable[str], limit: int = 4) -> str:
 def _from_part_files(path: Path, layout: Layout, files: Mapping[str, TensorFile]) -> Checkpoint:
     """One file a network, in our names or, for the autoencoder, in those before diffusers 0.18."""
     parts, hidden = {}, {}
-    old_names, vae_names = dict(layouts.OLD_VAE_NAMES), "new"
+    to_new, has_old_names = dict(layouts.OLD_VAE_NAMES), False
     for part, file in files.items():
         tensors = file.tensors()
         if part == "vae":
-            ours = {name: layouts.rename(name, old_names) or name for name in tensors}
-            vae_names = "old" if any(name != new for name, new in ours.items()) else "new"
+            ours = {name: layouts.rename(name, to_new) or name for name in tensors}
+            has_old_names = any(name != new for name, new in ours.items())
             tensors = {new: _as_ours(new, tensors[name]) for name, new in ours.items()}
         parts[part] = tensors
         if part in PARTS:
@@ -291,5 +284,5 @@ def _from_part_files(path: Path, layout: Layout, files: Mapping[str, TensorFile]
         parts=parts,
         hidden=hidden,
         headers={part: file.header for part, file in files.items()},
-        vae_names="old" if vae_names == "old" else "new",
+        vae_names="old" if has_old_names else "new",
     )

@@ -60,7 +60,7 @@ def unet_depth(names: Iterable[str]) -> Depth:
     input_blocks: 0 is the first convolution; each level then has its resnets and, but for the last, a downsampler.
     """
     modules = {".".join(name.split(".")[:4]) for name in names}
-    blocks = max(1, 1 + _highest(modules, r"input_blocks\.(\d+)"))
+    blocks = max(1, 1 + _highest(modules, "input_blocks."))
     stride = next((i for i in range(1, blocks) if f"input_blocks.{i}.0.op" in modules), blocks)
     attention = tuple(f"input_blocks.{1 + first}.1.norm" in modules for first in range(0, blocks, stride))
     return Depth(len(attention), stride - 1, attention)
@@ -69,11 +69,13 @@ def unet_depth(names: Iterable[str]) -> Depth:
 def vae_depth(names: Iterable[str]) -> Depth:
     """The depth that a single file's autoencoder names tell (without their prefix)."""
     names = list(names)
-    return Depth(1 + _highest(names, r"encoder\.down\.(\d+)"), 1 + _highest(names, r"encoder\.down\.0\.block\.(\d+)"))
+    return Depth(1 + _highest(names, "encoder.down."), 1 + _highest(names, "encoder.down.0.block."))
 
 
-def _highest(names: Iterable[str], pattern: str) -> int:
-    return max((int(found[1]) for name in names if (found := re.match(pattern, name))), default=-1)
+def _highest(names: Iterable[str], prefix: str) -> int:
+    """The highest number that follows the prefix; -1 when there is none. Three digits, so that no name costs memory."""
+    pattern = re.compile(re.escape(prefix) + r"(\d{1,3})\.")
+    return max((int(found[1]) for name in names if (found := pattern.match(name))), default=-1)
 
 
 def unet_table(depth: Depth) -> Pairs:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint import settings
 from ldm.checkpoint.container import CheckpointError, LazyTensor, sha256
-from ldm.checkpoint.identification import Checkpoint, WeightSet, identify
+from ldm.checkpoint.identification import PART_NAMES, Checkpoint, WeightSet, identify
 from ldm.checkpoint.layouts import PARTS
 from ldm.checkpoint.report import KeyReport, explain, require_fit
 from ldm.checkpoint.settings import PartConfig
@@ -45,7 +45,8 @@ class Loaded:
     """The three networks in evaluation mode, and where they come from.
 
     mapped: whether parameters are views of the mapped files rather than copies: nothing is read before it is used, and
-    writing into a parameter copies the page, never changes the file.
+    writing into a parameter copies the page, never changes the file. The files may be replaced meanwhile (as `save`
+    does), but not rewritten in place.
     """
 
     config: Config
@@ -92,9 +93,12 @@ def examine(checkpoint: Checkpoint) -> Examined:
         shapes = {name: tensor.shape for name, tensor in checkpoint.parts[part].items()}
         try:
             configs[part] = settings.infer_config(part, shapes, checkpoint.hidden.get(part))
-        except CheckpointError as error:
-            raise CheckpointError(f"{checkpoint.path}: {error}") from error
-        networks[part] = build(configs[part])
+            networks[part] = build(configs[part])
+        except (ValueError, ZeroDivisionError) as error:
+            raise CheckpointError(
+                f"{checkpoint.path}: no {PART_NAMES[part]} has these shapes ({error}); numbers of heads and of groups "
+                "do not show in them, and are SD1.5's unless config.json or our own metadata tells them"
+            ) from error
         expected[part] = {name: tuple(tensor.shape) for name, tensor in networks[part].state_dict().items()}
     return Examined(checkpoint, configs, networks, explain(checkpoint, expected))
 

@@ -171,7 +171,7 @@ def _tells_config(content: Content, part: str) -> bool:
     shapes = {name: tensor.shape for name, tensor in content.parts[part].items()}
     try:
         return settings.infer_config(part, shapes) != content.configs[part]
-    except CheckpointError:
+    except ValueError:
         return True
 
 

@@ -38,20 +38,14 @@ def infer_config(part: str, shapes: Shapes, hidden: Mapping[str, Any] | None = N
     Args:    part: "clip", "vae" or "unet".  shapes: our names -> shapes; where a telling tensor is missing, SD1.5's
              number is taken, so that the report can say what is missing.
              hidden: what shapes do not show, such as {"heads": 4}; other fields in it are ignored.
-    Raises:  CheckpointError: when the numbers do not go together.
+    Raises:  ValueError: when the numbers do not go together.
     """
     hidden = {name: value for name, value in (hidden or {}).items() if name in HIDDEN_FIELDS[part]}
-    try:
-        if part == "clip":
-            return _infer_clip(shapes, hidden)
-        if part == "vae":
-            return _infer_vae(shapes, hidden)
-        return _infer_unet(shapes, hidden)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{part}: no configuration fits the shapes ({error}); numbers of heads and groups do not show in them, "
-            "and are SD1.5's where the file does not tell"
-        ) from error
+    if wrong := [f"{name} = {value!r}" for name, value in hidden.items() if not isinstance(value, int | float)]:
+        raise CheckpointError(f"{part}: {', '.join(wrong)}, expected one number as in SD1.5")
+    if part == "clip":
+        return _infer_clip(shapes, hidden)
+    return _infer_vae(shapes, hidden) if part == "vae" else _infer_unet(shapes, hidden)
 
 
 def _infer_clip(shapes: Shapes, hidden: Mapping[str, Any]) -> CLIPConfig:
@@ -74,7 +68,7 @@ def _infer_vae(shapes: Shapes, hidden: Mapping[str, Any]) -> VAEConfig:
 def _infer_unet(shapes: Shapes, hidden: Mapping[str, Any]) -> UNetConfig:
     widths = _widths(shapes, "down_blocks.{}.") or SD15.unet.widths
     contexts = [shape[-1] for name, shape in shapes.items() if name.endswith(".attn2.to_k.weight")]
-    inferred = UNetConfig(
+    return UNetConfig(
         latent_channels=shapes.get("conv_in.weight", (0, SD15.unet.latent_channels))[1],
         widths=widths,
         resnets_per_level=_count(shapes, "down_blocks.0.resnets.{}.") or SD15.unet.resnets_per_level,
@@ -82,7 +76,6 @@ def _infer_unet(shapes: Shapes, hidden: Mapping[str, Any]) -> UNetConfig:
         context_width=contexts[0] if contexts else SD15.unet.context_width,
         **hidden,
     )
-    return inferred
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
@@ -110,8 +103,6 @@ def hidden_from_json(path: Path, part: str) -> dict[str, Any]:
         hidden = {ours: fields[theirs] for ours, theirs in HIDDEN_FIELDS[part].items() if theirs in fields}
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: not a configuration ({error})") from error
-    if wrong := [f"{name} = {value!r}" for name, value in hidden.items() if not isinstance(value, int | float)]:
-        raise CheckpointError(f"{path}: {', '.join(wrong)}, expected one number as in SD1.5")
     if part == "clip" and (activation := fields.get("hidden_act", "quick_gelu")) != "quick_gelu":
         raise CheckpointError(f"{path}: hidden_act is {activation!r}, SD1.5's text encoder has 'quick_gelu'")
     return hidden
