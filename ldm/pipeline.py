@@ -84,8 +84,8 @@ class StableDiffusion:
         return self.vae.decode(latents.to(self.device, vae_dtype) / self.config.vae.scaling_factor)
 
     def weights_sha256(self) -> str:
-        """The SHA-256 of the checkpoint file; for several files that of their lines "hash  name", sorted by name."""
-        hashes = {path.name: checkpoint.sha256(path) for path in self.files}
+        """The SHA-256 of the checkpoint file; for several files that of their lines "hash  folder/name", sorted."""
+        hashes = {"/".join(path.parts[-2:]): checkpoint.sha256(path) for path in self.files}
         if len(hashes) == 1:
             return next(iter(hashes.values()))
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))

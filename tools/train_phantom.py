@@ -26,8 +26,8 @@ from ldm.vae import AutoencoderKL
 log = logging.getLogger(__name__)
 
 IMAGES, FIRST_SEED = 24_000, 1_000_000  # half chest, half skin; seeds below are left for evaluation
-AUTOENCODER = Recipe(steps=2400, lr=2e-3, weight_decay=0.0)
-AUTOENCODER_BATCH = 8
+AUTOENCODER = Recipe(steps=4600, lr=2e-3, weight_decay=0.0)
+AUTOENCODER_BATCH = 4
 TEXT_ENCODER = Recipe(steps=1000, lr=1e-3, weight_decay=0.0)
 TEXT_ENCODER_BATCH = 128
 UNET = Recipe(steps=4000, lr=1e-3, warmup=200, ema_decay=0.998)

@@ -5,21 +5,24 @@ Letters: B batch, H W image height and width, z the unscaled latent.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from ldm.train.phantom_set import PhantomSet, draw
 from ldm.vae import AutoencoderKL, DiagonalGaussian
 
 
-def reconstruction_loss(images: Tensor, decoded: Tensor, square_weight: float = 3.0) -> Tensor:
-    """How far decoded images (B, 3, H, W) are off.
+def reconstruction_loss(images: Tensor, decoded: Tensor) -> Tensor:
+    """How far decoded images (B, 3, H, W) are off, in [-1, 1] units.
 
     Absolute error, which keeps edges sharp; that of the horizontal and vertical differences, so that edges count more;
-    and the squared error, whose gradient is largest where a small bright or coloured structure is missing altogether.
+    and the squared error of the image and of its 8 x 8 means, whose gradient is largest where a small structure is
+    missing altogether or has the wrong colour.
     """
     error = decoded - images
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-    return error.abs().mean() + edges + square_weight * error.square().mean()
+    squares = 3.0 * error.square().mean() + 20.0 * F.avg_pool2d(error, 8).square().mean()
+    return error.abs().mean() + edges + squares
 
 
 def autoencoder_loss(
