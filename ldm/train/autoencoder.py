@@ -45,7 +45,8 @@ def normalise_latents(vae: AutoencoderKL, data: PhantomSet, images: int = 2048, 
     SD1.5's factor 0.18215 was measured to do this for its autoencoder. Here the autoencoder is changed to fit the
     factor: z' = k (z - m) is folded into the 1x1 convolutions on both sides of z, which leaves the images unchanged.
     """
-    means = torch.cat([vae.encode(data.batch(range(i, i + batch))).mean for i in range(0, images, batch)]).double()
+    seen = range(min(images, len(data)))
+    means = torch.cat([vae.encode(data.batch(seen[i : i + batch])).mean for i in seen[::batch]]).double()
     m = means.mean(dim=(0, 2, 3))
     k = 1.0 / (vae.config.scaling_factor * means.std(dim=(0, 2, 3)))
 
