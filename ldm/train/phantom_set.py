@@ -57,8 +57,8 @@ class PhantomSet:
         path, meta = folder / "phantoms.npy", {"count": count, "seed0": seed0, "size": size}
         note = folder / "phantoms.json"
         if not path.exists():
-            self._render(path, size, workers)
             note.write_text(json.dumps(meta))
+            self._render(path, size, workers)
         if json.loads(note.read_text()) != meta:
             raise ValueError(
                 f"{path}: rendered with {note.read_text()}, asked for {json.dumps(meta)}; use a new folder"
