@@ -252,24 +252,16 @@ def write_figures(out: Path, plan: Traversal, seeds: Sequence[int] | None = None
     Args:    out: the traversal's folder.  seeds: those to draw; None: as many as give about six rows.
     Returns: the files written.
     """
-    seeds = seeds or plan.seeds[: max(1, 6 // len(plan.styles))]
-    late_to_early = sorted(plan.swap_steps, reverse=True)
-
-    def image(seed: int, name: str) -> Pixels:
-        return load_pixels(image_path(out, seed, name))
-
     rows = [
-        (style, [image(seed, "neutral"), *(image(seed, swap_name(style, s)) for s in late_to_early)])
-        for seed in seeds
-        for style in plan.styles
+        row for seed in seeds or plan.seeds[: max(1, 6 // len(plan.styles))] for row in trajectory_rows(out, plan, seed)
     ]
-    columns = ["neutral", *(f"s = {s}" for s in late_to_early)]
     written = [out / "figure.png"]
-    figures.save_image(written[0], figures.trajectories(rows, columns, title))
+    figures.save_image(written[0], figures.trajectories(rows, trajectory_columns(plan), title))
     if points := plan.bezier_points:
+        seed = (seeds or plan.seeds)[0]
         frames = [
             figures.grid(
-                [[image(seeds[0], bezier_name(style, i, points)) for style in plan.styles]],
+                [[load_pixels(image_path(out, seed, bezier_name(style, i, points))) for style in plan.styles]],
                 [""],
                 list(plan.styles),
                 f"u = {i / (points - 1):.2f}",
@@ -279,6 +271,18 @@ def write_figures(out: Path, plan: Traversal, seeds: Sequence[int] | None = None
         written.append(out / "curve.gif")
         figures.save_animation(written[1], frames)
     return written
+
+
+def trajectory_rows(out: Path, plan: Traversal, seed: int) -> list[tuple[str, list[Pixels]]]:
+    """For each style of one seed: its name, and the images from neutral over late swaps to the earliest."""
+    late_to_early = sorted(plan.swap_steps, reverse=True)
+    names = {style: ["neutral", *(swap_name(style, s) for s in late_to_early)] for style in plan.styles}
+    return [(style, [load_pixels(image_path(out, seed, name)) for name in of]) for style, of in names.items()]
+
+
+def trajectory_columns(plan: Traversal) -> list[str]:
+    """The columns of `trajectory_rows`."""
+    return ["neutral", *(f"s = {s}" for s in sorted(plan.swap_steps, reverse=True))]
 
 
 def load_pixels(path: Path) -> Pixels:

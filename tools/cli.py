@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     first, rest = parser.parse_known_args(arguments if arguments is not None else sys.argv[1:])
 
     module = importlib.import_module(COMMANDS[first.command][0])
-    command = argparse.ArgumentParser(prog=f"ldm {first.command}", formatter_class=argparse.RawDescriptionHelpFormatter)
+    command = argparse.ArgumentParser(prog=f"ldm {first.command}")
     module.add_arguments(command)
     args = command.parse_args(rest)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

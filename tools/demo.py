@@ -6,7 +6,16 @@ from pathlib import Path
 
 from ldm import pipeline
 from ldm.data import captions
-from ldm.experiment import Traversal, parse_integers, run_traversal, write_figures, write_json
+from ldm.experiment import (
+    Traversal,
+    parse_integers,
+    run_traversal,
+    trajectory_columns,
+    trajectory_rows,
+    write_figures,
+    write_json,
+)
+from ldm.report.figures import grid, save_image
 
 CHEST = {"pleural_effusion": "Pleural Effusion", "support_devices": "Support Devices"}
 PROMPTS = {
@@ -27,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command to `parser`."""
     parser.description = (
         "Run the paper's traversal on drawn chest X-rays and skin lesions with the model in weights/: for every "
-        "attribute nine swap steps and a Bezier curve of 50 points. Writes a folder for each domain with figure.png, "
-        "curve.gif, images/, latents.safetensors and run.json. Under two minutes on two CPU cores, no network needed."
+        "attribute nine swap steps and a Bezier curve of 50 points. Writes overview.png and for each domain "
+        "figure.png, curve.gif, images/, latents.safetensors and run.json. Under two minutes on two CPU cores, no network needed."
     )
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write (default %(default)s)")
     parser.add_argument("--seeds", default="0-2", help="which patients, such as 0-7 (default %(default)s)")
@@ -39,11 +48,14 @@ def run(args: argparse.Namespace) -> None:
     began = time.monotonic()
     seeds = parse_integers(args.seeds, "--seeds")
     sd = pipeline.load(pipeline.PHANTOM_WEIGHTS)
-    records = {}
+    records, overview = {}, []
     for domain, (neutral, styles) in PROMPTS.items():
         plan = Traversal(neutral=neutral, styles=styles, seeds=seeds, guidance=GUIDANCE)
         records[domain] = run_traversal(sd, plan, args.out / domain, max_batch=64, label=domain)
         write_figures(args.out / domain, plan, title=f'{domain}: "{neutral}"')
+        overview += trajectory_rows(args.out / domain, plan, seeds[0])
+    labels, images = zip(*overview, strict=True)
+    save_image(args.out / "overview.png", grid(images, labels, trajectory_columns(plan)))
 
     rows = sum(record["unet_rows"] for record in records.values())
     separate = sum(record["unet_rows_separate"] for record in records.values())
@@ -53,5 +65,4 @@ def run(args: argparse.Namespace) -> None:
     write_json(args.out / "run.json", {**totals, "domains": records})
     print(f"{len(seeds)} seeds, {' and '.join(f'{len(styles)} {d} attributes' for d, (_, styles) in PROMPTS.items())}")
     print(f"{rows} U-Net rows where separate runs cost {separate}; {seconds} s in all")
-    for domain in PROMPTS:
-        print(f"look at {args.out / domain / 'figure.png'} and {args.out / domain / 'curve.gif'}")
+    print(f"look at {args.out / 'overview.png'}, then at figure.png and curve.gif in {args.out / '{chest,skin}'}")
