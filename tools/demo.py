@@ -36,8 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command to `parser`."""
     parser.description = (
         "Run the paper's traversal on drawn chest X-rays and skin lesions with the model in weights/: for every "
-        "attribute nine swap steps and a Bezier curve of 50 points. Writes overview.png and for each domain "
-        "figure.png, curve.gif, images/, latents.safetensors and run.json. Under two minutes on two CPU cores, no network needed."
+        "attribute nine swap steps and a Bezier curve of 50 points. Writes overview.png, and for each domain "
+        "figure.png, curve.gif, images/, latents.safetensors and run.json. Under two minutes on two CPU cores; no "
+        "network needed."
     )
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write (default %(default)s)")
     parser.add_argument("--seeds", default="0-2", help="which patients, such as 0-7 (default %(default)s)")
