@@ -30,7 +30,7 @@ AUTOENCODER = Recipe(steps=4600, lr=2e-3, weight_decay=0.0)
 AUTOENCODER_BATCH = 4
 TEXT_ENCODER = Recipe(steps=1000, lr=1e-3, weight_decay=0.0)
 TEXT_ENCODER_BATCH = 128
-UNET = Recipe(steps=4000, lr=1e-3, warmup=200, ema_decay=0.998)
+UNET = Recipe(steps=3600, lr=1e-3, warmup=200, ema_decay=0.998)
 UNET_BATCH = 32
 CAPTION_DROPOUT = 0.1
 

@@ -39,7 +39,7 @@ def drop_captions(captions: Tensor, empty: int, share: float, generator: torch.G
 
 
 def initialise(unet: UNet) -> None:
-    """Every residual branch starts at zero, so that the network starts as the identity. [Dhariwal and Nichol 2021]"""
+    """Every residual branch starts at zero, so that the blocks start as identities. [Dhariwal and Nichol 2021]"""
     for name, p in unet.named_parameters():
-        if name.endswith(("conv2.weight", "proj_out.weight")) or name == "conv_out.weight":
+        if name.rpartition(".")[0].endswith(("conv2", "proj_out", "conv_out")):
             torch.nn.init.zeros_(p)

@@ -2,8 +2,6 @@
 
 Letters: B batch, L = 77 tokens, D context width, E width of the shared space.
 
-CLIP pulls each image to its own caption and away from the batch's other captions. Here a batch holds the same caption
-many times over, so every image with that caption counts as a match  [Yang et al. 2022, "UniCL", eq. 3-5].
 The image tower is a small convolutional network over the frozen autoencoder's latents and is thrown away afterwards.
 """
 
@@ -63,15 +61,17 @@ class ContrastiveModel(nn.Module):
 
 
 def contrastive_loss(model: ContrastiveModel, latents: Tensor, captions: Tensor, tokens: CaptionTokens) -> Tensor:
-    """Cross entropy both ways, with every matching pair of the batch as a target.
+    """Cross entropy both ways: which caption belongs to this image, which image to this caption.
+
+    A caption that a batch holds several times needs no special care: its copies have equal logits, so the loss is the
+    same as if every matching pair were a target  [compare Yang et al. 2022, "UniCL", eq. 3-5].
 
     Args:    latents: (B, 4, h, w).  captions: (B,) caption numbers.
     """
     present, place = captions.unique(return_inverse=True)
     logits = model(latents, tokens.ids[present])[:, place]  # (B, B): image i, caption of image j
-    match = (captions[:, None] == captions[None, :]).float()
-    targets = match / match.sum(dim=1, keepdim=True)  # symmetric: a row's matches share its weight evenly
-    return 0.5 * (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets))
+    own = torch.arange(len(logits))
+    return 0.5 * (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))
 
 
 def initialise(clip: CLIPTextEncoder) -> None:
