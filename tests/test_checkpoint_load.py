@@ -65,6 +65,16 @@ def test_dtypes_are_kept_or_converted(tmp_path, stored, asked):
     assert loaded.mapped == (asked in (None, stored))
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
+def test_the_autoencoder_keeps_a_precision_of_its_own(tmp_path, dtype):
+    loaded = load_parts(write_single(tmp_path / "a.safetensors"), dtype=dtype, vae_dtype=torch.float32)
+    for key, tensor in loaded.vae.state_dict().items():
+        assert torch.equal(tensor, part("vae")[key]), key  # not through float16 and back
+    assert {tensor.dtype for tensor in loaded.vae.parameters()} == {torch.float32}
+    assert {tensor.dtype for tensor in loaded.unet.parameters()} == {dtype or torch.float32}
+    assert loaded.mapped == (dtype is None)
+
+
 def test_the_networks_run_and_can_be_trained(tmp_path):
     path = write_single(tmp_path / "a.safetensors")
     before = path.read_bytes()
@@ -82,9 +92,10 @@ def test_two_sets_of_weights_are_never_chosen_between_silently(tmp_path):
     path = write_single(tmp_path / "a.safetensors", ema=True)
     with pytest.raises(CheckpointError, match=r"ema='ema' or ema='plain' \(--ema ema, --ema plain\)"):
         load_parts(path)
-    assert_holds(load_parts(path, ema="plain"))
-    loaded = load_parts(path, ema="ema")
+    plain, loaded = load_parts(path, ema="plain"), load_parts(path, ema="ema")
+    assert_holds(plain)
     assert_holds(loaded, unet_seed=1)
+    assert (plain.weight_set, loaded.weight_set) == ("plain", "ema")
     assert "model.diffusion_model.out.2.bias" in loaded.report.unneeded
     with pytest.raises(CheckpointError, match="ema: 'both', expected"):
         load_parts(path, ema="both")
@@ -94,7 +105,9 @@ def test_one_set_of_weights_is_not_called_ema(tmp_path):
     path = write_single(tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match="one set of U-Net weights"):
         load_parts(path, ema="ema")
-    assert_holds(load_parts(path, ema="plain"))
+    loaded = load_parts(path, ema="plain")
+    assert_holds(loaded)
+    assert loaded.weight_set is None
 
 
 @pytest.mark.parametrize("place", ["non_ema", "unet_ema"])

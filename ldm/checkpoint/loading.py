@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint import settings
-from ldm.checkpoint.container import CheckpointError, LazyTensor, sha256
+from ldm.checkpoint.container import CheckpointError, LazyTensor
 from ldm.checkpoint.identification import PART_NAMES, Checkpoint, WeightSet, identify
 from ldm.checkpoint.layouts import PARTS
 from ldm.checkpoint.report import KeyReport, explain, require_fit
@@ -47,6 +47,7 @@ class Loaded:
     mapped: whether parameters are views of the mapped files rather than copies: nothing is read before it is used, and
     writing into a parameter copies the page, never changes the file. The files may be replaced meanwhile (as `save`
     does), but not rewritten in place.
+    weight_set: which U-Net weights these are where the checkpoint has both sets; None where it has one.
     """
 
     config: Config
@@ -57,10 +58,7 @@ class Loaded:
     description: str
     files: tuple[Path, ...]
     mapped: bool
-
-    def sha256s(self) -> dict[str, str]:
-        """File name -> SHA-256 of each file read. Reads them whole: seconds for a full-size model."""
-        return {str(path): sha256(path) for path in self.files}
+    weight_set: WeightSet | None
 
 
 class _LeaveUninitialised(TorchFunctionMode):
@@ -107,6 +105,7 @@ def load_parts(
     path: str | Path,
     *,
     dtype: torch.dtype | None = None,
+    vae_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     ema: WeightSet | None = None,
     base: str | Path | None = None,
@@ -115,6 +114,7 @@ def load_parts(
 
     Args:    path: SD1.5 single file, diffusers folder, a file of ours; or one network of these, with `base`.
              dtype: what the weights are converted to, tensor by tensor; None keeps each as it is stored.
+             vae_dtype: another one for the autoencoder; None: `dtype` too.
              ema: which U-Net weights, where the file has both: "ema" or "plain".
              base: a whole model, from which the networks come that `path` lacks.
     Returns: the networks, their configuration and the report. On the CPU and in the stored dtype, parameters are views
@@ -125,6 +125,7 @@ def load_parts(
     if base is not None:
         checkpoint = checkpoint.over(identify(base))
     checkpoint.require_complete()
+    weight_set = ema if "unet_ema" in checkpoint.parts else None
     checkpoint = checkpoint.choose(ema)
     examined = examine(checkpoint)
     require_fit(checkpoint, examined.report)
@@ -132,7 +133,8 @@ def load_parts(
 
     mapped = torch.device(device).type == "cpu"
     for part, network in examined.networks.items():
-        tensors = {name: tensor.cast(dtype) for name, tensor in checkpoint.parts[part].items()}
+        part_dtype = vae_dtype or dtype if part == "vae" else dtype
+        tensors = {name: tensor.cast(part_dtype) for name, tensor in checkpoint.parts[part].items()}
         mapped = mapped and all(tensors[name].dtype == checkpoint.parts[part][name].dtype for name in tensors)
         fill(network, tensors, device)
     clip, vae, unet = (examined.networks[part] for part in PARTS)
@@ -140,7 +142,7 @@ def load_parts(
     assert isinstance(vae, AutoencoderKL)
     assert isinstance(unet, UNet)
     files = tuple(file.path for file in checkpoint.files)
-    return Loaded(config, clip, vae, unet, examined.report, checkpoint.describe(), files, mapped)
+    return Loaded(config, clip, vae, unet, examined.report, checkpoint.describe(), files, mapped, weight_set)
 
 
 def fill(network: nn.Module, tensors: Mapping[str, LazyTensor], device: torch.device | str) -> None:
