@@ -18,20 +18,24 @@ Letters: B seeds, S steps, L tokens, D width, C H W of a latent.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.conditioning import EmbeddingSchedule, Indexing, constant, neutral_steps
 from ldm.samplers import EpsFn, Noise, ddim
 from ldm.schedule import Schedule
+
+log = logging.getLogger(__name__)
 
 KEEPABLE = ("x_t", "x0_pred", "eps")  # the tensors of a sampler's Step
 
@@ -144,6 +148,8 @@ def traverse_tree(
     _check_tree(tree, len(x_T), steps)
     if unknown := set(keep) - set(KEEPABLE):
         raise ValueError(f"keep: expected some of {KEEPABLE}, got {sorted(unknown)}")
+    if len(set(keep)) != len(keep):
+        raise ValueError(f"keep: expected each quantity once, got {list(keep)}")
 
     branches = list(_walk(tree))
     contexts = {branch.name: branch.context.expand(len(x_T), -1, -1) for branch, _ in branches}
@@ -240,15 +246,18 @@ def run_seeds(
 
     Every finished seed is written at once to folder/partial/seed0000.safetensors; at the end all of
     them become folder/latents.safetensors, with keys "seed0000/<name>". Files appear under their
-    name only when complete. Seeds found in either place are not computed again.
+    name only when complete. Seeds found in either place are not computed again, unless their file in
+    partial/ is damaged.
 
     Args:    compute: seeds -> {name: (number of seeds, ...)}; a `TreeResult.latents` and whatever else is wanted.
              seeds: which; earlier seeds in the folder stay.  settings: everything the latents depend on, as JSON
              values; kept in the files.  at_once: seeds given to one `compute` call.
     Returns: the path of latents.safetensors.
-    Raises:  ValueError: the folder holds latents of other settings, or compute returned a wrong number of rows.
+    Raises:  ValueError: the folder holds latents of other settings, latents.safetensors is damaged, or compute
+             returned a wrong number of rows.
     """
     merged, partial = folder / "latents.safetensors", folder / "partial"
+    _delete_damaged(partial)
     done: set[int] = set()
     for path in [merged, *sorted(partial.glob("seed*.safetensors"))]:
         if path.exists():
@@ -274,27 +283,48 @@ def run_seeds(
         for path in [merged, *parts]:
             everything |= _read(path) if path.exists() else {}
         _write(merged, everything, settings)
-    for path in parts:
+    for path in partial.glob("seed*.safetensors*"):  # and what a write that was cut off has left
         path.unlink()
-    partial.rmdir()
+    if not any(partial.iterdir()):  # other files are not ours to delete
+        partial.rmdir()
     return merged
+
+
+def _delete_damaged(partial: Path) -> None:
+    for path in partial.glob("seed*.safetensors"):
+        try:
+            _read_header(path)
+        except _DamagedFile:
+            log.warning("%s: damaged, its seed is computed again", path)
+            path.unlink()
 
 
 def load_latents(path: Path) -> SavedLatents:
     """Read what `run_seeds` wrote.
 
-    Raises: ValueError: the file lacks the settings, or its seeds do not hold the same names.
+    Raises: ValueError: the file is damaged, lacks the settings, or its seeds do not hold the same names.
     """
     _, settings = _read_header(path)
     by_seed: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in _read(path).items():
-        by_seed.setdefault(_seed_of(key), {})[key.partition("/")[2]] = tensor
+    for seed, name, tensor in iterate_latents(path):
+        by_seed.setdefault(seed, {})[name] = tensor
     seeds = sorted(by_seed)
     names = list(by_seed[seeds[0]])
     for seed in seeds:
         if set(by_seed[seed]) != set(names):
             raise ValueError(f"{path}: expected {sorted(names)} of every seed, seed {seed} has {sorted(by_seed[seed])}")
     return SavedLatents(seeds, {name: torch.stack([by_seed[seed][name] for seed in seeds]) for name in names}, settings)
+
+
+def iterate_latents(path: Path) -> Iterator[tuple[int, str, Tensor]]:
+    """Every (seed, name, tensor) that `run_seeds` wrote, by seed, then by name: one tensor in memory at a time.
+
+    Raises: ValueError: the file is damaged or lacks the settings. As with every generator, on the first `next`.
+    """
+    keys, _ = _read_header(path)
+    with _opened(path) as file:
+        for key in sorted(keys, key=lambda key: (_seed_of(key), key)):
+            yield _seed_of(key), key.partition("/")[2], file.get_tensor(key)
 
 
 def _seed_of(key: str) -> int:
@@ -314,13 +344,26 @@ def _write(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any
     temporary.replace(path)
 
 
+class _DamagedFile(ValueError):
+    """A latents file that was cut short or overwritten."""
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise _DamagedFile(f"{path}: damaged ({error}); delete it to have its seeds computed again") from error
+
+
 def _read(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
 
 
 def _read_header(path: Path) -> tuple[list[str], dict[str, Any]]:
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         metadata = file.metadata() or {}
         if "settings" not in metadata:
             raise ValueError(f"{path}: expected latents written by a traversal, found no settings in the header")

@@ -15,7 +15,7 @@ from ldm.conditioning import EmbeddingSchedule, constant, piecewise, swap
 from ldm.guidance import guided
 from ldm.samplers import Step, ddim, initial_noise, step_noise
 from ldm.schedule import Schedule
-from ldm.trajectory import Branch, load_latents, run_seeds, swaps, traverse_tree, unet_rows
+from ldm.trajectory import Branch, iterate_latents, load_latents, run_seeds, swaps, traverse_tree, unet_rows
 
 SCHEDULE = Schedule.sd15()
 SHAPE = (4, 8, 8)
@@ -166,6 +166,8 @@ def test_other_arguments_are_named_too():
         traverse_tree(toy_guide(), x_T, Branch("neutral", NEUTRAL, 3), SCHEDULE, 10)
     with pytest.raises(ValueError, match=r"keep: expected some of .* got \['x0'\]"):
         traverse_tree(toy_guide(), x_T, NESTED, SCHEDULE, 10, keep=("x0",))
+    with pytest.raises(ValueError, match=r"keep: expected each quantity once, got \['x_t', 'eps', 'x_t'\]"):
+        traverse_tree(toy_guide(), x_T, NESTED, SCHEDULE, 10, keep=("x_t", "eps", "x_t"))
     with pytest.raises(ValueError, match="noise: expected a callable"):
         traverse_tree(toy_guide(), x_T, NESTED, SCHEDULE, 10, eta=1.0)
 
@@ -181,9 +183,7 @@ def small_guide(scale: float, **options):
 def test_a_branch_that_swaps_twice_is_compvis(scale, tolerance):
     x_T, (first, second, third), _ = reference_run_inputs()
     twice = Branch("one swap", second, 17, children=(Branch("two swaps", third, 34),))
-    result = traverse_tree(
-        small_guide(scale), x_T, Branch("none", first, children=(twice,)), SCHEDULE, keep=("x_t",)
-    )
+    result = traverse_tree(small_guide(scale), x_T, Branch("none", first, children=(twice,)), SCHEDULE, keep=("x_t",))
     stored = golden(f"ddim50_swap_g{scale:g}")
     assert stored.error("x", result.path("two swaps", "x_t").squeeze(1)) < tolerance
     assert golden(f"ddim_variants_g{scale:g}").error("noswap50.final", result.latents["none"]) < tolerance
@@ -298,6 +298,72 @@ def test_latents_of_other_settings_are_never_mixed_in(tmp_path: Path, finished: 
     other = SETTINGS | {"guidance_scale": 5.0, "eta": 0}
     with pytest.raises(ValueError, match=r"eta was \(absent\), is 0, guidance_scale was 7.5, is 5.0"):
         run_seeds(Counting(), [0, 1], tmp_path, other)
+
+
+def test_latents_come_one_by_one_in_the_order_of_the_seeds(tmp_path: Path):
+    seeds = [10_000, 2, 9_999]  # the keys' order is another: "seed10000" < "seed9999"
+    path = run_seeds(Counting(), seeds, tmp_path, SETTINGS)
+    saved, found = load_latents(path), list(iterate_latents(path))
+    names = ["effusion/s02", "effusion/s06", "neutral"]
+    assert [(seed, name) for seed, name, _ in found] == [(seed, name) for seed in sorted(seeds) for name in names]
+    for seed, name, tensor in found:
+        assert torch.equal(tensor, saved.latents[name][saved.seeds.index(seed)])
+
+
+def cut_off(folder: Path) -> Path:
+    """A run of seeds 0..3 that ended at seed 3. Returns the file of seed 1."""
+    with pytest.raises(KeyboardInterrupt):
+        run_seeds(Counting(fail_at=3), range(4), folder, SETTINGS)
+    return folder / "partial" / "seed0001.safetensors"
+
+
+def test_what_a_write_that_was_cut_off_leaves_is_removed(tmp_path: Path):
+    cut_off(tmp_path).with_name("seed0003.safetensors.partial").write_bytes(b"half of a fi")
+    path = run_seeds(Counting(), range(4), tmp_path, SETTINGS)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_of_others_are_left_alone(tmp_path: Path):
+    other = cut_off(tmp_path).with_name("notes.txt")
+    other.write_text("mine")
+    path = run_seeds(Counting(), range(4), tmp_path, SETTINGS)
+    assert load_latents(path).seeds == [0, 1, 2, 3]
+    assert list((tmp_path / "partial").iterdir()) == [other]
+
+
+DAMAGES = {
+    "emptied": lambda content: b"",
+    "cut short": lambda content: content[:-5],
+    "a page of zeros": lambda content: bytes(4096) + content[4096:],
+    "other settings": lambda content: content.replace(b"swap_steps", b'""ap_steps'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_part_is_computed_again(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture):
+    whole = run_seeds(Counting(), range(4), tmp_path / "whole", SETTINGS)
+    part = cut_off(tmp_path / "cut")
+    part.write_bytes(DAMAGES[damage](part.read_bytes()))
+    rest = Counting()
+    assert run_seeds(rest, range(4), tmp_path / "cut", SETTINGS).read_bytes() == whole.read_bytes()
+    assert rest.groups == [[1], [3]]
+    assert str(part) in caplog.text
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_latents_are_named_and_never_deleted(tmp_path: Path, damage: str):
+    path = run_seeds(Counting(), range(2), tmp_path, SETTINGS)
+    damaged = DAMAGES[damage](path.read_bytes())
+    path.write_bytes(damaged)
+    for read in (
+        lambda: load_latents(path),
+        lambda: next(iterate_latents(path)),
+        lambda: run_seeds(Counting(), range(2), tmp_path, SETTINGS),
+    ):
+        with pytest.raises(ValueError, match=r"latents\.safetensors: damaged \(.*\); delete it") as error:
+            read()
+        assert str(path) in str(error.value)
+    assert path.read_bytes() == damaged
 
 
 def test_files_of_others_are_refused(tmp_path: Path):
