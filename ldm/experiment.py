@@ -11,8 +11,10 @@ Letters: B seeds, S steps, P points of a curve, C H W of a latent.
 from __future__ import annotations
 
 import json
+import math
 import platform
 import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,13 +29,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm import bezier
-from ldm.conditioning import Indexing
+from ldm.conditioning import Indexing, neutral_steps
 from ldm.guidance import guided
 from ldm.pipeline import StableDiffusion, to_uint8
 from ldm.report import figures
 from ldm.report.figures import Pixels
 from ldm.samplers import initial_noise, step_noise
-from ldm.trajectory import KEEPABLE, Branch, SavedLatents, load_latents, run_seeds, swaps, traverse_tree, unet_rows
+from ldm.schedule import TRAIN_STEPS
+from ldm.trajectory import KEEPABLE, Branch, iterate_latents, run_seeds, swaps, traverse_tree, unet_rows
 
 SWAP_STEPS = tuple(range(5, 50, 5))
 
@@ -52,12 +55,16 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Everything that can be wrong before a network is at hand."""
-        if self.steps < 1:
-            raise ValueError(f"steps: expected 1 or more, got {self.steps}")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds: expected one or more, each once, got {list(self.seeds)}")
-        if unknown := sorted(set(self.keep) - set(KEEPABLE)):
-            raise ValueError(f"keep: expected some of {list(KEEPABLE)}, got {unknown}")
+        if not 1 <= self.steps <= TRAIN_STEPS:
+            raise ValueError(f"steps: expected 1..{TRAIN_STEPS}, got {self.steps}")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or not all(0 <= s < 2**32 for s in self.seeds):
+            raise ValueError(f"seeds: expected one or more in 0..2^32-1, each once, got {list(self.seeds)}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance: expected a finite number, got {self.guidance}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta: expected 0..1, got {self.eta}")
+        if set(self.keep) - set(KEEPABLE) or len(set(self.keep)) != len(self.keep):
+            raise ValueError(f"keep: expected some of {list(KEEPABLE)}, each once, got {list(self.keep)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,17 +90,19 @@ class Traversal(Sampling):
             raise ValueError("styles: none given, expected at least one, as name=prompt")
         if bad := [name for name in self.styles if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)]:
             raise ValueError(f"styles: {bad[0]!r} names a folder, expected letters, digits, '_' and '-'")
+        if len({name.casefold() for name in self.styles}) != len(self.styles):  # one folder on many file systems
+            raise ValueError(f"styles: {list(self.styles)} differ in case only, choose other names")
         if "neutral" in self.styles:
             raise ValueError("styles: 'neutral' is taken by the neutral prompt, choose another name")
         if not self.swap_steps or len(set(self.swap_steps)) != len(self.swap_steps):
             raise ValueError(f"swap steps: expected one or more, each once, got {list(self.swap_steps)}")
-        if bad_steps := [s for s in self.swap_steps if not 0 <= s <= self.steps]:
-            raise ValueError(f"swap steps: {bad_steps[0]} lies outside 0..{self.steps}, the number of steps")
+        for swap_step in self.swap_steps:
+            neutral_steps(swap_step, self.steps, self.indexing)  # raises where it lies outside
         if self.bezier_points not in (0, *range(2, 10_001)):
             raise ValueError(f"bezier points: expected 0 (no curve) or 2..10000, got {self.bezier_points}")
 
 
-def run_generation(sd: StableDiffusion, plan: Generation, out: Path, *, max_batch: int = 16) -> dict[str, Any]:
+def run_generation(sd: StableDiffusion, plan: Generation, out: Path, *, max_batch: int | None = None) -> dict[str, Any]:
     """Images of one prompt into a folder, OUT/images/seed0000/image.png; see `run_traversal`."""
     return _run(sd, plan, Branch("image", sd.encode_prompts([plan.prompt])), out, max_batch, True, "generate")
 
@@ -103,13 +112,14 @@ def run_traversal(
     plan: Traversal,
     out: Path,
     *,
-    max_batch: int = 16,
+    max_batch: int | None = None,
     images: bool = True,
     label: str = "traverse",
 ) -> dict[str, Any]:
     """Run a traversal into a folder, continuing one that was cut off there.
 
-    Args:    max_batch: most latents in one call of a network; bounds memory, changes results in the last bits only.
+    Args:    max_batch: most latents in one call of the U-Net; bounds memory, changes results in the last bits only.
+             None: 4 at 512 x 512 pixels, and so many that they are as large together at other sizes.
              images: decode and write the images as well.  label: in front of the progress bars.
     Returns: the content of run.json.
     Raises:  ValueError: the folder holds a traversal of other settings.
@@ -125,33 +135,44 @@ def _run(
     plan: Generation | Traversal,
     tree: Branch,
     out: Path,
-    max_batch: int,
+    max_batch: int | None,
     images: bool,
     label: str,
 ) -> dict[str, Any]:
     began = time.monotonic()
-    empty = sd.encode_prompts([plan.negative])
-    guide = partial(guided, sd.unet, guidance_scale=plan.guidance, uncond=empty, max_batch=max_batch)
     channels, *trained_size = sd.latent_shape
-    shape = (channels, *(plan.latent_size or trained_size))
+    height, width = plan.latent_size or trained_size
+    shape = (channels, height, width)
+    max_batch = max(1, 4 * 64 * 64 // (height * width)) if max_batch is None else max_batch
+    guide = partial(
+        guided,
+        sd.unet,
+        guidance_scale=plan.guidance,
+        uncond=sd.encode_prompts([plan.negative]),
+        max_batch=max_batch,
+    )
     branches, rows_a_seed = 1 + len(tree.children), unet_rows(tree, plan.steps)
-    model = {"weights_sha256": sd.weights_sha256(), "dtype": str(sd.dtype).removeprefix("torch.")}
+    model = {
+        "weights_sha256": sd.weights_sha256(),
+        "weight_set": sd.weight_set,
+        "dtype": str(sd.dtype).removeprefix("torch."),
+    }
+    evaluated = 0
 
     with tqdm(total=len(plan.seeds) * rows_a_seed, desc=f"{label}: U-Net rows", unit="row", mininterval=1) as bar:
 
+        def count(rows: int) -> None:
+            nonlocal evaluated
+            evaluated += rows
+            bar.update(rows)
+
         def compute(seeds: list[int]) -> dict[str, Tensor]:
-            x_T = initial_noise(seeds, shape).to(sd.device, sd.dtype)
+            for seed in seeds:  # whatever lies there was decoded from other latents
+                shutil.rmtree(image_path(out, seed, "").parent, ignore_errors=True)
+            x_T = initial_noise(seeds, shape).to(sd.device)  # float32, whatever the network's precision
             noise = step_noise(seeds, shape) if plan.eta else None
             result = traverse_tree(
-                guide,
-                x_T,
-                tree,
-                sd.schedule,
-                plan.steps,
-                eta=plan.eta,
-                noise=noise,
-                keep=plan.keep,
-                progress=bar.update,
+                guide, x_T, tree, sd.schedule, plan.steps, eta=plan.eta, noise=noise, keep=plan.keep, progress=count
             )
             found = {"x_T": x_T, **result.latents}
             for quantity, by_branch in result.kept.items():  # each branch's own steps, (B, S - s, C, H, W)
@@ -160,23 +181,27 @@ def _run(
 
         settings = {**asdict(plan), **model, "latent_size": shape[1:]}
         del settings["seeds"]  # so that a folder may grow by further seeds
+        earlier = read_record(out) if (out / "latents.safetensors").exists() else {}
         path = run_seeds(compute, plan.seeds, out, settings, at_once=max(1, max_batch // branches))
-        evaluated = bar.n
-    if images:
-        write_images(sd, load_latents(path), out, max_batch, label)
 
+    decoded = write_images(sd, path, out, label) if images else 0
+    if earlier and not evaluated and not decoded:
+        return {**earlier, "unet_rows_this_run": 0}  # nothing was left to do
+
+    seeds = sorted({*plan.seeds, *earlier.get("seeds", [])})
     record = {
-        "unet_rows": len(plan.seeds) * rows_a_seed,
-        "unet_rows_separate": len(plan.seeds) * plan.steps * branches,
+        "unet_rows": len(seeds) * rows_a_seed,
+        "unet_rows_separate": len(seeds) * plan.steps * branches,
         "unet_rows_this_run": evaluated,  # fewer where an earlier run was continued
-        "seconds": round(time.monotonic() - began, 2),
+        "seconds": round(earlier.get("seconds", 0) + time.monotonic() - began, 2),
         "sampler": "ddim",
         "backend": "torch",
         "device": str(sd.device),
         "max_batch": max_batch,
-        "weights": [path.name for path in sd.files],
+        "weights": [str(path) for path in sd.files],
         **model,
         **asdict(plan),
+        "seeds": seeds,
         "latent_size": shape[1:],
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -220,27 +245,31 @@ def bezier_name(style: str, point: int, points: int) -> str:
     return f"{style}/bezier_{point:0{max(2, len(str(points - 1)))}d}"
 
 
-def write_images(sd: StableDiffusion, saved: SavedLatents, out: Path, max_batch: int, label: str) -> None:
-    """Decode the final latents and those of the curves; images that are there already are left alone."""
-    wanted = [(path, latent) for path, latent in _image_files(saved, out) if not path.exists()]
+def write_images(sd: StableDiffusion, latents: Path, out: Path, label: str) -> int:
+    """Decode the final latents and those of the curves, but for images that are there already; returns how many.
+
+    Decoding takes more memory than the U-Net (0.8 GB for one image of 512 x 512 in float32): its batches are smaller.
+    """
+    wanted = [(path, latent) for path, latent in _image_files(latents, out) if not path.exists()]
     with tqdm(total=len(wanted), desc=f"{label}: decoding", unit="image", mininterval=1) as bar:
-        for start in range(0, len(wanted), max_batch):
-            paths, latents = zip(*wanted[start : start + max_batch], strict=True)
-            for path, pixels in zip(paths, to_uint8(sd.decode_latents(torch.stack(latents))), strict=True):
+        while wanted:
+            batch = max(1, 16 * 16 * 16 // wanted[0][1][0].numel())
+            (paths, rows), wanted = zip(*wanted[:batch], strict=True), wanted[batch:]
+            for path, pixels in zip(paths, to_uint8(sd.decode_latents(torch.stack(rows))), strict=True):
                 figures.save_image(path, pixels)
             bar.update(len(paths))
+    return int(bar.n)
 
 
-def _image_files(saved: SavedLatents, out: Path) -> Iterator[tuple[Path, Tensor]]:
+def _image_files(latents: Path, out: Path) -> Iterator[tuple[Path, Tensor]]:
     """Every image's path and its latent (C, H, W); x_T and kept steps are no images."""
-    for row, seed in enumerate(saved.seeds):
-        for name, latents in saved.latents.items():
-            style, _, last = name.rpartition("/")
-            if last == "bezier":
-                for i, latent in enumerate(latents[row]):
-                    yield image_path(out, seed, bezier_name(style, i, len(latents[row]))), latent
-            elif last != "x_T" and last not in KEEPABLE:
-                yield image_path(out, seed, name), latents[row]
+    for seed, name, latent in iterate_latents(latents):
+        style, _, last = name.rpartition("/")
+        if last == "bezier":
+            for i, point in enumerate(latent):
+                yield image_path(out, seed, bezier_name(style, i, len(latent))), point
+        elif last != "x_T" and last not in KEEPABLE:
+            yield image_path(out, seed, name), latent
 
 
 def write_figures(out: Path, plan: Traversal, seeds: Sequence[int] | None = None, title: str = "") -> list[Path]:
@@ -291,14 +320,21 @@ def load_pixels(path: Path) -> Pixels:
         return np.asarray(image.convert("RGB"))
 
 
+def read_record(out: Path) -> dict[str, Any]:
+    """The run.json of a folder; empty where there is none."""
+    path = out / "run.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def parse_integers(text: str, name: str) -> tuple[int, ...]:
     """ "0-3,8" -> (0, 1, 2, 3, 8). Raises ValueError, naming the option, for anything else."""
     numbers: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if match is None or int(match[2] or match[1]) < int(match[1]):
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if not first <= last < first + 1_000_000:
             raise ValueError(f"{name}: got {text!r}, expected numbers and ranges such as 0-15 or 0,3,8")
-        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+        numbers += range(first, last + 1)
     return tuple(numbers)
 
 

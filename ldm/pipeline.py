@@ -46,6 +46,7 @@ class StableDiffusion:
     device: torch.device
     report: KeyReport = field(repr=False)  # what became of every key of the files
     files: tuple[Path, ...] = ()
+    weight_set: checkpoint.WeightSet | None = None  # which U-Net weights, where the file holds both sets
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,11 +86,10 @@ class StableDiffusion:
 
     def weights_sha256(self) -> str:
         """The SHA-256 of the checkpoint file; for several files that of their lines "hash  folder/name", sorted."""
-        hashes = {"/".join(path.parts[-2:]): checkpoint.sha256(path) for path in self.files}
+        hashes = sorted(("/".join(path.parts[-2:]), checkpoint.sha256(path)) for path in self.files)
         if len(hashes) == 1:
-            return next(iter(hashes.values()))
-        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
-        return hashlib.sha256(lines.encode()).hexdigest()
+            return hashes[0][1]
+        return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in hashes).encode()).hexdigest()
 
 
 def load(
@@ -105,23 +105,23 @@ def load(
     Args:    dtype: float32, float16 or bfloat16; None keeps what is stored.
              ema: "ema" or "plain", needed only where a file holds both sets of U-Net weights.
              base: a whole model to take from what `path` lacks; for U-Net-only files of fine-tuning frameworks.
-    Returns: the model in evaluation mode. A float16 autoencoder is widened to float32: its activations overflow.
+    Returns: the model in evaluation mode. With dtype float16 or bfloat16 the autoencoder is float32 all the same:
+             in float16 its activations overflow, in bfloat16 images lose grey levels.
     Raises:  CheckpointError (a ValueError): in one line what the path is instead, or which keys do not fit.
     """
-    loaded = checkpoint.load_parts(path, dtype=dtype, device=device, ema=ema, base=base)
-    vae = loaded.vae
-    if vae.quant_conv.weight.dtype == torch.float16:
-        vae = vae.float()
+    vae_dtype = dtype if dtype is None else torch.float32
+    loaded = checkpoint.load_parts(path, dtype=dtype, vae_dtype=vae_dtype, device=device, ema=ema, base=base)
     return StableDiffusion(
         config=loaded.config,
         tokenizer=Tokenizer(loaded.config.clip.tokens),
         clip=loaded.clip,
         unet=loaded.unet,
-        vae=vae,
+        vae=loaded.vae,
         schedule=Schedule.sd15(),
         device=torch.device(device),
         report=loaded.report,
         files=loaded.files,
+        weight_set=loaded.weight_set,
     )
 
 

@@ -140,6 +140,26 @@ def test_a_folder_of_other_settings_is_refused(
     assert (tmp_path / "latents.safetensors").read_bytes() == before
 
 
+def test_a_finished_run_is_left_alone_and_can_grow(weights: Path, tmp_path: Path) -> None:
+    assert traverse(weights, tmp_path, "--seeds", "1") == 0
+    before = (tmp_path / "run.json").read_bytes()
+    assert traverse(weights, tmp_path, "--seeds", "1") == 0
+    assert (tmp_path / "run.json").read_bytes() == before
+    assert traverse(weights, tmp_path, "--seeds", "0") == 0
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["seeds"] == [0, 1]  # as in latents.safetensors
+    assert record["unet_rows"] == 2 * record["unet_rows_this_run"]
+
+
+def test_images_of_other_latents_are_not_kept(weights: Path, tmp_path: Path) -> None:
+    traverse(weights, tmp_path)
+    image = tmp_path / "images/seed0000/effusion/s02.png"
+    before = image.read_bytes()
+    (tmp_path / "latents.safetensors").unlink()
+    assert traverse(weights, tmp_path, "--guidance", "7") == 0
+    assert image.read_bytes() != before
+
+
 def test_kept_steps_are_saved(weights: Path, tmp_path: Path) -> None:
     traverse(weights, tmp_path, "--keep", "x_t,x0_pred")
     latents = load_file(tmp_path / "latents.safetensors")
@@ -163,12 +183,20 @@ def test_generate(weights: Path, tmp_path: Path) -> None:
     [
         (["--seeds", "3-1"], "--seeds"),
         (["--seeds", "one"], "--seeds"),
-        (["--swap-steps", "5,11"], "11 lies outside 0..10"),
+        (["--swap-steps", "5,11"], "11"),
+        (["--swap-steps", "10", "--indexing", "authors"], "10"),
         (["--bezier-points", "1"], "bezier points"),
         (["--style", "no-prompt"], "--style"),
         (["--style", "../up=a chest"], "names a folder"),
         (["--size", "17"], "multiples of 4"),
         (["--keep", "noise"], "keep"),
+        (["--keep", "x_t,x_t"], "keep"),
+        (["--guidance", "nan"], "guidance"),
+        (["--steps", "1001"], "steps"),
+        (["--max-batch", "0"], "--max-batch"),
+        (["--seeds", "0-999999999999"], "--seeds"),
+        (["--seeds", "4294967296"], "seeds"),
+        (["--style", "Effusion=a chest"], "case"),
         (["--eta", "2"], "eta"),
         (["--device", "nowhere"], "--device"),
         (["--weights", "nowhere.safetensors"], "nowhere.safetensors"),
@@ -181,7 +209,7 @@ def test_bad_options_end_in_one_line(
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ldm traverse:")]
     assert len(lines) == 1
     assert message in lines[0]
-    assert not list(tmp_path.rglob("*.png"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_parse_integers() -> None:

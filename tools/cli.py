@@ -37,11 +37,12 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"ldm {first.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch has no one class for it
+            raise
+        print(f"ldm {first.command}: out of memory; use a smaller --max-batch or --size", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"ldm {first.command}: interrupted; run it again to go on", file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

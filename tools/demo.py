@@ -9,6 +9,7 @@ from ldm.data import captions
 from ldm.experiment import (
     Traversal,
     parse_integers,
+    read_record,
     run_traversal,
     trajectory_columns,
     trajectory_rows,
@@ -52,18 +53,25 @@ def run(args: argparse.Namespace) -> None:
     records, overview = {}, []
     for domain, (neutral, styles) in PROMPTS.items():
         plan = Traversal(neutral=neutral, styles=styles, seeds=seeds, guidance=GUIDANCE)
-        records[domain] = run_traversal(sd, plan, args.out / domain, max_batch=64, label=domain)
+        records[domain] = run_traversal(sd, plan, args.out / domain, label=domain)
         write_figures(args.out / domain, plan, title=f'{domain}: "{neutral}"')
         overview += trajectory_rows(args.out / domain, plan, seeds[0])
     labels, images = zip(*overview, strict=True)
     save_image(args.out / "overview.png", grid(images, labels, trajectory_columns(plan)))
 
-    rows = sum(record["unet_rows"] for record in records.values())
-    separate = sum(record["unet_rows_separate"] for record in records.values())
-    seconds = round(time.monotonic() - began, 1)
-    shared = {key: records["chest"][key] for key in ("seeds", "backend", "dtype", "weights_sha256")}
-    totals = {"unet_rows": rows, "unet_rows_separate": separate, "seconds": seconds, **shared}
-    write_json(args.out / "run.json", {**totals, "domains": records})
+    evaluated = sum(record["unet_rows_this_run"] for record in records.values())
+    totals = {
+        "unet_rows": sum(record["unet_rows"] for record in records.values()),
+        "unet_rows_separate": sum(record["unet_rows_separate"] for record in records.values()),
+        "seconds": round(time.monotonic() - began, 1),
+        **{key: records["chest"][key] for key in ("seeds", "backend", "dtype", "weights_sha256")},
+        "domains": records,
+    }
+    if evaluated or not read_record(args.out):
+        write_json(args.out / "run.json", totals)
     print(f"{len(seeds)} seeds, {' and '.join(f'{len(styles)} {d} attributes' for d, (_, styles) in PROMPTS.items())}")
-    print(f"{rows} U-Net rows where separate runs cost {separate}; {seconds} s in all")
+    print(
+        f"{totals['unet_rows']} U-Net rows, {evaluated} of them now, where separate runs cost "
+        f"{totals['unet_rows_separate']}; {totals['seconds']} s"
+    )
     print(f"look at {args.out / 'overview.png'}, then at figure.png and curve.gif in {args.out / '{chest,skin}'}")

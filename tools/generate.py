@@ -5,10 +5,11 @@ ldm generate --prompt "Chest X-ray of a subject with Pleural Effusion" --seeds 0
 
 import argparse
 import math
+from dataclasses import replace
 
 from ldm.experiment import Generation, image_path, load_pixels, parse_integers, run_generation
 from ldm.report import figures
-from tools.options import add_model, add_sampling, latent_size, load_model
+from tools.options import add_model, add_sampling, latent_size, load_model, max_batch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,17 +26,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Raises ValueError for options that do not fit."""
     seeds = parse_integers(args.seeds, "--seeds")
-    sd = load_model(args)
-    plan = Generation(
+    plan = Generation(  # before the weights are read, so that bad options are refused at once
         prompt=args.prompt,
         seeds=seeds,
         steps=args.steps,
         guidance=args.guidance,
         negative=args.negative,
         eta=args.eta,
-        latent_size=latent_size(args.size, sd),
     )
-    record = run_generation(sd, plan, args.out, max_batch=args.max_batch)
+    batch = max_batch(args)
+    sd = load_model(args)
+    plan = replace(plan, latent_size=latent_size(args.size, sd))
+    record = run_generation(sd, plan, args.out, max_batch=batch)
     columns = math.ceil(math.sqrt(len(seeds)))
     images = [load_pixels(image_path(args.out, seed, "image")) for seed in seeds]
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]

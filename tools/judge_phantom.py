@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
             guidance=args.guidance,
             bezier_points=0,
         )
-        run_traversal(sd, plan, out, max_batch=64, label=domain)
+        run_traversal(sd, plan, out, label=domain)
         latents = load_latents(out / "latents.safetensors").latents
         styled = {name: {s: latents[swap_name(name, s)] for s in swap_steps} for name in styles}
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The options that `generate`, `traverse` and `demo` share."""
+"""The options that `generate` and `traverse` share."""
 
 import argparse
 import re
@@ -26,21 +26,21 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("auto", *DTYPES),
         default="auto",
-        help="auto: float32 on the CPU, float16 on a GPU, whose autoencoder stays in float32",
+        help="of CLIP and U-Net; the autoencoder stays in float32 (default: float32 on the CPU, float16 on a GPU)",
     )
 
 
 def load_model(args: argparse.Namespace) -> pipeline.StableDiffusion:
     """The model that the options of `add_model` name."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     try:
-        device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-        )
-    except RuntimeError as error:
-        raise ValueError(f"--device: got {args.device!r}, expected cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device: got {args.device!r}, but torch sees no CUDA device here; use --device cpu")
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()  # is it really there?
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device: torch cannot use {name!r} here; expected cpu, cuda or cuda:N") from error
     dtype = DTYPES.get(args.dtype, torch.float16 if device.type == "cuda" else torch.float32)
+    if dtype == torch.float32:  # float32 means float32: cuDNN would round convolutions to TF32's ten bits
+        torch.backends.cudnn.allow_tf32 = False
     return pipeline.load(args.weights, device, dtype, ema=args.ema, base=args.base)
 
 
@@ -55,12 +55,16 @@ def add_sampling(parser: argparse.ArgumentParser, guidance: float = 7.5) -> None
     parser.add_argument("--eta", type=float, default=0.0, help="0: deterministic DDIM (default); 1: noisy as DDPM")
     parser.add_argument("--size", help="of the images in pixels, WIDTHxHEIGHT or one number (default: as trained)")
     parser.add_argument(
-        "--max-batch",
-        type=int,
-        default=16,
-        help="most latents in one network call; bounds memory (default %(default)s)",
+        "--max-batch", type=int, help="most latents in one U-Net call, to bound memory (default: 4 at 512 x 512 pixels)"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write; continues a run cut off there")
+
+
+def max_batch(args: argparse.Namespace) -> int | None:
+    """--max-batch, seen to be a number of latents."""
+    if args.max_batch is not None and args.max_batch < 1:
+        raise ValueError(f"--max-batch: got {args.max_batch}, expected 1 or more")
+    return args.max_batch
 
 
 def latent_size(text: str | None, sd: pipeline.StableDiffusion) -> tuple[int, int] | None:

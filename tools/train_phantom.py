@@ -4,6 +4,7 @@ Four stages, each restarted where it stopped: render, autoencoder, text encoder,
 """
 
 import argparse
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ AUTOENCODER = Recipe(steps=4600, lr=2e-3, weight_decay=0.0)
 AUTOENCODER_BATCH = 4
 TEXT_ENCODER = Recipe(steps=1000, lr=1e-3, weight_decay=0.0)
 TEXT_ENCODER_BATCH = 128
-UNET = Recipe(steps=3600, lr=1e-3, warmup=200, ema_decay=0.998)
+UNET = Recipe(steps=2800, lr=1e-3, warmup=200, ema_decay=0.998)
 UNET_BATCH = 32
 CAPTION_DROPOUT = 0.1
 
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--work", type=Path, default=Path("out/train-phantom"), help="folder of images, checkpoints and logs"
     )
     parser.add_argument("--out", type=Path, default=Path("weights/phantom.safetensors"), help="the checkpoint to write")
+    parser.add_argument("--force", action="store_true", help="replace --out where it exists")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and noise (default %(default)s)")
     parser.add_argument("--shrink", type=int, default=1, help="divide images and steps by this, for a trial")
 
@@ -54,7 +56,10 @@ def run(args: argparse.Namespace) -> None:
     """All stages. Raises ValueError for numbers that do not fit."""
     if args.shrink < 1:
         raise ValueError(f"--shrink: got {args.shrink}, expected >= 1")
+    if args.out.exists() and not args.force:
+        raise ValueError(f"--out: {args.out} exists; pass --force to replace it once training is done")
     args.work.mkdir(parents=True, exist_ok=True)
+    continue_only(args.work / "recipe.json", {"seed": args.seed, "shrink": args.shrink})
     data = PhantomSet(args.work, max(64, IMAGES // args.shrink), FIRST_SEED)
     tokenizer = Tokenizer()
     tokens = text_encoder.CaptionTokens(data.captions, tokenizer)
@@ -71,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     latents = train_autoencoder(vae, data, args)
     train_text_encoder(clip, latents, tokens, args)
     train_unet(unet, latents, clip, tokens, tokenizer([""]), args)
-    checkpoint.save(args.out, {"clip": clip, "vae": vae, "unet": unet}, layout="single", dtype=torch.float16)
+    checkpoint.save(args.out, {"clip": clip, "vae": vae, "unet": unet}, dtype=torch.float16, overwrite=args.force)
     log.info("wrote %s", args.out)
 
 
@@ -130,6 +135,14 @@ def train_unet(
         return diffusion.diffusion_loss(unet, x_0, contexts[captions], schedule, generator)
 
     fit("unet", unet, loss_at, shrunk(UNET, args.shrink), args.work)
+
+
+def continue_only(note: Path, asked: dict[str, int]) -> None:
+    """Write down what a work folder is for; ValueError when it was begun for something else."""
+    if not note.exists():
+        note.write_text(json.dumps(asked) + "\n")
+    elif (begun := json.loads(note.read_text())) != asked:
+        raise ValueError(f"--work: {note.parent} was begun with {begun}, asked for {asked}; use another folder")
 
 
 def shrunk(recipe: Recipe, by: int) -> Recipe:

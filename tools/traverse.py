@@ -8,7 +8,7 @@ import argparse
 from dataclasses import replace
 
 from ldm.experiment import SWAP_STEPS, Traversal, parse_integers, run_traversal, write_figures
-from tools.options import add_model, add_sampling, latent_size, load_model
+from tools.options import add_model, add_sampling, latent_size, load_model, max_batch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,9 +56,10 @@ def run(args: argparse.Namespace) -> None:
         bezier_points=args.bezier_points,
         keep=tuple(args.keep.split(",")) if args.keep else (),
     )
+    batch = max_batch(args)
     sd = load_model(args)
     plan = replace(plan, latent_size=latent_size(args.size, sd))
-    record = run_traversal(sd, plan, args.out, max_batch=args.max_batch, images=not args.no_images)
+    record = run_traversal(sd, plan, args.out, max_batch=batch, images=not args.no_images)
     if not args.no_images:
         write_figures(args.out, plan)
     print(

@@ -31,13 +31,9 @@ def grid(
     row_labels: Sequence[str],
     column_labels: Sequence[str],
     title: str = "",
-    scale: int = 1,
 ) -> Image.Image:
-    """Rows of images under column labels, each row with its label on the left.
-
-    scale: every pixel is drawn as scale x scale pixels.
-    """
-    height, width = (side * scale for side in rows[0][0].shape[:2])
+    """Rows of images under column labels, each row with its label on the left. Pixels are drawn as they are."""
+    height, width = rows[0][0].shape[:2]
     size, title_size = max(11, height // 10), max(14, height // 7)
     font, title_font = ImageFont.load_default(size), ImageFont.load_default(title_size)
     label_width = max([int(font.getlength(label)) for label in row_labels] + [0]) + 2 * MARGIN
@@ -56,20 +52,19 @@ def grid(
         y = top + r * (height + 2)
         draw.text((label_width - MARGIN, y + height // 2), label, INK, font=font, anchor="rm")
         for c, image in enumerate(row):
-            tile = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
-            canvas.paste(tile, (label_width + c * (width + 2), y))
+            canvas.paste(Image.fromarray(image), (label_width + c * (width + 2), y))
     return canvas
 
 
 def trajectories(
-    rows: Sequence[tuple[str, Sequence[Pixels]]], column_labels: Sequence[str], title: str = "", scale: int = 1
+    rows: Sequence[tuple[str, Sequence[Pixels]]], column_labels: Sequence[str], title: str = ""
 ) -> Image.Image:
     """One row per trajectory, neutral image first, and under it what changed against that neutral image."""
     images, labels = [], []
     for label, row in rows:
         images += [list(row), [difference(image, row[0]) for image in row]]
         labels += [label, "change"]
-    return grid(images, labels, column_labels, title, scale)
+    return grid(images, labels, column_labels, title)
 
 
 def save_image(path: Path, image: Image.Image | Pixels) -> None:

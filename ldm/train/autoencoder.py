@@ -30,7 +30,7 @@ def autoencoder_loss(
 ) -> Tensor:
     """Reconstruction from a posterior sample, plus kl_weight times the KL per latent element (nats)."""
     images = data.batch(draw(seed, step, len(data), batch))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(images.device.type, torch.bfloat16):
         moments = vae.moments(images).float()
         posterior = DiagonalGaussian.from_moments(moments)
         noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + step))

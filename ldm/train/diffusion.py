@@ -26,7 +26,9 @@ def diffusion_loss(unet: UNet, x_0: Tensor, context: Tensor, schedule: Schedule,
     t = (spread * count).long().clamp(max=count - 1)
     eps = torch.randn(x_0.shape, generator=generator)
     x_t = schedule.add_noise(x_0, eps, t).contiguous(memory_format=torch.channels_last)
-    return F.mse_loss(unet(x_t, t, context), eps)
+    with torch.autocast(x_t.device.type, torch.bfloat16):
+        predicted = unet(x_t, t, context)
+    return F.mse_loss(predicted.float(), eps)
 
 
 def drop_captions(captions: Tensor, empty: int, share: float, generator: torch.Generator) -> Tensor:

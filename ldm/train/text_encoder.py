@@ -33,7 +33,7 @@ class CaptionTokens:
 
 
 class ContrastiveModel(nn.Module):
-    """The two towers and the temperature: `text_model` is the encoder to keep."""
+    """The two towers and the temperature: `clip` is the encoder to keep."""
 
     def __init__(self, clip: CLIPTextEncoder, latent_shape: tuple[int, int, int], width: int = 64) -> None:
         super().__init__()
