@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 UNetFn = Callable[[Tensor, int, Tensor], Tensor]
-"""eps = unet(x_t, t, context): (B, 4, H/8, W/8), training timestep, (B, L, D)."""
+"""eps = unet(x_t, t, context): (B, 4, H/8, W/8), training timestep, (B, L, D); all in the network's dtype."""
 
 
 class Contexts(Protocol):
@@ -38,7 +38,7 @@ def guided(
     In this convention g = 1 is no guidance at all (the paper's w is g - 1), and costs one evaluation
     instead of two.
 
-    Args:    unet: see `UNetFn`.  schedule: the contexts of the prompt, one for every step.
+    Args:    unet: see `UNetFn`.  schedule: the contexts of the prompt, one for every step, in the U-Net's dtype.
              guidance_scale: g; SD1's usual value is 7.5.
              uncond: what guidance pushes away from: the empty prompt's (L, D) or (B or 1, L, D) context, or a
              negative prompt's own embedding schedule; needed unless g is 1.
@@ -46,7 +46,9 @@ def guided(
              It bounds memory. Results then agree to the last bits of float32, not bit for bit, as a matrix
              product of another size adds up in another order; `max_batch=1` gives every latent a call of
              its own, and a result that does not depend on the rest of the batch.
-    Returns: eps_fn(x_t, t, step), which also counts the U-Net rows it evaluated in `.rows`.
+    Returns: eps_fn(x_t, t, step), eps in x_t's dtype whatever the U-Net's: float32 latents under a half-precision
+             network are rounded for each call only. It counts the U-Net rows evaluated in `.rows`; `.steps` is
+             the schedule's length, which a sampler compares with its own.
     Raises:  ValueError: uncond missing, or of another length, (L, D), dtype or device than the schedule's contexts.
     """
     if max_batch is not None and max_batch < 1:
@@ -70,7 +72,7 @@ def guided(
 
 
 class GuidedEps:
-    """The eps_fn that `guided` returns. `rows` counts the U-Net rows evaluated since it was made."""
+    """The eps_fn that `guided` returns. rows: U-Net rows evaluated since it was made.  steps: of its schedule."""
 
     def __init__(
         self,
@@ -86,6 +88,7 @@ class GuidedEps:
         self.uncond = uncond
         self.max_batch = max_batch
         self.rows = 0
+        self.steps = len(schedule)
 
     def __call__(self, x_t: Tensor, t: int, step: int) -> Tensor:
         """eps of (B, 4, H/8, W/8), see `guided`; ValueError when a context's batch is neither B nor 1."""
@@ -106,7 +109,7 @@ class GuidedEps:
 
     def _evaluate(self, x_t: Tensor, t: int, context: Tensor) -> Tensor:
         self.rows += len(x_t)
-        return self.unet(x_t, t, context)
+        return self.unet(x_t.to(context.dtype), t, context).to(x_t.dtype)
 
 
 class _Always:

@@ -26,7 +26,10 @@ from torch import Tensor
 from ldm.schedule import Schedule, leading
 
 EpsFn = Callable[[Tensor, int, int], Tensor]
-"""eps = eps_fn(x_t, t, step): x_t and eps (B, 4, H/8, W/8); t the training timestep; step counted from noise."""
+"""eps = eps_fn(x_t, t, step): x_t and eps (B, 4, H/8, W/8); t the training timestep; step counted from noise.
+
+An eps_fn that was made for a number of steps says so in an attribute `steps`; samplers of another number refuse it.
+"""
 
 Noise = Callable[[int], Tensor]
 """noise(step) -> standard normal like x_t: the same tensor whenever the same step is asked for."""
@@ -66,7 +69,8 @@ def ddim(
     x_prev  = sqrt(a_prev) x0_pred + sqrt(1 - a_prev - sigma^2) eps + sigma z                [DDIM, eq. 12]
 
     The coefficients are computed in float64 and applied in x's dtype. x0_pred is not clipped:
-    latents have no natural range.
+    latents have no natural range. Under a half-precision network keep x_T in float32: rounding every
+    step would add up (`ldm.guidance.guided` casts for each call).
 
     Args:    eps_fn: see `EpsFn`.  x_T: (B, 4, H/8, W/8) standard normal; with `start`, the latents before that step.
              steps: S.  eta: 0 (deterministic) .. 1.  start: index of the first step to run; a branch that resumes
@@ -74,12 +78,15 @@ def ddim(
              noise: z for each step, needed when eta > 0; `step_noise(seeds, shape)` makes one.
              timesteps: visit these instead of `leading(steps)`; S falling values.
     Returns: an iterator of S - start steps; shapes, dtype and device of x_T.
-    Raises:  ValueError: steps, eta, start or timesteps out of range, noise missing, or eps of another shape than x_t.
+    Raises:  ValueError: steps, eta, start or timesteps out of range, eps_fn made for another number of steps, noise
+             missing, or eps of another shape than x_t.
              As with every generator, on the first `next`; always before the first evaluation, bar eps's shape.
     """
     ts = leading(steps, train_steps=len(schedule)) if timesteps is None else tuple(int(t) for t in timesteps)
     if len(ts) != steps or any(later >= t for t, later in pairwise(ts)) or not 0 <= ts[-1] <= ts[0] < len(schedule):
         raise ValueError(f"timesteps: expected {steps} falling values in 0..{len(schedule) - 1}, got {ts}")
+    if (expected := getattr(eps_fn, "steps", steps)) != steps:
+        raise ValueError(f"steps: got {steps}, expected {expected}, as many as eps_fn has contexts for")
     if not 0 <= start <= steps:
         raise ValueError(f"start: expected 0..{steps}, the number of steps already taken, got {start}")
     if not 0 <= eta <= 1:
@@ -111,7 +118,7 @@ def initial_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
 
     Args:    seeds: one a sample, 0 .. 2^32-1 (torch's CPU generator ignores higher bits).
              shape: of one sample, (4, H/8, W/8).
-    Returns: (B, *shape) float32 on the CPU: cast and move it afterwards.
+    Returns: (B, *shape) float32 on the CPU: move it afterwards.
     Raises:  ValueError: no seeds, or a seed out of range.
     """
     _check_seeds(seeds)

@@ -138,6 +138,7 @@ def traverse_tree(
         result = traverse_tree(guide, initial_noise(seeds, (4, 64, 64)), tree, sd.schedule)
 
     Args:    guide: turns an embedding schedule over n B rows (n live branches, seeds within a branch) into an eps_fn.
+             What it adds must fit any number of rows: an uncond of (1, L, D), not of (B, L, D).
              x_T: (B, C, H, W) standard normal, one row a seed.  tree: the root branch.  steps: S.
              eta, noise: see `ldm.samplers.ddim`; all branches of a seed get the same noise.
              keep: quantities to keep from every step, out of `KEEPABLE`.

@@ -1,31 +1,15 @@
-"""Two U-Nets that are cheap enough to sample with: one for identities, one for the reference vectors."""
-
-from functools import cache
+"""What the sampling tests run on: the inputs of the stored trajectories, and a toy U-Net for identities."""
 
 import torch
-from reference import noise, weight
+from reference import noise
 from torch import Tensor
-
-from ldm.checkpoint import layouts
-from ldm.config import UNetConfig
-from ldm.unet import UNet
-
-# What the stored trajectories were made from: (1, 4, 16, 16) noise, three prompts in turn and an empty one.
-SMALL_UNET = UNetConfig(widths=(32, 64, 128, 128), context_width=64)
-
-
-@cache
-def small_unet() -> UNet:
-    """The reference vectors' small U-Net, with its deterministic weights."""
-    unet = UNet(SMALL_UNET).eval()
-    shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
-    single = layouts.to_single("unet", shapes, layouts.depth_of(SMALL_UNET))
-    unet.load_state_dict({name: torch.from_numpy(weight(single[name], shapes[name])) for name in shapes})
-    return unet.requires_grad_(False)
 
 
 def reference_run_inputs() -> tuple[Tensor, list[Tensor], Tensor]:
-    """x_T (1, 4, 16, 16), three prompts' contexts and the empty prompt's, (1, 77, 64) each."""
+    """What the stored trajectories of `networks.small("unet")` were made from.
+
+    Returns: x_T (1, 4, 16, 16), three prompts' contexts and the empty prompt's, (1, 77, 64) each.
+    """
     prompts = [noise(f"sampler.cond{k}", (1, 77, 64)) for k in range(3)]
     return noise("sampler.xT", (1, 4, 16, 16)), prompts, noise("sampler.uncond", (1, 77, 64))
 
@@ -41,7 +25,7 @@ class ToyUNet:
         self.calls: list[tuple[int, int, Tensor]] = []
 
     def __call__(self, x_t: Tensor, t: int, context: Tensor) -> Tensor:
-        assert x_t.shape[0] == context.shape[0]
+        assert (x_t.shape[0], x_t.dtype) == (context.shape[0], context.dtype)
         self.calls.append((len(x_t), t, context[0]))
         return 0.5 * x_t / (1 + x_t * x_t) + (t / 1000) * context[:, 0, :4, None, None]
 

@@ -60,6 +60,22 @@ def test_max_batch_bounds_the_calls_and_nothing_else(scale, max_batch):
     assert eps_fn.rows == halves * 3
 
 
+@pytest.mark.parametrize("scale", [1.0, 7.5])
+def test_a_half_precision_network_works_under_float32_latents(scale):
+    seen = set()
+
+    def unet(x_t, t, context):
+        seen.update({x_t.dtype, context.dtype})
+        return ToyUNet()(x_t, t, context)
+
+    eps = guided(unet, constant(COND.bfloat16(), 10), scale, UNCOND.bfloat16())(X, 500, 0)
+    assert seen == {torch.bfloat16}
+    assert eps.dtype == torch.float32
+    exact = guided(ToyUNet(), constant(COND, 10), scale, UNCOND)(X, 500, 0)
+    assert (eps - exact).norm() / exact.norm() < 2**-5  # bfloat16 keeps 8 bits; guidance multiplies what they lack
+    assert torch.equal(eps, eps.bfloat16().float()) == (scale == 1)  # guidance combines its halves in float32
+
+
 def test_uncond_comes_with_or_without_a_batch():
     plain = guided(ToyUNet(), constant(COND, 10), 7.5, UNCOND)(X, 500, 0)
     assert torch.equal(guided(ToyUNet(), constant(COND, 10), 7.5, UNCOND[0])(X, 500, 0), plain)

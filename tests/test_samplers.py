@@ -5,8 +5,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from networks import small
 from reference import TRAJECTORY_G1, TRAJECTORY_G75, golden
-from small_networks import ToyUNet, reference_run_inputs, small_unet, toy_context
+from small_networks import ToyUNet, reference_run_inputs, toy_context
 from torch import Tensor
 
 from ldm.conditioning import EmbeddingSchedule, constant, piecewise
@@ -18,7 +19,7 @@ SCHEDULE = Schedule.sd15()
 
 
 def toy_eps(x_t: Tensor, t: int, step: int) -> Tensor:
-    return ToyUNet()(x_t, t, toy_context(0.3, len(x_t)))
+    return ToyUNet()(x_t, t, toy_context(0.3, len(x_t)).to(x_t.dtype))
 
 
 def toy_run(x_T: Tensor, steps: int = 10, **options) -> list[Step]:
@@ -87,6 +88,18 @@ def test_dtype_is_the_latents(dtype):
     assert {step.x_t.dtype for step in run} | {step.x0_pred.dtype for step in run} == {dtype}
 
 
+def test_float32_latents_stay_so_under_a_half_precision_network():
+    x_T, bfloat = initial_noise([1], (4, 8, 8)), torch.bfloat16
+    exact, half = (
+        list(ddim(guided(ToyUNet(), constant(toy_context(0.3).to(dtype), 50), 1), x_T, SCHEDULE))[-1].x_t
+        for dtype in (torch.float32, bfloat)
+    )
+    assert half.dtype == torch.float32
+    rounded = list(ddim(guided(ToyUNet(), constant(toy_context(0.3).to(bfloat), 50), 1), x_T.to(bfloat), SCHEDULE))
+    error, rounded_error = (half - exact).norm(), (rounded[-1].x_t.float() - exact).norm()
+    assert error < rounded_error / 2  # what rounding the latents at every step would cost
+
+
 # ---- noise -----------------------------------------------------------------------------------------
 
 
@@ -133,6 +146,16 @@ def test_errors_name_the_argument(options, message):
         toy_run(torch.zeros(1, 4, 8, 8), **options)
 
 
+@pytest.mark.parametrize(("made_for", "steps"), [(50, 20), (20, 50)])
+def test_contexts_for_another_number_of_steps_are_refused_before_the_first_call(made_for, steps):
+    # 50 contexts in 20 steps would leave out every swap after the 20th, silently.
+    unet = ToyUNet()
+    eps_fn = guided(unet, constant(toy_context(0.3), made_for), 1)
+    with pytest.raises(ValueError, match=f"steps: got {steps}, expected {made_for}"):
+        next(ddim(eps_fn, torch.zeros(1, 4, 8, 8), SCHEDULE, steps))
+    assert unet.calls == []
+
+
 def test_an_eps_that_would_broadcast_is_refused():
     with pytest.raises(ValueError, match=r"eps_fn: expected eps like x_t, \(2, 4, 8, 8\), got \(1, 4, 8, 8\)"):
         next(ddim(lambda x_t, t, step: x_t[:1], torch.zeros(2, 4, 8, 8), SCHEDULE))
@@ -153,7 +176,7 @@ GUIDANCE = [pytest.param(1.0, id="g1"), pytest.param(7.5, id="g7.5")]
 
 def reference_run(scale: float, contexts: EmbeddingSchedule, schedule: Schedule = SCHEDULE, **options) -> list[Step]:
     x_T, _, uncond = reference_run_inputs()
-    eps_fn = guided(small_unet(), contexts, scale, uncond)
+    eps_fn = guided(small("unet"), contexts, scale, uncond)
     return list(ddim(eps_fn, x_T, schedule, len(contexts), **options))
 
 
@@ -193,7 +216,7 @@ def test_given_timesteps_reproduce_even_what_we_would_not_choose(other, steps):
 
 def test_the_first_step_and_its_x0_pred_are_compvis():
     x_T, (prompt, *_), _ = reference_run_inputs()
-    step = next(ddim(guided(small_unet(), constant(prompt, 50), 1), x_T, SCHEDULE))
+    step = next(ddim(guided(small("unet"), constant(prompt, 50), 1), x_T, SCHEDULE))
     assert golden("ddim_variants_g1").error("noswap50.pred_x0_step0", step.x0_pred) < TRAJECTORY_G1
     assert golden("ddim_variants_g1").error("noswap50.step0", step.x_t) < TRAJECTORY_G1
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import small
 from reference import TRAJECTORY_G1, TRAJECTORY_G75, golden
 from safetensors.torch import load_file, save_file
-from small_networks import ToyUNet, reference_run_inputs, small_unet, toy_context
+from small_networks import ToyUNet, reference_run_inputs, toy_context
 from torch import Tensor
 
 from ldm.conditioning import EmbeddingSchedule, constant, piecewise, swap
@@ -75,6 +76,14 @@ def test_neutral_to_neutral_is_the_neutral_path_bit_for_bit():
     result = traverse_tree(toy_guide(), initial_noise([0, 1], SHAPE), tree, SCHEDULE)
     for latents in result.latents.values():
         assert torch.equal(latents, result.latents["neutral"])
+
+
+def test_float32_latents_stay_so_under_a_half_precision_network():
+    guide = partial(guided, ToyUNet(), guidance_scale=7.5, uncond=EMPTY.bfloat16())
+    tree = swaps(NEUTRAL.bfloat16(), {"effusion": EFFUSION.bfloat16()}, (5,), 10)
+    result = traverse_tree(guide, initial_noise([0, 1], SHAPE), tree, SCHEDULE, 10, keep=("x_t", "eps"))
+    kept = [tensor for of in result.kept.values() for tensor in of.values()]
+    assert {tensor.dtype for tensor in (*result.latents.values(), *kept)} == {torch.float32}
 
 
 def test_contexts_may_differ_from_seed_to_seed():
@@ -176,7 +185,7 @@ def test_other_arguments_are_named_too():
 
 
 def small_guide(scale: float, **options):
-    return partial(guided, small_unet(), guidance_scale=scale, uncond=reference_run_inputs()[2], **options)
+    return partial(guided, small("unet"), guidance_scale=scale, uncond=reference_run_inputs()[2], **options)
 
 
 @pytest.mark.parametrize(("scale", "tolerance"), [(1.0, TRAJECTORY_G1), (7.5, TRAJECTORY_G75)])
