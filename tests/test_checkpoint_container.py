@@ -154,6 +154,9 @@ def damaged(path: Path, change) -> Path:
     return path
 
 
+ENDLESS = b'{"a":{"dtype":"F32","shape":[1e999],"data_offsets":[0,4]}}'
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -166,6 +169,7 @@ def damaged(path: Path, change) -> Path:
         (lambda raw: raw.replace(b'{"a"', b'["a"', 1), "its header is not one of safetensors"),
         (lambda raw: raw.replace(b"[0,16]", b"[0,12]", 1), "corrupt"),
         (lambda raw: raw.replace(b"[16,32]", b"[ 8,24]", 1), "corrupt: b begins at byte 8, expected 16"),
+        (lambda raw: len(ENDLESS).to_bytes(8, "little") + ENDLESS, "its header is not one of safetensors"),
         (lambda raw: raw.replace(b'"shape"', b'"shope"', 1), "its header is not one of safetensors"),
         (lambda raw: (10**6).to_bytes(8, "little") + b"[" * 10**6, "its header is not one of safetensors"),
     ],

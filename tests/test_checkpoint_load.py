@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_checkpoints import CONFIGS, FORMAT, TINY, manifest, part, single, write_folder, write_single
 
-from ldm.checkpoint import CheckpointError, KeysDoNotFit, examine, identify, infer_config, load_parts, save
+from ldm.checkpoint import CheckpointError, KeysDoNotFit, convert, examine, identify, infer_config, load_parts, save
 from ldm.checkpoint.container import Header, LazyTensor, write_tensors
 from ldm.checkpoint.loading import build
 from ldm.clip import CLIPTextEncoder
@@ -142,6 +142,18 @@ def test_a_network_alone_is_laid_over_a_base(tmp_path):
         load_parts(base, base=unet)
 
 
+def test_of_a_base_only_the_files_of_the_parts_taken_count(tmp_path):
+    base = write_folder(tmp_path / "base")
+    save_file({"betas": torch.zeros(3)}, base / "single_file_extras.safetensors")
+    save_file(part("unet", seed=2), tmp_path / "unet.safetensors")
+    loaded = load_parts(tmp_path / "unet.safetensors", base=base)
+    assert [path.relative_to(tmp_path).as_posix() for path in loaded.files] == [
+        "unet.safetensors",
+        "base/text_encoder/model.safetensors",
+        "base/vae/diffusion_pytorch_model.safetensors",
+    ]
+
+
 def test_a_base_that_does_not_fit_is_refused(tmp_path):
     save(tmp_path / "phantom.safetensors", blank(PHANTOM), dtype=torch.float16)
     save_file(part("unet"), tmp_path / "unet.safetensors")
@@ -211,6 +223,57 @@ def test_missing_unexpected_and_wrongly_shaped_keys_are_told_together(tmp_path):
     assert "2 unexpected" in message
     assert "1 of wrong shape (vae.encoder.conv_out.weight (8, 64, 1, 1), expected (8, 64, 3, 3))" in message
     assert "\n" not in message
+
+
+SINGLE_UNET, SINGLE_VAE = "model.diffusion_model.", "first_stage_model."
+TO_K = "transformer_blocks.0.attn2.to_k.weight"
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (0, 10**30)])
+@pytest.mark.parametrize(
+    ("stored", "ours"),
+    [
+        (SINGLE_UNET + "input_blocks.0.0.weight", "unet.conv_in.weight"),
+        (SINGLE_UNET + "out.2.weight", "unet.conv_out.weight"),
+        (SINGLE_UNET + "input_blocks.1.1." + TO_K, "unet.down_blocks.0.attentions.0." + TO_K),
+        (SINGLE_VAE + "encoder.conv_in.weight", "vae.encoder.conv_in.weight"),
+        (SINGLE_VAE + "decoder.conv_in.weight", "vae.decoder.conv_in.weight"),
+        (
+            "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc2.weight",
+            "clip.text_model.encoder.layers.0.mlp.fc2.weight",
+        ),
+    ],
+)
+def test_shapes_of_another_number_of_axes_are_reported(tmp_path, stored, ours, shape):
+    path = tmp_path / "a.safetensors"
+    tensors = {key: LazyTensor.of(key, tensor) for key, tensor in single().items()}
+    write_zeros(path, tensors | {stored: LazyTensor(stored, shape, torch.float32, torch.empty)})
+    with pytest.raises(KeysDoNotFit) as error:
+        load_parts(path)
+    assert [(name, found) for name, found, _ in error.value.report.wrong_shape] == [(ours, shape)]
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (0, 10**30), (1, 2, 3, 4, 5)])
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("unet", "conv_in.weight"),
+        ("unet", "down_blocks.0.resnets.0.conv1.weight"),
+        ("vae", "encoder.down_blocks.1.resnets.0.conv1.weight"),
+        ("clip", "text_model.embeddings.token_embedding.weight"),
+        ("clip", "text_model.embeddings.position_embedding.weight"),
+        ("clip", "text_model.encoder.layers.0.mlp.fc1.weight"),
+    ],
+)
+def test_shapes_that_sizes_are_told_from_may_be_damaged_too(tmp_path, name, key, shape):
+    path = tmp_path / "a.safetensors"
+    tensors = {key: LazyTensor.of(key, tensor) for key, tensor in part(name).items()}
+    write_zeros(path, tensors | {key: LazyTensor(key, shape, torch.float32, torch.empty)})
+    with pytest.raises(CheckpointError) as error:
+        convert(path, tmp_path / "b.safetensors", layout="single")
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_long_lists_are_cut_in_the_message_and_whole_in_the_report(tmp_path):

@@ -114,7 +114,7 @@ class Header:
             fields: dict[str, Any] = json.loads(text)
             metadata = {str(key): str(text) for key, text in (fields.pop("__metadata__", None) or {}).items()}
             entries = {name: _parse_entry(name, entry) for name, entry in fields.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"its header is not one of safetensors ({error})") from error

@@ -69,7 +69,9 @@ def refuse_other_models(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> No
         if re.search(pattern, names, re.MULTILINE):
             raise CheckpointError(f"{path}: {what}")
 
-    context_width = next((shape[-1] for name, shape in shapes.items() if name.endswith(".attn2.to_k.weight")), None)
+    context_width = next(
+        (shape[-1] for name, shape in shapes.items() if shape and name.endswith(".attn2.to_k.weight")), None
+    )
     if context_width in _CONTEXT_WIDTHS:
         raise CheckpointError(
             f"{path}: {_CONTEXT_WIDTHS[context_width]}, its contexts are {context_width} wide and SD1.5's 768: "
@@ -77,8 +79,8 @@ def refuse_other_models(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> No
         )
 
     for prefix, first, last in (("model.diffusion_model.", "input_blocks.0.0", "out.2"), ("", "conv_in", "conv_out")):
-        first_shape, last_shape = shapes.get(f"{prefix}{first}.weight"), shapes.get(f"{prefix}{last}.weight")
-        if first_shape and last_shape and first_shape[1] != last_shape[0]:
+        first_shape, last_shape = shapes.get(f"{prefix}{first}.weight", ()), shapes.get(f"{prefix}{last}.weight", ())
+        if len(first_shape) == len(last_shape) == 4 and first_shape[1] != last_shape[0]:
             what = _EXTRA_INPUTS.get(first_shape[1], "another model")
             raise CheckpointError(
                 f"{path}: {what}, its U-Net takes {first_shape[1]} channels to predict {last_shape[0]}: "

@@ -94,7 +94,7 @@ class Checkpoint:
         return replace(self, parts={**parts, "unet": kept}, extras=(*self.extras, *dropped.values()))
 
     def over(self, base: "Checkpoint") -> "Checkpoint":
-        """This one's parts, and for those that it lacks the base's.
+        """This one's parts, and for those that it lacks the base's. Of the base's files only those of such parts.
 
         Raises: CheckpointError when this one lacks nothing: there is nothing that the base is for.
         """
@@ -102,10 +102,11 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: a whole model; a base ({base.path}) is for a network alone")
         taken = [part for part in base.parts if part.removesuffix("_ema") in self.missing_parts]
         left = [tensor for part in base.parts if part not in taken for tensor in base.parts[part].values()]
+        taken_keys = {tensor.key for part in taken for tensor in base.parts[part].values()}
         hidden_parts = {part: base.hidden[part] for part in taken if part in base.hidden}
         return replace(
             self,
-            files=self.files + base.files,
+            files=(*self.files, *(file for file in base.files if not taken_keys.isdisjoint(file.header.entries))),
             parts={**self.parts, **{part: base.parts[part] for part in taken}},
             extras=(*self.extras, *base.extras, *left),
             unexpected=self.unexpected + base.unexpected,

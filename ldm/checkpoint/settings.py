@@ -35,8 +35,8 @@ HIDDEN_FIELDS: dict[str, dict[str, str | None]] = {
 def infer_config(part: str, shapes: Shapes, hidden: Mapping[str, Any] | None = None) -> PartConfig:
     """The configuration of one network.
 
-    Args:    part: "clip", "vae" or "unet".  shapes: our names -> shapes; where a telling tensor is missing, SD1.5's
-             number is taken, so that the report can say what is missing.
+    Args:    part: "clip", "vae" or "unet".  shapes: our names -> shapes; where a telling tensor is missing or damaged,
+             SD1.5's number is taken, so that the report can say what is wrong.
              hidden: what shapes do not show, such as {"heads": 4}; other fields in it are ignored.
     Raises:  ValueError: when the numbers do not go together.
     """
@@ -49,9 +49,10 @@ def infer_config(part: str, shapes: Shapes, hidden: Mapping[str, Any] | None = N
 
 
 def _infer_clip(shapes: Shapes, hidden: Mapping[str, Any]) -> CLIPConfig:
-    vocabulary, width = shapes.get("text_model.embeddings.token_embedding.weight", (49408, 768))
-    tokens, _ = shapes.get("text_model.embeddings.position_embedding.weight", (77, width))
-    mlp_width, _ = shapes.get("text_model.encoder.layers.0.mlp.fc1.weight", (4 * width, width))
+    vocabulary = _size(shapes, "text_model.embeddings.token_embedding.weight", 0, SD15.clip.vocabulary)
+    width = _size(shapes, "text_model.embeddings.token_embedding.weight", 1, SD15.clip.width)
+    tokens = _size(shapes, "text_model.embeddings.position_embedding.weight", 0, SD15.clip.tokens)
+    mlp_width = _size(shapes, "text_model.encoder.layers.0.mlp.fc1.weight", 0, 4 * width)
     layers = _count(shapes, "text_model.encoder.layers.{}.") or SD15.clip.layers
     config = CLIPConfig(vocabulary, tokens, width, layers, heads=max(1, width // 64), mlp_width=mlp_width)
     return replace(config, **hidden)
@@ -59,23 +60,29 @@ def _infer_clip(shapes: Shapes, hidden: Mapping[str, Any]) -> CLIPConfig:
 
 def _infer_vae(shapes: Shapes, hidden: Mapping[str, Any]) -> VAEConfig:
     widths = _widths(shapes, "encoder.down_blocks.{}.") or SD15.vae.widths
-    latent_channels = shapes.get("decoder.conv_in.weight", (0, SD15.vae.latent_channels))[1]
-    image_channels = shapes.get("encoder.conv_in.weight", (0, SD15.vae.image_channels))[1]
+    latent_channels = _size(shapes, "decoder.conv_in.weight", 1, SD15.vae.latent_channels)
+    image_channels = _size(shapes, "encoder.conv_in.weight", 1, SD15.vae.image_channels)
     resnets = _count(shapes, "encoder.down_blocks.0.resnets.{}.") or SD15.vae.resnets_per_level
     return replace(VAEConfig(image_channels, latent_channels, widths, resnets), **hidden)
 
 
 def _infer_unet(shapes: Shapes, hidden: Mapping[str, Any]) -> UNetConfig:
     widths = _widths(shapes, "down_blocks.{}.") or SD15.unet.widths
-    contexts = [shape[-1] for name, shape in shapes.items() if name.endswith(".attn2.to_k.weight")]
+    contexts = [_size(shapes, name, 1, 0) for name in shapes if name.endswith(".attn2.to_k.weight")]
     return UNetConfig(
-        latent_channels=shapes.get("conv_in.weight", (0, SD15.unet.latent_channels))[1],
+        latent_channels=_size(shapes, "conv_in.weight", 1, SD15.unet.latent_channels),
         widths=widths,
         resnets_per_level=_count(shapes, "down_blocks.0.resnets.{}.") or SD15.unet.resnets_per_level,
         attention=tuple(_count(shapes, f"down_blocks.{i}.attentions.{{}}.") > 0 for i in range(len(widths))),
-        context_width=contexts[0] if contexts else SD15.unet.context_width,
+        context_width=next(filter(None, contexts), SD15.unet.context_width),
         **hidden,
     )
+
+
+def _size(shapes: Shapes, name: str, axis: int, default: int) -> int:
+    """One size of a tensor; the default where the tensor is missing, empty or has no such axis."""
+    shape = shapes.get(name, ())
+    return shape[axis] if axis < len(shape) and 0 not in shape else default
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
@@ -88,7 +95,7 @@ def _count(shapes: Shapes, pattern: str) -> int:
 
 def _widths(shapes: Shapes, level: str) -> tuple[int, ...]:
     levels = range(_count(shapes, level))
-    return tuple(shapes.get(f"{level.format(i)}resnets.0.conv1.weight", (320,))[0] for i in levels)
+    return tuple(_size(shapes, f"{level.format(i)}resnets.0.conv1.weight", 0, 320) for i in levels)
 
 
 def hidden_from_json(path: Path, part: str) -> dict[str, Any]:
