@@ -284,7 +284,7 @@ def run_seeds(
         for path in [merged, *parts]:
             everything |= _read(path) if path.exists() else {}
         _write(merged, everything, settings)
-    for path in partial.glob("seed*.safetensors*"):  # and what a write that was cut off has left
+    for path in sorted(partial.glob("seed*.safetensors*")):  # and what a write that was cut off has left
         path.unlink()
     if not any(partial.iterdir()):  # other files are not ours to delete
         partial.rmdir()
@@ -292,7 +292,7 @@ def run_seeds(
 
 
 def _delete_damaged(partial: Path) -> None:
-    for path in partial.glob("seed*.safetensors"):
+    for path in sorted(partial.glob("seed*.safetensors")):
         try:
             _read_header(path)
         except _DamagedFile:
