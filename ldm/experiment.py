@@ -31,12 +31,13 @@ from tqdm import tqdm
 from ldm import bezier
 from ldm.conditioning import Indexing, neutral_steps
 from ldm.guidance import guided
+from ldm.latents import iterate_latents, run_seeds
 from ldm.pipeline import StableDiffusion, to_uint8
 from ldm.report import figures
 from ldm.report.figures import Pixels
 from ldm.samplers import initial_noise, step_noise
 from ldm.schedule import TRAIN_STEPS
-from ldm.trajectory import KEEPABLE, Branch, iterate_latents, run_seeds, swaps, traverse_tree, unet_rows
+from ldm.trajectory import KEEPABLE, Branch, swaps, traverse_tree, unet_rows
 
 SWAP_STEPS = tuple(range(5, 50, 5))
 

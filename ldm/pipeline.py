@@ -50,7 +50,7 @@ class StableDiffusion:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The U-Net's, and so the latents'."""
+        """The U-Net's. Latents are float32 between its calls, whatever it is."""
         return self.unet.conv_in.weight.dtype
 
     @property

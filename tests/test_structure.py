@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "ldm.conditioning": set(),
     "ldm.guidance": set(),
     "ldm.bezier": set(),
+    "ldm.latents": set(),
     "ldm.report": {"ldm.metrics"},
     "ldm.schedule": {"ldm.config"},
     # The networks.
@@ -49,7 +50,7 @@ MAY_IMPORT = {
     },
     "ldm.experiment": {
         *("ldm.pipeline", "ldm.conditioning", "ldm.guidance", "ldm.samplers", "ldm.inversion", "ldm.trajectory"),
-        *("ldm.bezier", "ldm.report"),
+        *("ldm.bezier", "ldm.schedule", "ldm.latents", "ldm.report"),
     },
     # The front door.
     "ldm": {

@@ -7,10 +7,10 @@ import torch
 
 from ldm import pipeline
 from ldm.experiment import Traversal, image_path, load_pixels, parse_integers, run_traversal, swap_name, write_json
+from ldm.latents import load_latents
 from ldm.report import figures
 from ldm.train import autoencoder, judge
 from ldm.train.phantom_set import PhantomSet
-from ldm.trajectory import load_latents
 from tools.demo import GUIDANCE, PROMPTS
 
 TRAIN_SEED, TEST_SEED = 2_000_000, 3_000_000  # of the probe's images; the model was trained on seeds from 1,000,000
