@@ -30,7 +30,7 @@ PROMPTS = {
         | {"melanoma": captions.ISIC_NEUTRAL["MEL"]},
     ),
 }
-GUIDANCE = 2.0  # see the model card: enough for every attribute to appear, little enough to keep the patient
+GUIDANCE = 1.5  # see the model card: enough for every attribute to appear, little enough to keep the patient
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
