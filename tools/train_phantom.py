@@ -1,6 +1,6 @@
 """`ldm train-phantom`: the recipe of the shipped model, from rendering its training set to the checkpoint.
 
-Four stages, each restarted where it stopped: render, autoencoder, text encoder, U-Net. About two hours on two cores.
+Four stages, each restarted where it stopped: render, autoencoder, text encoder, U-Net. An hour and a half on two cores.
 """
 
 import argparse
@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command to `parser`."""
     parser.description = (
         "Train the model in weights/ anew: render 24,000 phantoms, train the autoencoder, the text encoder and the "
-        "U-Net one after the other, write one checkpoint in the single-file layout of SD1.5. About two hours on two "
-        "cores; run it again with the same --work to go on after a stop."
+        "U-Net one after the other, write one checkpoint in the single-file layout of SD1.5. An hour and a "
+        "half on two cores; run it again with the same --work to go on after a stop."
     )
     parser.add_argument(
         "--work", type=Path, default=Path("out/train-phantom"), help="folder of images, checkpoints and logs"
