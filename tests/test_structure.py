@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "ldm.config": set(),
     "ldm.data": set(),
     "ldm.metrics": set(),
+    "ldm.classifier": set(),
     "ldm.conditioning": set(),
     "ldm.guidance": set(),
     "ldm.bezier": set(),
@@ -46,11 +47,16 @@ MAY_IMPORT = {
     },
     "ldm.train": {
         *("ldm.config", "ldm.tokenizer", "ldm.clip", "ldm.vae", "ldm.unet", "ldm.checkpoint", "ldm.schedule"),
-        "ldm.data",
+        *("ldm.data", "ldm.classifier"),
     },
     "ldm.experiment": {
         *("ldm.pipeline", "ldm.conditioning", "ldm.guidance", "ldm.samplers", "ldm.inversion", "ldm.trajectory"),
         *("ldm.bezier", "ldm.schedule", "ldm.latents", "ldm.report"),
+    },
+    "ldm.evaluation": {
+        *("ldm.pipeline", "ldm.conditioning", "ldm.guidance", "ldm.samplers", "ldm.inversion", "ldm.trajectory"),
+        *("ldm.bezier", "ldm.schedule", "ldm.latents", "ldm.experiment"),
+        *("ldm.data", "ldm.classifier", "ldm.metrics", "ldm.report"),
     },
     # The front door.
     "ldm": {

@@ -68,6 +68,11 @@ class PhantomSet:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def having(self, name: str) -> NDArray[np.int64]:
+        """The indices of all images of a domain, or with an attribute."""
+        found = [name == d or a.get(name, False) for (d, _), a in zip(self.keys, self.attributes, strict=True)]
+        return np.flatnonzero(found)
+
     def batch(self, indices: Sequence[int] | NDArray[np.integer]) -> Tensor:
         """(B, 3, S, S) float32 in [-1, 1], channels last in memory."""
         pixels = torch.from_numpy(self.images[np.asarray(indices)])
