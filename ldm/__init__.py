@@ -3,4 +3,14 @@
 from ldm import bezier, conditioning, guidance, inversion, samplers, schedule, trajectory
 from ldm.pipeline import StableDiffusion, load
 
-__all__ = ["StableDiffusion", "bezier", "conditioning", "guidance", "inversion", "load", "samplers", "schedule", "trajectory"]
+__all__ = [
+    "StableDiffusion",
+    "bezier",
+    "conditioning",
+    "guidance",
+    "inversion",
+    "load",
+    "samplers",
+    "schedule",
+    "trajectory",
+]

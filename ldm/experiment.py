@@ -16,7 +16,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from ldm.report import figures
 from ldm.report.figures import Pixels
 from ldm.samplers import initial_noise, step_noise
 from ldm.schedule import TRAIN_STEPS
-from ldm.trajectory import KEEPABLE, Branch, swaps, traverse_tree, unet_rows
+from ldm.trajectory import KEEPABLE, Branch, TreeResult, swaps, traverse_tree, unet_rows
 
 SWAP_STEPS = tuple(range(5, 50, 5))
 
@@ -125,10 +125,64 @@ def run_traversal(
     Returns: the content of run.json.
     Raises:  ValueError: the folder holds a traversal of other settings.
     """
+    return _run(sd, plan, prompt_tree(sd, plan), out, max_batch, images, label)
+
+
+def prompt_tree(sd: StableDiffusion, plan: Traversal) -> Branch:
+    """The neutral prompt, and every style swapped in at every swap step."""
     neutral, *contexts = sd.encode_prompts([plan.neutral, *plan.styles.values()])[:, None]
     styles = dict(zip(plan.styles, contexts, strict=True))
-    tree = swaps(neutral, styles, plan.swap_steps, plan.steps, plan.indexing)
-    return _run(sd, plan, tree, out, max_batch, images, label)
+    return swaps(neutral, styles, plan.swap_steps, plan.steps, plan.indexing)
+
+
+def latent_shape(sd: StableDiffusion, plan: Sampling) -> tuple[int, int, int]:
+    """(C, H, W) of the plan's latents."""
+    channels, *trained_size = sd.latent_shape
+    height, width = plan.latent_size or trained_size
+    return channels, height, width
+
+
+def default_max_batch(shape: Sequence[int]) -> int:
+    """4 latents of 64 x 64 in one call of the U-Net, and so many that they are as large together at other sizes."""
+    return max(1, 4 * 64 * 64 // math.prod(shape[1:]))
+
+
+def sample(
+    sd: StableDiffusion,
+    plan: Sampling,
+    tree: Branch,
+    seeds: Sequence[int],
+    max_batch: int,
+    progress: Callable[[int], object] | None = None,
+    x_T: Tensor | None = None,
+) -> TreeResult:
+    """Denoise a prompt tree for some seeds, as the plan says.
+
+    Args:    x_T: (B, C, H, W) to start from instead of the seeds' own noise, such as an inverted image.
+             progress: called with the number of U-Net rows done.
+    """
+    shape = latent_shape(sd, plan)
+    x_T = initial_noise(seeds, shape) if x_T is None else x_T
+    guide = partial(
+        guided,
+        sd.unet,
+        guidance_scale=plan.guidance,
+        uncond=sd.encode_prompts([plan.negative]),
+        max_batch=max_batch,
+    )
+    return traverse_tree(
+        guide,
+        (initial_noise(seeds, shape) if x_T is None else x_T).to(
+            sd.device
+        ),  # float32, whatever the network's precision
+        tree,
+        sd.schedule,
+        plan.steps,
+        eta=plan.eta,
+        noise=step_noise(seeds, shape) if plan.eta else None,
+        keep=plan.keep,
+        progress=progress,
+    )
 
 
 def _run(
@@ -141,17 +195,8 @@ def _run(
     label: str,
 ) -> dict[str, Any]:
     began = time.monotonic()
-    channels, *trained_size = sd.latent_shape
-    height, width = plan.latent_size or trained_size
-    shape = (channels, height, width)
-    max_batch = max(1, 4 * 64 * 64 // (height * width)) if max_batch is None else max_batch
-    guide = partial(
-        guided,
-        sd.unet,
-        guidance_scale=plan.guidance,
-        uncond=sd.encode_prompts([plan.negative]),
-        max_batch=max_batch,
-    )
+    shape = latent_shape(sd, plan)
+    max_batch = default_max_batch(shape) if max_batch is None else max_batch
     branches, rows_a_seed = 1 + len(tree.children), unet_rows(tree, plan.steps)
     model = {
         "weights_sha256": sd.weights_sha256(),
@@ -170,12 +215,8 @@ def _run(
         def compute(seeds: list[int]) -> dict[str, Tensor]:
             for seed in seeds:  # whatever lies there was decoded from other latents
                 shutil.rmtree(image_path(out, seed, "").parent, ignore_errors=True)
-            x_T = initial_noise(seeds, shape).to(sd.device)  # float32, whatever the network's precision
-            noise = step_noise(seeds, shape) if plan.eta else None
-            result = traverse_tree(
-                guide, x_T, tree, sd.schedule, plan.steps, eta=plan.eta, noise=noise, keep=plan.keep, progress=count
-            )
-            found = {"x_T": x_T, **result.latents}
+            result = sample(sd, plan, tree, seeds, max_batch, count)
+            found = {"x_T": result.x_T, **result.latents}
             for quantity, by_branch in result.kept.items():  # each branch's own steps, (B, S - s, C, H, W)
                 found |= {f"{name}/{quantity}": steps.transpose(0, 1) for name, steps in by_branch.items()}
             return found | (curves(result.latents, plan) if isinstance(plan, Traversal) else {})

@@ -52,16 +52,13 @@ def run_seeds(
     Raises:  ValueError: the folder holds latents of other settings, latents.safetensors is damaged, or compute
              returned a wrong number of rows.
     """
-    merged, partial = folder / "latents.safetensors", folder / "partial"
-    _delete_damaged(partial)
-    done: set[int] = set()
-    for path in [merged, *sorted(partial.glob("seed*.safetensors"))]:
-        if path.exists():
-            keys, found = _read_header(path)
-            _check_settings(path, found, _as_json(settings))
-            done |= {_seed_of(key) for key in keys}
+    merged, partial = folder / "latents.safetensors", SeedFolder(folder / "partial", settings)
+    done = partial.seeds()
+    if merged.exists():
+        keys, found = _read_header(merged)
+        _check_settings(merged, found, _as_json(settings))
+        done |= {_seed_of(key) for key in keys}
 
-    partial.mkdir(parents=True, exist_ok=True)
     pending = [seed for seed in dict.fromkeys(seeds) if seed not in done]
     for first in range(0, len(pending), at_once):
         group = pending[first : first + at_once]
@@ -70,29 +67,67 @@ def run_seeds(
             if len(rows) != len(group):
                 raise ValueError(f"compute: expected {len(group)} rows of {name!r}, one a seed, got {len(rows)}")
         for row, seed in enumerate(group):
-            tensors = {f"seed{seed:04d}/{name}": rows[row] for name, rows in computed.items()}
-            _write(partial / f"seed{seed:04d}.safetensors", tensors, settings)
+            partial.write(seed, {name: rows[row] for name, rows in computed.items()})
 
-    parts = sorted(partial.glob("seed*.safetensors"))
-    if parts:
+    if parts := partial.files():
         everything: dict[str, Tensor] = {}
         for path in [merged, *parts]:
             everything |= _read(path) if path.exists() else {}
         _write(merged, everything, settings)
-    for path in sorted(partial.glob("seed*.safetensors*")):  # and what a write that was cut off has left
-        path.unlink()
-    if not any(partial.iterdir()):  # other files are not ours to delete
-        partial.rmdir()
+    partial.remove()
     return merged
 
 
-def _delete_damaged(partial: Path) -> None:
-    for path in sorted(partial.glob("seed*.safetensors")):
-        try:
-            _read_header(path)
-        except _DamagedFile:
-            log.warning("%s: damaged, its seed is computed again", path)
+class SeedFolder:
+    """One file a seed, seed0000.safetensors, each with its settings in the header.
+
+    A file appears under its name only when complete, so a folder is continued by computing the seeds that it lacks, by
+    as many processes as there are: whoever computed a seed, the file is the same.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        """Opens a folder, making it where it is missing; damaged files in it are deleted, with a warning.
+
+        Args:    settings: everything that the tensors depend on, as JSON values.
+        Raises:  ValueError: the folder holds seeds of other settings.
+        """
+        self.folder, self.settings = folder, dict(settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in self.files():
+            try:
+                _, found = _read_header(path)
+            except _DamagedFile:
+                log.warning("%s: damaged, its seed is computed again", path)
+                path.unlink()
+                continue
+            _check_settings(path, found, _as_json(settings))
+
+    def files(self) -> list[Path]:
+        """Those of finished seeds."""
+        return sorted(self.folder.glob("seed*.safetensors"))
+
+    def seeds(self) -> set[int]:
+        """The finished seeds."""
+        return {_seed_of(path.stem) for path in self.files()}
+
+    def write(self, seed: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep one seed's tensors."""
+        keyed = {f"seed{seed:04d}/{name}": tensor for name, tensor in tensors.items()}
+        _write(self.folder / f"seed{seed:04d}.safetensors", keyed, self.settings)
+
+    def read(self, seed: int, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """One seed's tensors: all of them, or some. Raises ValueError where the file is damaged or lacks a name."""
+        prefix = f"seed{seed:04d}/"
+        with _opened(self.folder / f"seed{seed:04d}.safetensors") as file:
+            wanted = [key.removeprefix(prefix) for key in file.keys()] if names is None else names  # noqa: SIM118
+            return {name: file.get_tensor(prefix + name) for name in wanted}
+
+    def remove(self) -> None:
+        """Delete the seeds, and the folder unless it holds other files: those are not ours to delete."""
+        for path in self.folder.glob("seed*.safetensors*"):  # and what a write that was cut off has left
             path.unlink()
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
 
 def load_latents(path: Path) -> SavedLatents:
