@@ -4,7 +4,11 @@ The wording is that of "Language-Guided Trajectory Traversal in Disentangled Sta
 Factorized Medical Image Generation" (TehraniNasab, Kumar, Arbel, 2025) and of its published code.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
 
 CHEXPERT_CAPTION_LABELS = (
     "No Finding",
@@ -18,6 +22,8 @@ CHEXPERT_CAPTION_LABELS = (
 )
 CHEXPERT_NEUTRAL = "Normal chest X-ray with no significant findings"
 CHEXPERT_STEMS = {"paper": "Chest X-ray of a subject with", "code": "Chest X-ray showing"}
+
+TEMPLATES = tuple(CHEXPERT_STEMS)  # of dermoscopies the two have the same wording
 
 ISIC_CAPTION_ARTIFACTS = ("hair", "gel_bubble", "ruler", "ink")  # in the order of the annotation file's columns
 ISIC_NEUTRAL = {
@@ -69,6 +75,50 @@ def isic_style(diagnosis: str, artifact: str) -> str:
     if artifact not in ISIC_STYLES:
         raise ValueError(f"artifact: got {artifact!r}, expected one of {sorted(ISIC_STYLES)}")
     return f"{stem} {ISIC_STYLES[artifact]}"
+
+
+def chexpert_table(observations: pd.DataFrame, template: str = "paper") -> NDArray[np.object_]:
+    """`chexpert` of many radiographs. Args: observations: a column a label, a row an image. Returns: (N,) str."""
+    chexpert({}, template)  # an unknown template is refused even where there is no row
+    columns = list(CHEXPERT_CAPTION_LABELS)
+    present = observations[columns].to_numpy() == 1.0
+
+    def caption(row: NDArray[np.bool_]) -> str:
+        return chexpert(dict(zip(columns, row.astype(float), strict=True)), template)
+
+    return _each_distinct(present, caption)
+
+
+def isic_table(observations: pd.DataFrame, template: str = "paper") -> NDArray[np.object_]:
+    """`isic` of many dermoscopies; where an artifact is unknown (NaN, no column), the bare stem, which denies none.
+
+    Args:    observations: MEL, NV and the artifacts as columns, a row an image.  template: as for `chexpert`.
+    Returns: (N,) str.
+    Raises:  ValueError: for another diagnosis, or an unknown template.
+    """
+    if template not in TEMPLATES:
+        raise ValueError(f"template: got {template!r}, expected one of {sorted(TEMPLATES)}")
+    diagnoses, artifacts = list(ISIC_NEUTRAL), list(ISIC_CAPTION_ARTIFACTS)
+    values = observations.reindex(columns=[*diagnoses, *artifacts]).to_numpy()
+    if other := int(((values[:, : len(diagnoses)] == 1.0).sum(axis=1) != 1).sum()):
+        raise ValueError(f"observations: {other} images are neither {' nor '.join(diagnoses)}, which have no caption")
+    unknown = np.isnan(values[:, len(diagnoses) :]).any(axis=1)
+
+    def caption(row: NDArray[np.bool_]) -> str:
+        diagnosis = diagnoses[int(np.argmax(row[: len(diagnoses)]))]
+        if row[-1]:
+            return ISIC_NEUTRAL[diagnosis]
+        shown = row[len(diagnoses) : -1]
+        return isic(diagnosis, [name for name, here in zip(artifacts, shown, strict=True) if here])
+
+    return _each_distinct(np.column_stack([values == 1.0, unknown]), caption)
+
+
+def _each_distinct(rows: NDArray[np.bool_], caption: Callable[[NDArray[np.bool_]], str]) -> NDArray[np.object_]:
+    """(N,) captions of (N, M) rows, each distinct row worded once."""
+    codes = rows @ (1 << np.arange(rows.shape[1]))
+    _, first, places = np.unique(codes, return_index=True, return_inverse=True)
+    return np.array([caption(rows[i]) for i in first], dtype=object)[places]
 
 
 def _isic_stem(diagnosis: str) -> str:

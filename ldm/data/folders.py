@@ -1,0 +1,52 @@
+"""The front door: recognise which data set a folder holds, and read it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm.data import chexpert, isic
+from ldm.data.labelled import LabelledImages
+
+EXPECTED = f"expected CheXpert (train.csv, or CheXpert-v1.0-small/train.csv) or ISIC 2019 ({isic.TRUTH})"
+CHEXPERT_PLUS = ("df_chexpert_plus_*.csv", "chexbert_labels", "*_fixed.json")
+
+
+def read(
+    root: Path | str,
+    *,
+    csv: str = "train.csv",
+    frontal_only: bool = True,
+    uncertain: str = "ones",
+    empty: str = "zero",
+    attributes: Sequence[str] = chexpert.DEFAULT_ATTRIBUTES,
+    artifacts: Path | str | None = None,
+    threshold: float = 0.9,
+) -> LabelledImages:
+    """Read CheXpert or ISIC 2019, whichever the folder holds.
+
+    Args:    csv, frontal_only, uncertain, empty, attributes: of CheXpert.  artifacts, threshold: of ISIC 2019.
+    Raises:  ValueError: when it holds neither, or what it holds cannot be read.
+    """
+    root = Path(root)
+    if recognise(root, csv) == "isic":
+        return isic.read(root, artifacts=artifacts, threshold=threshold)
+    if artifacts is not None:
+        raise ValueError(f"artifacts: annotations are of ISIC 2019; {root} holds CheXpert")
+    return chexpert.read(
+        root, csv=csv, frontal_only=frontal_only, uncertain=uncertain, empty=empty, attributes=attributes
+    )
+
+
+def recognise(root: Path, csv: str = "train.csv") -> str:
+    """ "chexpert" or "isic". Raises ValueError, which says what is there and what was expected."""
+    if not root.is_dir():
+        raise ValueError(f"root: {root} is {'a file' if root.exists() else 'not there'}; {EXPECTED}")
+    if (root / isic.TRUTH).is_file():
+        return "isic"
+    folders = (root, *(root / name for name in (*chexpert.PREFIXES, chexpert.FIRST_BATCH)))
+    if any((folder / name).is_file() for folder in folders for name in (csv, "train.csv", "valid.csv")):
+        return "chexpert"
+    if any(True for pattern in CHEXPERT_PLUS for _ in root.glob(pattern)):
+        raise ValueError(f"root: {root} holds CheXpert Plus, which is not read; {EXPECTED}")
+    names = sorted(path.name for path in root.iterdir())
+    held = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "nothing"
+    raise ValueError(f"root: {root} holds {held}; {EXPECTED}")

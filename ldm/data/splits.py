@@ -1,0 +1,113 @@
+"""Train, validation and test: by patient or lesion, or as the paper split, which leaks; saved as csv and read back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from ldm.data import tables
+from ldm.data.labelled import LabelledImages
+
+PARTS = ("train", "validation", "test")
+HELD_OUT = 0.15  # the paper's share for test, and again of the rest for validation
+PAPER_FRACTIONS = ((1 - HELD_OUT) ** 2, (1 - HELD_OUT) * HELD_OUT, HELD_OUT)
+PAPER_SEED = 42
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Which rows of a `LabelledImages` are in which part: (n,) int64 each, ascending. A row may be in none."""
+
+    train: NDArray[np.int64]
+    validation: NDArray[np.int64]
+    test: NDArray[np.int64]
+
+    def parts(self) -> dict[str, NDArray[np.int64]]:
+        """The three by name."""
+        return {name: getattr(self, name) for name in PARTS}
+
+    def save(self, path: Path | str, images: LabelledImages) -> None:
+        """Write image, group, split: a line for every image that is in a part, in file order."""
+        path = Path(path)
+        part = np.full(len(images), "", dtype=object)
+        for name, rows in self.parts().items():
+            part[rows] = name
+        table = pd.DataFrame({"image": images.keys, "group": images.groups, "split": part})[part != ""]
+        partial = path.with_name(path.name + ".partial")
+        table.to_csv(partial, index=False, lineterminator="\n")
+        partial.replace(path)
+
+
+def load(path: Path | str, images: LabelledImages) -> Split:
+    """A saved split, for the same images read in whatever variant. Images that it does not name are in no part.
+
+    Raises:  ValueError: when it names images that are not there, one twice, or an unknown part.
+    """
+    path = Path(path)
+    table = tables.read(path, ("image", "split"))
+    tables.unique(path, table["image"])
+    for name in table["split"].unique():
+        tables.one_of(f"{path}, split", str(name), PARTS)
+    rows = pd.Index(images.keys).get_indexer(pd.Index(table["image"].astype(str)))
+    if (missing := rows < 0).any():
+        first = table["image"].iloc[int(np.argmax(missing))]
+        raise ValueError(
+            f"{path}: {missing.sum()} of its {len(table)} images are not among the {len(images)} of {images.root}, "
+            f"the first is {first!r}; read the data set as it was read for the split"
+        )
+    return Split(*(np.sort(rows[(table["split"] == name).to_numpy()]) for name in PARTS))
+
+
+def grouped(images: LabelledImages, seed: int = 42, fractions: Sequence[float] = PAPER_FRACTIONS) -> Split:
+    """A split in which no patient or lesion is in two parts.
+
+    Args:    fractions: of the images, for train, validation and test; met to within one group.
+    Raises:  ValueError: for fractions that do not add up to 1, or more parts than groups.
+    """
+    if len(fractions) != len(PARTS) or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise ValueError(f"fractions: got {tuple(fractions)}, expected three numbers >= 0 that add up to 1")
+    _, group, sizes = np.unique(images.groups, return_inverse=True, return_counts=True)
+    order = np.random.RandomState(seed).permutation(len(sizes))  # its stream is promised never to change
+    start = np.empty(len(sizes), dtype=np.int64)
+    start[order] = np.cumsum(sizes[order]) - sizes[order]
+    in_test, in_validation = fractions[2] * len(images), (fractions[1] + fractions[2]) * len(images)
+    part = np.where(start < in_test, 2, np.where(start < in_validation, 1, 0))[group]
+    split = Split(*(np.flatnonzero(part == number) for number in range(len(PARTS))))
+    for name, fraction in zip(PARTS, fractions, strict=True):
+        if fraction > 0 and not len(split.parts()[name]):
+            raise ValueError(f"fractions: {len(sizes)} groups of {len(images)} images leave {name} empty")
+    return split
+
+
+def paper(images: LabelledImages) -> Split:
+    """The paper's split of the images that it used, which reproduces the counts of its Table 3. It leaks.
+
+    Of a permutation of n rows by RandomState(42) the first ceil(0.15 n) are test; of the rest, in permuted order, the
+    same again are validation.
+
+    Raises:  ValueError: when no image is one that the paper used, or the label files are not those that it used.
+    """
+    used = np.flatnonzero(images.in_paper)
+    if len(used) < len(PARTS):
+        why = "; it needs the artifact annotations" if images.name == "isic" else ""
+        raise ValueError(f"split: the paper's is of images of which {images.root} has {len(used)}{why}")
+    rest, test = _held_out(used)
+    train, validation = _held_out(rest)
+    return Split(np.sort(train), np.sort(validation), np.sort(test))
+
+
+def _held_out(rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """What is kept, and what is held out."""
+    order = np.random.RandomState(PAPER_SEED).permutation(len(rows))
+    count = int(np.ceil(HELD_OUT * len(rows)))
+    return rows[order[count:]], rows[order[:count]]
+
+
+def leakage(images: LabelledImages, split: Split) -> float:
+    """The share of test images whose patient or lesion is in train too; NaN where the label files do not tell."""
+    if not images.group_kind or not len(split.test):
+        return float("nan")
+    return float(np.isin(images.groups[split.test], images.groups[split.train]).mean())

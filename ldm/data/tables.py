@@ -1,0 +1,92 @@
+"""Label files: csv tables read by column name and checked, so that a wrong file ends in one line that says where."""
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+
+def read(path: Path, columns: Sequence[str], separator: str = ",") -> pd.DataFrame:
+    """Read a csv file whatever its line ends, the order of its columns, and the columns it has besides.
+
+    Args:    columns: those that must be there.
+    Raises:  ValueError: for a file without rows, without one of the columns, or that is no such table.
+    """
+    try:
+        frame = pd.read_csv(path, sep=separator, index_col=False, low_memory=False)
+    except ValueError as error:  # pandas' parser errors and wrong encodings are ValueErrors without the file's name
+        raise ValueError(f"{path}: cannot be read as a csv table: {error}") from None
+    if missing := [name for name in columns if name not in frame.columns]:
+        raise ValueError(f"{path}: no column {missing[0]!r}{_nearest(missing[0], frame.columns)}")
+    if frame.empty:
+        raise ValueError(f"{path}: a header and no rows")
+    return frame
+
+
+def one_of(argument: str, name: str, known: Iterable[str]) -> str:
+    """`name` itself, if it is known. Raises ValueError, which offers the nearest that is."""
+    known = list(known)
+    if name not in known:
+        raise ValueError(f"{argument}: got {name!r}{_nearest(name, known)}")
+    return name
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = [str(other) for other in known]
+    folded = {other.lower().replace(" ", "_"): other for other in known}
+    if close := get_close_matches(name.lower().replace(" ", "_"), folded, n=1):
+        return f"; did you mean {folded[close[0]]!r}?"
+    return f"; expected one of {', '.join(known)}"
+
+
+def numbers(
+    path: Path, frame: pd.DataFrame, columns: Sequence[str], values: str, low: float, high: float
+) -> pd.DataFrame:
+    """The columns as float32, NaN where empty.
+
+    Args:    values: what is allowed, in words, for the error.  low, high: the range.
+    Raises:  ValueError: for the first cell that is no number or out of the range, with its line in the file.
+    """
+    table = frame[list(columns)].apply(pd.to_numeric, errors="coerce").astype(np.float32)
+    wrong = (table.isna() & frame[list(columns)].notna()) | (table < low) | (table > high)
+    _refuse(path, frame, wrong, values)
+    return table
+
+
+def whole(
+    path: Path, frame: pd.DataFrame, columns: Sequence[str], values: str, low: float, high: float
+) -> pd.DataFrame:
+    """`numbers` that must also be whole."""
+    table = numbers(path, frame, columns, values, low, high)
+    _refuse(path, frame, table.notna() & (table != table.round()), values)
+    return table
+
+
+def _refuse(path: Path, frame: pd.DataFrame, wrong: pd.DataFrame, values: str) -> None:
+    rows, places = np.nonzero(wrong.to_numpy())
+    if len(rows):
+        column = wrong.columns[places[0]]
+        got = frame[column].iloc[rows[0]]
+        raise ValueError(
+            f"{path}, line {line(rows[0])}: {column} is {got!r}, expected {values} ({len(rows)} such cells)"
+        )
+
+
+def unique(path: Path, names: pd.Series) -> None:
+    """Raises ValueError when a name comes twice."""
+    if (twice := names.duplicated().to_numpy()).any():
+        first = int(np.argmax(twice))
+        raise ValueError(f"{path}, line {line(first)}: {names.iloc[first]!r} for the second time")
+
+
+def line(row: int | np.integer) -> int:
+    """The line in the file of a row counted from 0: the header is line 1."""
+    return int(row) + 2
+
+
+def strings(values: pd.Series) -> NDArray[np.str_]:
+    """(N,) as a plain numpy array."""
+    return values.to_numpy(dtype=str)
