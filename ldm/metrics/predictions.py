@@ -1,0 +1,222 @@
+"""CFRT from a table alone: classifier probabilities along one trajectory, as the authors of the paper publish them.
+
+    swaps            seed,path,neutral_ink,5_ink,10_ink,...,45_ink,neutral_ruler,5_ruler,...
+    interpolations   seed,disease,0_hairs,0_ink,1_hairs,1_ink,...,49_hairs,49_ink       frame 0 is the neutral image
+
+One row a seed, one file the swaps to one attribute; the classifiers and the steps are found from the header, in any
+order, and other columns are passed over. An empty cell or "nan" is a missing value.
+
+Letters: n seeds, K classifiers, S swap steps or frames.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm.metrics.cfrt import cfrt, find_name
+
+# What the authors average over.
+AVERAGED_SWAP_STEPS = (5, 10, 15)
+AVERAGED_FRAMES = tuple(range(30, 50))
+
+COLUMN = re.compile(r"(neutral|\d+)_(.+)")
+SHOWN = 5  # of the faults in a file, this many are spelt out
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The classifiers' probabilities along one trajectory of every seed."""
+
+    seeds: tuple[int, ...]  # n, in the file's order
+    attributes: tuple[str, ...]  # K, in the header's order
+    steps: tuple[int, ...]  # S swap steps or frames, ascending
+    neutral: NDArray[np.float64]  # (n, K); NaN: missing
+    swapped: NDArray[np.float64]  # (n, S, K)
+    interpolated: bool  # the steps are frames of a curve whose frame 0 is the neutral image
+
+
+def read(*paths: Path | str) -> Predictions:
+    """Read one table, or several with different classifiers on the same images.
+
+    Returns: the classifiers of all files, with the seeds in the first file's order.
+    Raises:  ValueError: a header that is not of this layout, rows that do not fit (named by line), files that do not
+             fit together (a seed in one and missing in another, the same classifier twice, other steps).
+             OSError: a file that cannot be read.
+    """
+    if not paths:
+        raise ValueError("paths: expected at least one table of predictions")
+    tables = [_read(Path(path)) for path in paths]
+    first = tables[0]
+    for path, table in zip(paths[1:], tables[1:], strict=True):
+        _check_fit(str(paths[0]), first, str(path), table)
+        first = _beside(first, table)
+    return first
+
+
+def report(
+    predictions: Predictions, attribute: str, swap_steps: Sequence[int] | None = None, *, seed: int = 0
+) -> dict[str, Any]:
+    """What `cfrt` reports, for the attribute that this trajectory swaps in.
+
+    There are no images of other prompts here, so `single_f` is null, and no class, so `strict` goes without.
+
+    Args:    attribute: one of predictions.attributes.
+             swap_steps: those averaged; None: the authors' choice, 5, 10, 15, or frames 30 to 49 of interpolations.
+    Returns: cfrt -> reading -> value, n, ties, dropped, interval, chance; the rest as `ldm.metrics.cfrt.cfrt`.
+    Raises:  ValueError: an attribute or a step that the table has not, or a table of one attribute only.
+    """
+    find_name("attribute", attribute, predictions.attributes)
+    usual = AVERAGED_FRAMES if predictions.interpolated else AVERAGED_SWAP_STEPS
+    averaged = usual if swap_steps is None else tuple(swap_steps)
+    if missing := [step for step in averaged if step not in predictions.steps]:
+        raise ValueError(f"swap steps: the table has {list(predictions.steps)}, not {missing}")
+    reports = cfrt(
+        predictions.neutral,
+        predictions.swapped[:, None],
+        predictions.attributes,
+        [attribute],
+        swap_steps=predictions.steps,
+        averaged=averaged,
+        seed=seed,
+    )
+    return reports[attribute]
+
+
+# ---- one file --------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> Predictions:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file)
+            header = [name.strip() for name in next(reader, [])]
+            rows = [(reader.line_num, row) for row in reader if row]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected a table with commas in UTF-8, got {error}") from None
+    columns = _probability_columns(path, header)
+    attributes, steps = tuple(columns), tuple(next(iter(columns.values())))
+    interpolated = "neutral" not in steps
+    frames = tuple(sorted(int(step) for step in steps if step != "neutral"))
+    seeds, values = _probabilities(path, header, rows)
+    before = "0" if interpolated else "neutral"
+    neutral = [columns[attribute][before] for attribute in attributes]
+    swapped = [[columns[attribute][str(frame)] for attribute in attributes] for frame in frames]
+    return Predictions(seeds, attributes, frames, values[:, neutral], values[:, swapped], interpolated)
+
+
+def _probability_columns(path: Path, header: Sequence[str]) -> dict[str, dict[str, int]]:
+    """attribute -> step ("neutral", "5") -> where its column is; the same steps for every attribute."""
+    if "seed" not in header:
+        raise ValueError(
+            f"{path}: expected a header with seed and neutral_<attribute>, 5_<attribute>, ..., got {header[:4]}"
+        )
+    columns: dict[str, dict[str, int]] = {}
+    for where, name in enumerate(header):
+        if match := COLUMN.fullmatch(name):
+            step = match[1] if match[1] == "neutral" else str(int(match[1]))
+            if step in columns.setdefault(match[2], {}):
+                raise ValueError(f"{path}: the header has {name!r} twice")
+            columns[match[2]][step] = where
+    if not columns:
+        raise ValueError(f"{path}: expected columns neutral_<attribute>, 5_<attribute>, ..., got {header[:4]}")
+    steps = {step for found in columns.values() for step in found}
+    interpolated = "neutral" not in steps and "0" in steps
+    steps |= {"0"} if interpolated else {"neutral"}
+    missing = {name: sorted(steps - found.keys()) for name, found in columns.items() if steps - found.keys()}
+    if missing:
+        raise ValueError(f"{path}: {_describe_missing(missing, header)}")
+    if len(steps) < 2:
+        raise ValueError(f"{path}: the header has neutral images only, expected 5_<attribute> and so on")
+    return columns
+
+
+def _describe_missing(missing: dict[str, list[str]], header: Sequence[str]) -> str:
+    # A misspelt column looks like an attribute that lacks nearly all: begin with the one that lacks least.
+    names = [
+        f"{step}_{name}" for name, steps in sorted(missing.items(), key=lambda item: len(item[1])) for step in steps
+    ]
+    near = difflib.get_close_matches(names[0], header, n=1, cutoff=0.8)
+    hint = f"; is {near[0]!r} meant to be {names[0]!r}?" if near else ""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"every attribute needs the same steps, missing {', '.join(names[:SHOWN])}{more}{hint}"
+
+
+def _probabilities(
+    path: Path, header: Sequence[str], rows: Sequence[tuple[int, list[str]]]
+) -> tuple[tuple[int, ...], NDArray[np.float64]]:
+    """The seeds, and every cell of a probability column; cells of other columns stay NaN."""
+    used = [(where, name) for where, name in enumerate(header) if COLUMN.fullmatch(name)]
+    seeds: dict[int, int] = {}  # seed -> its line
+    values = np.full((len(rows), len(header)), np.nan)
+    faults = []
+    for index, (line, row) in enumerate(rows):
+        try:
+            if len(row) != len(header):
+                raise ValueError(f"{len(row)} fields, the header has {len(header)}")
+            seed = _seed(row[header.index("seed")])
+            if seed in seeds:
+                raise ValueError(f"seed {seed} again, first in line {seeds[seed]}")
+            seeds[seed] = line
+            for where, name in used:
+                values[index, where] = _probability(name, row[where])
+        except ValueError as fault:
+            faults.append(f"line {line}: {fault}")
+    if faults:
+        more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        raise ValueError(f"{path}: {len(faults)} of {len(rows)} rows do not fit: {'; '.join(faults[:SHOWN])}{more}")
+    if not rows:
+        raise ValueError(f"{path}: a header without rows")
+    return tuple(seeds), values
+
+
+def _seed(cell: str) -> int:
+    try:
+        return int(cell)
+    except ValueError:
+        raise ValueError(f"seed is {cell!r}, expected an integer") from None
+
+
+def _probability(name: str, cell: str) -> float:
+    if not cell.strip():
+        return math.nan
+    try:
+        value = float(cell)
+    except ValueError:
+        raise ValueError(f"{name} is {cell!r}, expected a number") from None
+    if not (math.isnan(value) or 0 <= value <= 1):
+        raise ValueError(f"{name} is {cell}, expected a probability in 0..1")
+    return value
+
+
+# ---- several files ---------------------------------------------------------------------------------
+
+
+def _check_fit(path_a: str, a: Predictions, path_b: str, b: Predictions) -> None:
+    for missing, where, other in (
+        (set(a.seeds) - set(b.seeds), path_b, path_a),
+        (set(b.seeds) - set(a.seeds), path_a, path_b),
+    ):
+        if missing:
+            shown = ", ".join(str(seed) for seed in sorted(missing)[:SHOWN])
+            raise ValueError(f"{where}: {len(missing)} seeds of {other} are missing: {shown}")
+    if common := set(a.attributes) & set(b.attributes):
+        raise ValueError(f"{path_b}: {sorted(common)} also in {path_a}; expected one file for each classifier")
+    if (a.steps, a.interpolated) != (b.steps, b.interpolated):
+        raise ValueError(f"{path_b}: steps {list(b.steps)}, but {path_a} has {list(a.steps)}")
+
+
+def _beside(a: Predictions, b: Predictions) -> Predictions:
+    order = [b.seeds.index(seed) for seed in a.seeds]
+    neutral = np.concatenate([a.neutral, b.neutral[order]], axis=-1)
+    swapped = np.concatenate([a.swapped, b.swapped[order]], axis=-1)
+    return Predictions(a.seeds, a.attributes + b.attributes, a.steps, neutral, swapped, a.interpolated)

@@ -1,0 +1,158 @@
+"""How sure a figure is: intervals of shares and means over seeds, and of the difference between two methods.
+
+Seeds are the unit: images of one seed resemble each other, so a resample takes a seed with all that belongs to it.
+Everything is deterministic: the resamples come from the `seed` argument, and no sum depends on the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtri
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+
+
+def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The Wilson score interval of a share, which stays within 0..1 and is honest at 0 and at n successes.
+
+    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n),  p = successes/n      [Wilson 1927]
+
+    Args:    confidence: in (0, 1).
+    Returns: low, high; (nan, nan) for n = 0.
+    Raises:  ValueError: successes outside 0..n, or confidence outside (0, 1).
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"successes: expected 0..n = {n}, got {successes}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: expected a share between 0 and 1, got {confidence}")
+    if n == 0:
+        return math.nan, math.nan
+    z, p = float(ndtri((1 + confidence) / 2)), successes / n
+    centre = p + z**2 / (2 * n)
+    reach = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    low, high = ((centre + side * reach) / (1 + z**2 / n) for side in (-1, 1))
+    # At the ends the exact value is 0 or 1; rounding would miss it by a bit.
+    return (0.0 if successes == 0 else low, 1.0 if successes == n else high)
+
+
+def bootstrap_mean(values: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float]:
+    """The 95 % percentile interval of a mean, by resampling the seeds.
+
+    Args:    values: (n,) one value per seed; NaN values are left out.
+    Returns: low, high; (nan, nan) where no value is left.
+    Raises:  ValueError: values is not a vector.
+    """
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1:
+        raise ValueError(f"values: expected (n,), got {values.shape}")
+    low, high = bootstrap_means(values[~np.isnan(values)], seed=seed, resamples=resamples)
+    return float(low), float(high)
+
+
+def bootstrap_means(
+    values: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The 95 % percentile intervals of many means over the same seeds, such as the cells of a matrix.
+
+    A resample draws n seeds with replacement and takes all cells of each; a cell's mean leaves its NaN out.
+
+    Args:    values: (n, ...) the cells of every seed.
+    Returns: low, high: (...) each; NaN where a cell has no value.
+    """
+    values = np.asarray(values, np.float64)
+    n, cells = len(values), values.shape[1:]
+    if n == 0:
+        return np.full(cells, np.nan), np.full(cells, np.nan)
+    valid = ~np.isnan(values)
+    filled = np.where(valid, values, 0)
+    rng = np.random.default_rng(seed)
+    means = np.empty((resamples, *cells))
+    for resample in range(resamples):
+        drawn = rng.integers(n, size=n)
+        count = valid[drawn].sum(axis=0)
+        means[resample] = _ratio(filled[drawn].sum(axis=0), count)
+    return _percentiles(means)
+
+
+def paired_cluster_bootstrap(
+    a: ArrayLike, b: ArrayLike, clusters: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES
+) -> dict[str, Any]:
+    """By how much method a exceeds method b on the same seeds: mean(a - b) with its 95 % percentile interval.
+
+    The methods share their seeds, hence the pairs; a seed may give several rows (attributes, swap steps), which are
+    not independent, hence a resample draws clusters and takes all rows of each.
+
+    Args:    a, b: (n,) one value per row; a row where either is NaN is left out.
+             clusters: (n,) what a row belongs to, usually its seed.
+    Returns: value, interval [low, high], clusters (how many are left), n (rows); value and interval are null without
+             rows.
+    Raises:  ValueError: the three are not vectors of one length.
+    """
+    a, b, clusters = np.asarray(a, np.float64), np.asarray(b, np.float64), np.asarray(clusters)
+    if not (a.ndim == 1 and a.shape == b.shape == clusters.shape):
+        raise ValueError(
+            f"a, b, clusters: expected three vectors of one length, got {a.shape} {b.shape} {clusters.shape}"
+        )
+    paired = ~np.isnan(a - b)
+    difference = (a - b)[paired]
+    names, cluster_of = np.unique(clusters[paired], return_inverse=True)
+    sums, rows = np.bincount(cluster_of, difference), np.bincount(cluster_of)
+    m = len(names)
+    means = np.full(resamples, np.nan)
+    rng = np.random.default_rng(seed)
+    for resample in range(resamples if m else 0):
+        drawn = rng.integers(m, size=m)
+        means[resample] = sums[drawn].sum() / rows[drawn].sum()
+    value = difference.mean() if m else np.nan
+    return {
+        "value": or_none(value),
+        "interval": [or_none(float(end)) for end in _percentiles(means)],
+        "clusters": m,
+        "n": len(difference),
+    }
+
+
+def share(successes: ArrayLike) -> dict[str, Any]:
+    """A share with its Wilson interval, ready for JSON.
+
+    Args:    successes: (n,) of 1 and 0 (or booleans); NaN are left out.
+    Returns: value, n, interval [low, high]; null instead of NaN.
+    """
+    successes = np.asarray(successes, np.float64)
+    n, hits = int((~np.isnan(successes)).sum()), int(np.nansum(successes))
+    return {"value": hits / n if n else None, "n": n, "interval": [or_none(end) for end in wilson(hits, n)]}
+
+
+def mean(values: ArrayLike, *, seed: int = 0) -> dict[str, Any]:
+    """A mean with its bootstrap interval, ready for JSON.
+
+    Args:    values: (n,); NaN are left out.
+    Returns: value, n, interval [low, high]; null instead of NaN.
+    """
+    array = np.asarray(values, np.float64)
+    kept = array[~np.isnan(array)]
+    interval = [or_none(end) for end in bootstrap_mean(kept, seed=seed)]
+    return {"value": float(kept.mean()) if len(kept) else None, "n": len(kept), "interval": interval}
+
+
+def or_none(x: float) -> float | None:
+    """JSON has no NaN: null says that there is no figure."""
+    return None if math.isnan(x) else float(x)
+
+
+def _ratio(sums: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    with np.errstate(invalid="ignore"):  # 0 / 0: no value was drawn, NaN
+        return sums / counts
+
+
+def _percentiles(means: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The middle 95 % of the resamples; where every one is NaN, NaN."""
+    empty = np.isnan(means).all(axis=0)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.nanquantile(np.where(empty, 0.0, means), [tail, 1 - tail], axis=0)
+    return np.where(empty, np.nan, low), np.where(empty, np.nan, high)
