@@ -145,7 +145,7 @@ def test_latex_braces_and_environments_close(build, results):
     assert sorted(re.findall(r"\\begin{(.*?)}", text)) == sorted(re.findall(r"\\end{(.*?)}", text))
     columns = len(re.search(r"{@{}([lr]+)@{}}", text)[1])
     for line in text.splitlines():
-        if line.endswith(r" \\") and not line.startswith(r"\caption"):
+        if line.endswith((r" \\", r" \\[2pt]")) and not line.startswith(r"\caption"):
             assert len(re.findall(r"(?<!\\)&", line)) == columns - 1
 
 

@@ -15,6 +15,7 @@ Cell = str | int | float | Estimate | None
 MISSING = "-"
 PRINTED_NUMBER = re.compile(r"\d+(\.\d+)?")
 MAX_ROWS_OF_A_FLOAT = 45  # what a page holds; a longer table breaks across pages
+MAX_COLUMNS_OF_FOOTNOTE_SIZE = 8  # what 6.875 in hold; a wider table is set a size smaller
 MAX_INTERVALS_ABREAST = 3  # with more columns of intervals than this, an interval stands under its value
 
 LATEX_ESCAPES = {
@@ -82,7 +83,8 @@ def latex(table: Table) -> str:
     else:
         inside = [rf"\begin{{tabular}}{{{columns}}}", *body, r"\bottomrule", r"\end{tabular}"]
         below = [r"\par\smallskip", rf"\parbox{{0.97\textwidth}}{{\scriptsize {note}}}"] if note else []
-        head = [r"\begin{table*}[t]", r"\centering", _latex_size(r"\footnotesize"), caption]
+        size = r"\scriptsize" if len(table.columns) > MAX_COLUMNS_OF_FOOTNOTE_SIZE else r"\footnotesize"
+        head = [r"\begin{table*}[t]", r"\centering", _latex_size(size), caption, r"\smallskip"]
         lines = [*head, *inside, *below, r"\end{table*}"]
     return "\n".join([r"% \usepackage{booktabs,longtable}", *lines, ""])
 
@@ -136,7 +138,7 @@ def _interval_columns(table: Table) -> list[bool]:
 
 
 def _latex_size(size: str) -> str:
-    return size + r"\setlength{\tabcolsep}{4pt}"
+    return size + r"\setlength{\tabcolsep}{2.5pt}"
 
 
 def _latex_head(head: str, side: str) -> str:
@@ -149,6 +151,7 @@ def _latex_rows(table: Table) -> list[str]:
     words = _text_columns(table)
     leading = words.index(False) if False in words else len(words)
     stacked = sum(_interval_columns(table)) > MAX_INTERVALS_ABREAST
+    end = r" \\[2pt]" if stacked else r" \\"
     lines: list[str] = []
     above: tuple[Cell, ...] = ()
     for row in table.rows:
@@ -157,7 +160,7 @@ def _latex_rows(table: Table) -> list[str]:
             same += 1
         if above and same == 0:
             lines.append(r"\addlinespace")
-        lines.append(" & ".join([""] * same + [_latex_cell(cell, stacked) for cell in row[same:]]) + r" \\")
+        lines.append(" & ".join([""] * same + [_latex_cell(cell, stacked) for cell in row[same:]]) + end)
         above = row
     return lines
 
@@ -169,7 +172,7 @@ def _latex_cell(cell: Cell, stacked: bool) -> str:
         return _latex_number(_plain(cell))
     value, interval = _latex_number(_rounded(cell.value)), f"[{_rounded(cell.low)}, {_rounded(cell.high)}]"
     if stacked:
-        return rf"\shortstack[r]{{{value}\\{{\tiny {_latex_number(interval)}}}}}"
+        return rf"\begin{{tabular}}[t]{{@{{}}r@{{}}}}{value}\\[-2pt]{{\tiny {_latex_number(interval)}}}\end{{tabular}}"
     return rf"{value} {{\tiny {_latex_number(interval)}}}"
 
 

@@ -89,7 +89,7 @@ def table_2(results: Results) -> Table:
     )
     sentences = [note, NOT_COMPARABLE, *_unavailable(results)]
     columns = ("Data set", "Class", "Attribute", *measures, *paper)
-    return Table("Classifier flip rate traversal (CFRT)", columns, tuple(rows), " ".join(sentences))
+    return Table("Classification flip rate along a trajectory (CFRT)", columns, tuple(rows), " ".join(sentences))
 
 
 def table_3(results: Results) -> Table:
