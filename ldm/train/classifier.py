@@ -1,0 +1,312 @@
+"""Training an attribute classifier. [paper, Table 1; the authors' code]
+
+Binary cross-entropy over all attributes, unknown labels left out, each attribute's positives weighted by how rare they
+are; AdamW; half a cosine down to 1e-6; the weights of the lowest validation loss are kept. Batches, augmentation and
+dropout of a step are drawn from (seed, step) alone, so that a run that was killed and started again equals one that
+was not.
+
+Letters: N images, B of a batch, K attributes, S the side of an image in pixels.
+"""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ldm import classifier
+from ldm.classifier import Classifier
+from ldm.data.images import load_image
+from ldm.data.labelled import LabelledImages
+from ldm.train.augmentation import CHEXPERT, ISIC, Augmentation, augment
+from ldm.train.loop import Recipe
+from ldm.train.phantom_set import draw
+
+log = logging.getLogger(__name__)
+
+FINAL_LR = 1e-6  # [authors' code]
+SAVE_EVERY = 250  # steps between checkpoints
+HUB_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Training:
+    """All that decides a run besides its images. The defaults are the authors'. [authors' code]"""
+
+    lr: float
+    weight_decay: float
+    epochs: int
+    augmentation: Augmentation
+    model: str = "efficientnet_b0"
+    size: int = 512  # S
+    batch: int = 128
+    seed: int = 0
+    pretrained: bool = True  # start from ImageNet weights, where they can be had
+
+
+TRAININGS = {
+    "chexpert": Training(lr=2e-4, weight_decay=1e-2, epochs=10, augmentation=CHEXPERT),
+    "isic": Training(lr=1e-4, weight_decay=1e-4, epochs=20, augmentation=ISIC),
+}
+
+
+class Decoded(Dataset[tuple[Tensor, Tensor]]):
+    """Item i is image i, uint8 (3, S, S), and its labels (K,) float32, NaN = unknown."""
+
+    def __init__(self, images: LabelledImages, size: int) -> None:
+        self.images, self.size = images, size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        pixels = torch.from_numpy(load_image(self.images.files[i], self.size))
+        return pixels.permute(2, 0, 1), torch.from_numpy(self.images.labels[i])
+
+
+def to_unit_range(pixels: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 -> float32 in [-1, 1]."""
+    return pixels.to(device).float() / 127.5 - 1.0
+
+
+def require_both_classes(labels: NDArray[np.float32], attributes: Sequence[str], where: str) -> None:
+    """Raises ValueError for an attribute that is not both present and absent among known labels (N, K)."""
+    for name, column in zip(attributes, labels.T, strict=True):
+        positive, negative = int((column == 1).sum()), int((column == 0).sum())
+        if not positive or not negative:
+            raise ValueError(
+                f"attribute {name!r}: the {len(column)} {where} hold {positive} positive and {negative} negative "
+                "labels, expected some of both; leave it out with --attributes, or use more images"
+            )
+
+
+def positive_weights(labels: NDArray[np.float32]) -> Tensor:
+    """Negatives for each positive among labels (N, K): (K,), the weight that makes both classes count alike."""
+    return torch.from_numpy(((labels == 0).sum(axis=0) / (labels == 1).sum(axis=0)).astype(np.float32))
+
+
+def masked_loss(logits: Tensor, labels: Tensor, pos_weight: Tensor) -> Tensor:
+    """Binary cross-entropy (nats), mean over the known labels; (B, K) each, NaN = unknown. 0 where none is known."""
+    known = labels.isfinite()
+    each = F.binary_cross_entropy_with_logits(
+        logits.float(), labels.nan_to_num(0.0), pos_weight=pos_weight, reduction="none"
+    )
+    return (each * known).sum() / known.sum().clamp(min=1)
+
+
+def channel_statistics(network: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the channels that timm's weights of this network expect: ImageNet's, mostly."""
+    config: dict[str, tuple[float, ...]] = network.pretrained_cfg  # type: ignore[assignment]
+    return tuple(config["mean"]), tuple(config["std"])
+
+
+def imagenet_weights(model: str) -> dict[str, Tensor] | None:
+    """timm's ImageNet weights of a network, from the hub's cache on disk or from the hub; None where neither has them.
+
+    Which of the two it was is in the log.
+    """
+    config = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+    if config is None or not config.hf_hub_id:
+        log.warning("%s: timm knows no ImageNet weights; training from scratch", model)
+        return None
+    name = "model.safetensors"
+    try:
+        file = huggingface_hub.try_to_load_from_cache(config.hf_hub_id, name)
+        if not isinstance(file, str):
+            # Asked for first because a download of a hub that does not answer is tried again and again
+            huggingface_hub.get_hf_file_metadata(
+                huggingface_hub.hf_hub_url(config.hf_hub_id, name), timeout=HUB_TIMEOUT_S
+            )
+            file = huggingface_hub.hf_hub_download(config.hf_hub_id, name)
+        weights = load_file(file)
+    except Exception as error:  # of half a dozen libraries; whatever it is, training goes on without
+        reason = " ".join(str(error).split())[:120]
+        log.warning("%s: no ImageNet weights (%s: %s); training from scratch", model, type(error).__name__, reason)
+        return None
+    log.info("%s: starting from the ImageNet weights of %s", model, config.hf_hub_id)
+    return weights
+
+
+class Run:
+    """A training run between two steps: network, optimiser, the best weights so far; on disk, its checkpoint."""
+
+    def __init__(
+        self, network: nn.Module, training: Training, checkpoint: Path, settings: Mapping[str, object]
+    ) -> None:
+        self.network, self.checkpoint = network, checkpoint
+        self.settings = json.dumps(settings, sort_keys=True)  # what makes it this run and no other
+        self.optimiser = torch.optim.AdamW(network.parameters(), lr=training.lr, weight_decay=training.weight_decay)
+        self.best: dict[str, Tensor] = {}
+        self.best_loss, self.best_step = math.inf, 0
+
+    def update(self, loss: Tensor, lr: float) -> None:
+        """One step of AdamW."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimiser.step()
+
+    def keep_if_best(self, loss: float, step: int) -> None:
+        """Remember the weights where the validation loss is the lowest so far."""
+        if loss < self.best_loss:
+            self.best = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
+            self.best_loss, self.best_step = loss, step
+
+    def save(self, step: int) -> None:
+        """Everything that going on needs, under a temporary name first."""
+        tensors = {f"model.{name}": value for name, value in self.network.state_dict().items()}
+        tensors |= {f"best.{name}": value for name, value in self.best.items()}
+        for name, p in self.network.named_parameters():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{moment}.{name}"] = self.optimiser.state[p][moment]
+        where = {"step": step, "best_loss": self.best_loss, "best_step": self.best_step}
+        partial = self.checkpoint.with_suffix(".partial")
+        metadata = {"settings": self.settings, "where": json.dumps(where)}
+        save_file({name: value.contiguous() for name, value in tensors.items()}, partial, metadata)
+        partial.replace(self.checkpoint)
+
+    def resume(self) -> int:
+        """Put the checkpoint back, where there is one. Returns the step to go on from.
+
+        Raises:  ValueError: when the checkpoint is of a run with other settings or images, or damaged.
+        """
+        if not self.checkpoint.exists():
+            return 0
+        try:
+            with safe_open(self.checkpoint, framework="pt") as file:
+                metadata = file.metadata() or {}
+            tensors = load_file(self.checkpoint)
+        except SafetensorError as error:
+            raise ValueError(f"{self.checkpoint}: damaged ({error}); remove it to start anew") from error
+        if metadata.get("settings") != self.settings:
+            raise ValueError(
+                f"{self.checkpoint}: the checkpoint of a run with other options or images; remove it to start anew, "
+                "or choose another --out"
+            )
+        where = json.loads(metadata["where"])
+        self.best_loss, self.best_step = where["best_loss"], where["best_step"]
+        self.best = _having_prefix(tensors, "best.")
+        self.network.load_state_dict(_having_prefix(tensors, "model."))
+        for name, p in self.network.named_parameters():
+            self.optimiser.state[p] = {
+                "step": torch.tensor(float(where["step"])),
+                "exp_avg": torch.empty_like(p).copy_(tensors[f"exp_avg.{name}"]),
+                "exp_avg_sq": torch.empty_like(p).copy_(tensors[f"exp_avg_sq.{name}"]),
+            }
+        log.info("%s: going on from step %d", self.checkpoint, where["step"])
+        return int(where["step"])
+
+
+def _having_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def checkpoint_path(out: Path) -> Path:
+    """Where a run that will save OUT keeps what it needs to go on after it was stopped."""
+    return out.with_name(f"{out.stem}.training.safetensors")
+
+
+def fingerprint(images: LabelledImages) -> str:
+    """A hash of keys and labels, which tells one training set from another."""
+    digest = hashlib.sha256("\n".join(images.keys).encode())
+    digest.update(np.ascontiguousarray(images.labels).tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def validate(network: nn.Module, loader: DataLoader[tuple[Tensor, Tensor]], pos_weight: Tensor) -> float:
+    """The masked loss over a whole set, in evaluation mode. The network is left in training mode."""
+    network.eval()
+    device, statistics = pos_weight.device, channel_statistics(network)
+    logits, labels = [], []
+    for pixels, known in loader:
+        logits.append(network(classifier.normalise(to_unit_range(pixels, device), *statistics)))
+        labels.append(known)
+    network.train()
+    return float(masked_loss(torch.cat(logits), torch.cat(labels).to(device), pos_weight))
+
+
+@torch.no_grad()
+def predict(trained: Classifier, images: LabelledImages, workers: int = 0) -> NDArray[np.float32]:
+    """The probabilities of every image, (N, K)."""
+    loader = DataLoader(Decoded(images, trained.input_size), batch_size=classifier.CHUNK, num_workers=workers)
+    bar = tqdm(loader, desc="scoring", mininterval=5)
+    return torch.cat([trained.probabilities(to_unit_range(pixels)) for pixels, _ in bar]).numpy()
+
+
+def train(
+    training_images: LabelledImages,
+    validation_images: LabelledImages,
+    training: Training,
+    out: Path,
+    device: torch.device,
+    workers: int = 0,
+) -> Classifier:
+    """Train, or go on with the run whose checkpoint (NAME.training.safetensors) lies beside `out`.
+
+    Args:    out: where the classifier will be saved, by the caller.
+             workers: processes that read images; they do not change the result.
+    Returns: the classifier of the lowest validation loss; its report says how it was trained.
+    Raises:  ValueError: when a class is missing, the loss is not finite, or the checkpoint is of another run.
+    """
+    attributes, count = training_images.attributes, len(training_images)
+    require_both_classes(training_images.labels, attributes, "training images")
+    require_both_classes(validation_images.labels, attributes, "validation images")
+    pos_weight = positive_weights(training_images.labels).to(device)
+
+    torch.manual_seed(training.seed)
+    pretrained = imagenet_weights(training.model) if training.pretrained else None
+    network = classifier.build(training.model, len(attributes), pretrained).to(device)
+    statistics = channel_statistics(network)
+    settings = asdict(training) | {"imagenet": pretrained is not None, "images": fingerprint(training_images)}
+    run = Run(network, training, checkpoint_path(out), settings)
+    start = run.resume()
+
+    batch = min(training.batch, count)
+    steps = math.ceil(training.epochs * count / batch)
+    recipe = Recipe(steps, training.lr, warmup=0, final_lr=FINAL_LR / training.lr)
+    order = (draw(training.seed, step, count, batch).tolist() for step in range(start, steps))
+    loader = DataLoader(Decoded(training_images, training.size), batch_sampler=order, num_workers=workers)
+    unseen = DataLoader(Decoded(validation_images, training.size), batch_size=batch, num_workers=workers)
+    bar = tqdm(loader, desc=out.stem, initial=start, total=steps, mininterval=5)
+    for step, (pixels, labels) in enumerate(bar, start):
+        with torch.random.fork_rng():
+            torch.manual_seed(training.seed * 1_000_003 + step)  # of the augmentation and the dropout of this step
+            images = augment(to_unit_range(pixels, device), training.augmentation)
+            loss = masked_loss(network(classifier.normalise(images, *statistics)), labels.to(device), pos_weight)
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"the loss at step {step} is {loss.item()}; try a lower --lr")
+        run.update(loss, recipe.lr_at(step))
+
+        epoch_over = (step + 1) * batch // count > step * batch // count or step + 1 == steps
+        if epoch_over:
+            run.keep_if_best(validate(network, unseen, pos_weight), step + 1)
+            bar.set_postfix(training=f"{loss.item():.4f}", best_validation=f"{run.best_loss:.4f}")
+        if epoch_over or (step + 1) % SAVE_EVERY == 0:
+            run.save(step + 1)
+
+    network.load_state_dict(run.best)
+    network.eval().requires_grad_(False)
+    report = {
+        "training": asdict(training),
+        "imagenet_weights": pretrained is not None,
+        "steps": steps,
+        "best_step": run.best_step,
+        "validation_loss": run.best_loss,
+    }
+    return Classifier(training.model, attributes, training.size, *statistics, network, report)
