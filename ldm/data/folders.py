@@ -20,10 +20,11 @@ def read(
     attributes: Sequence[str] = chexpert.DEFAULT_ATTRIBUTES,
     artifacts: Path | str | None = None,
     threshold: float = 0.9,
+    layout: str = "auto",
 ) -> LabelledImages:
     """Read CheXpert or ISIC 2019, whichever the folder holds.
 
-    Args:    csv, frontal_only, uncertain, empty, attributes: of CheXpert.  artifacts, threshold: of ISIC 2019.
+    Args:    csv, frontal_only, uncertain, empty, attributes, layout: of CheXpert.  artifacts, threshold: of ISIC 2019.
     Raises:  ValueError: when it holds neither, or what it holds cannot be read.
     """
     root = Path(root)
@@ -32,7 +33,13 @@ def read(
     if artifacts is not None:
         raise ValueError(f"artifacts: annotations are of ISIC 2019; {root} holds CheXpert")
     return chexpert.read(
-        root, csv=csv, frontal_only=frontal_only, uncertain=uncertain, empty=empty, attributes=attributes
+        root,
+        csv=csv,
+        frontal_only=frontal_only,
+        uncertain=uncertain,
+        empty=empty,
+        attributes=attributes,
+        layout=layout,
     )
 
 
@@ -40,11 +47,13 @@ def recognise(root: Path, csv: str = "train.csv") -> str:
     """ "chexpert" or "isic". Raises ValueError, which says what is there and what was expected."""
     if not root.is_dir():
         raise ValueError(f"root: {root} is {'a file' if root.exists() else 'not there'}; {EXPECTED}")
-    if (root / isic.TRUTH).is_file():
-        return "isic"
     folders = (root, *(root / name for name in (*chexpert.PREFIXES, chexpert.FIRST_BATCH)))
-    if any((folder / name).is_file() for folder in folders for name in (csv, "train.csv", "valid.csv")):
-        return "chexpert"
+    radiographs = any((folder / name).is_file() for folder in folders for name in (csv, "train.csv", "valid.csv"))
+    dermoscopies = (root / isic.TRUTH).is_file()
+    if radiographs and dermoscopies:
+        raise ValueError(f"root: {root} holds both CheXpert and ISIC 2019; move one to a folder of its own")
+    if radiographs or dermoscopies:
+        return "chexpert" if radiographs else "isic"
     if any(True for pattern in CHEXPERT_PLUS for _ in root.glob(pattern)):
         raise ValueError(f"root: {root} holds CheXpert Plus, which is not read; {EXPECTED}")
     names = sorted(path.name for path in root.iterdir())

@@ -84,9 +84,9 @@ def usable(
     files: Sequence[str] | NDArray[np.str_], max_bad: int = 0, workers: int = 1, cache: Path | None = None
 ) -> NDArray[np.bool_]:
     """(N,) which files can be decoded. Logs the others; raises ValueError when they are more than `max_bad`."""
-    broken = {fault.file: fault.reason for fault in scan(files, workers, cache)}
-    refuse([Broken(*item) for item in broken.items()], max_bad, len(files))
-    return np.array([str(file) not in broken for file in files], dtype=bool)
+    broken = scan(files, workers, cache)
+    refuse(broken, max_bad, len(files))
+    return ~np.isin(np.asarray(files, dtype=str), [file for file, _ in broken])
 
 
 def refuse(broken: Sequence[Broken], max_bad: int, total: int) -> None:
@@ -183,7 +183,9 @@ def iterate(
             for result in chunk:
                 if isinstance(result, Broken):
                     broken.append(result)
-                    refuse(broken if len(broken) > max_bad else [result], max_bad, len(files))
+                    if len(broken) > max_bad:
+                        refuse(broken, max_bad, len(files))
+                    logger.warning("left out: %s: %s", result.file, result.reason)
                 else:
                     yield index, result
                 index += 1

@@ -54,8 +54,7 @@ def read(
     frame, observations = _truth(root / TRUTH)
     frame, known = _with_lesions(frame, root / METADATA)
     annotations = Path(artifacts) if artifacts is not None else root / INFERRED
-    annotated = artifacts is not None or annotations.is_file()
-    if annotated:
+    if annotated := artifacts is not None or annotations.is_file():
         probabilities = _annotations(annotations, frame.index)
         frame = frame.join(probabilities)
         observations = observations.join((probabilities >= threshold).astype(np.float32).where(probabilities.notna()))
@@ -65,6 +64,7 @@ def read(
     frame, observations = frame[rows], observations[rows]
     columns = ("MEL", *ARTIFACTS) if annotated else ("MEL",)
     labels = observations[list(columns)].to_numpy(dtype=np.float32)
+    in_paper = annotated & (observations[["MEL", "NV"]] == 1).any(axis=1).to_numpy() & ~np.isnan(labels).any(axis=1)
     keys = tables.strings(frame.index.to_series())
     return LabelledImages(
         name="isic",
@@ -77,9 +77,7 @@ def read(
         keys=keys,
         observations=observations.set_index(np.flatnonzero(rows)),
         counted=(*kept, *columns[1:]),
-        in_paper=~np.isnan(labels).any(axis=1)
-        & observations["MEL"].add(observations["NV"]).eq(1).to_numpy()
-        & annotated,
+        in_paper=in_paper,
         group_kind="lesion" if known else "",
     )
 

@@ -92,8 +92,8 @@ def paper(images: LabelledImages) -> Split:
     """
     used = np.flatnonzero(images.in_paper)
     if len(used) < len(PARTS):
-        why = "; it needs the artifact annotations" if images.name == "isic" else ""
-        raise ValueError(f"split: the paper's is of images of which {images.root} has {len(used)}{why}")
+        wanted = "MEL and NV images with artifact annotations" if images.name == "isic" else "frontal images"
+        raise ValueError(f"split: the paper's is of {wanted}, of which {images.root} gave {len(used)}")
     rest, test = _held_out(used)
     train, validation = _held_out(rest)
     return Split(np.sort(train), np.sort(validation), np.sort(test))

@@ -20,7 +20,7 @@ def read(path: Path, columns: Sequence[str], separator: str = ",") -> pd.DataFra
     except ValueError as error:  # pandas' parser errors and wrong encodings are ValueErrors without the file's name
         raise ValueError(f"{path}: cannot be read as a csv table: {error}") from None
     if missing := [name for name in columns if name not in frame.columns]:
-        raise ValueError(f"{path}: no column {missing[0]!r}{_nearest(missing[0], frame.columns)}")
+        raise ValueError(f"{path}: no column {missing[0]!r}{nearest(missing[0], frame.columns)}")
     if frame.empty:
         raise ValueError(f"{path}: a header and no rows")
     return frame
@@ -30,11 +30,12 @@ def one_of(argument: str, name: str, known: Iterable[str]) -> str:
     """`name` itself, if it is known. Raises ValueError, which offers the nearest that is."""
     known = list(known)
     if name not in known:
-        raise ValueError(f"{argument}: got {name!r}{_nearest(name, known)}")
+        raise ValueError(f"{argument}: got {name!r}{nearest(name, known)}")
     return name
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean ...?", or without a near name all that are known."""
     known = [str(other) for other in known]
     folded = {other.lower().replace(" ", "_"): other for other in known}
     if close := get_close_matches(name.lower().replace(" ", "_"), folded, n=1):

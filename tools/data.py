@@ -1,0 +1,172 @@
+"""`ldm data`: describe a CheXpert or ISIC 2019 folder from its label files; the images may be absent.
+
+ldm data data/chest --show 5
+ldm data ISIC_2019 --artifacts isic_inferred_wocarcinoma.csv --split paper --json
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ldm.data import chexpert, folders, images, splits, traps
+from ldm.data.captions import TEMPLATES
+from ldm.data.labelled import LabelledImages
+
+CAPTIONS = 8  # the most frequent ones that are listed
+LOOKED_FOR = 100  # image files
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command to `parser`."""
+    parser.description = "Say what a data set holds: labels, captions, a split, and what is wrong with them."
+    parser.add_argument("folder", type=Path, help="the folder of the label files, or the one around it")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="the first N images with their captions")
+    parser.add_argument("--row", type=int, metavar="N", help="the image in row N of the label file, counted from 1")
+    parser.add_argument("--template", default="paper", choices=TEMPLATES, help="wording of captions (default paper)")
+    parser.add_argument(
+        "--split", default="grouped", metavar="grouped|paper|FILE",
+        help="grouped: by patient or lesion (default); paper: the paper's, which leaks; or one that was saved",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=42, help="of the grouped split (default 42)")
+    parser.add_argument("--save-split", type=Path, metavar="FILE", help="write the split as csv")
+    parser.add_argument("--json", action="store_true", help="only the counts of the split, as JSON")
+    parser.add_argument("--scan", action="store_true", help="also look for image files that cannot be decoded")
+    parser.add_argument("--max-bad", type=int, default=0, help="with --scan: broken files to accept (default 0)")
+    parser.add_argument("--workers", type=int, default=1, help="with --scan: processes (default 1)")
+    of_chexpert = parser.add_argument_group("CheXpert")
+    of_chexpert.add_argument("--csv", default="train.csv", help="the label file's name (default train.csv)")
+    of_chexpert.add_argument("--uncertain", default="ones", choices=chexpert.UNCERTAIN, help="what -1 means")
+    of_chexpert.add_argument("--empty", default="zero", choices=chexpert.EMPTY, help="what an empty cell means")
+    of_chexpert.add_argument("--layout", default="auto", choices=chexpert.LAYOUTS, help="how the images were unpacked")
+    of_chexpert.add_argument("--all-views", action="store_true", help="lateral images too")
+    of_chexpert.add_argument(
+        "--attributes", default=",".join(chexpert.DEFAULT_ATTRIBUTES), help="labels to count (default %(default)s)"
+    )
+    of_isic = parser.add_argument_group("ISIC 2019")
+    of_isic.add_argument("--artifacts", type=Path, metavar="FILE", help="artifact annotations, inferred or by hand")
+    of_isic.add_argument("--threshold", type=float, default=0.9, help="probability that is present (default 0.9)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the description. Raises ValueError when the folder cannot be read."""
+    data = folders.read(
+        args.folder,
+        csv=args.csv,
+        frontal_only=not args.all_views,
+        uncertain=args.uncertain,
+        empty=args.empty,
+        attributes=args.attributes.split(","),
+        artifacts=args.artifacts,
+        threshold=args.threshold,
+        layout=args.layout,
+    )
+    places = chosen_rows(data, args.show, args.row)
+    if args.scan:
+        images.refuse(images.scan(data.files, args.workers), args.max_bad, len(data))
+    split = chosen_split(data, args.split, args.seed)
+    if args.save_split:
+        split.save(args.save_split, data)
+    warnings = [*traps.found(data, args.template), *leak(data, split)]
+    if args.json:
+        print(json.dumps(counts(data, split), indent=2))
+        for warning in warnings:
+            logger.warning("warning: %s", warning)
+    else:
+        paragraphs = [*description(data, split, args.template), shown(data, args.template, places)]
+        paragraphs.append("\n".join(f"warning: {warning}" for warning in warnings))
+        print("\n\n".join(paragraph for paragraph in paragraphs if paragraph))
+
+
+def chosen_rows(data: LabelledImages, show: int, row: int | None) -> list[int]:
+    """Places of the images to show."""
+    if show < 0:
+        raise ValueError(f"show: got {show}, expected >= 0")
+    places = list(range(min(show, len(data))))
+    if row is not None:
+        place = int(data.frame.index.get_indexer([row - 1])[0])
+        if place < 0:
+            last = int(data.frame.index[-1]) + 1
+            raise ValueError(f"row: {row} is not among the {len(data)} images that were read (the last is row {last})")
+        places.append(place)
+    return places
+
+
+def shown(data: LabelledImages, template: str, places: list[int]) -> str:
+    """Images with their labels and captions."""
+    some = data.select(places)
+    blocks = []
+    for i, caption in enumerate(some.captions(template)):
+        labels = some.observations[list(some.counted)].iloc[i]
+        values = ", ".join(f"{name} {'?' if np.isnan(value) else int(value)}" for name, value in labels.items())
+        head = (
+            f"row {some.frame.index[i] + 1}  {some.keys[i]}  ({some.group_kind or 'lesion not known'} {some.groups[i]})"
+        )
+        blocks.append(f"{head}\n  {values}\n  {caption}")
+    return "\n".join(blocks)
+
+
+def chosen_split(data: LabelledImages, name: str, seed: int) -> splits.Split:
+    """By its name, or from the file that --save-split wrote."""
+    if name == "grouped":
+        return splits.grouped(data, seed)
+    if name == "paper":
+        return splits.paper(data)
+    if not Path(name).is_file():
+        raise ValueError(f"split: got {name!r}, expected grouped, paper, or a csv file that --save-split wrote")
+    return splits.load(name, data)
+
+
+def counts(data: LabelledImages, split: splits.Split) -> dict[str, dict[str, int]]:
+    """Images and positives of each part."""
+    return {name: {"images": len(rows), **data.counts(rows)} for name, rows in split.parts().items()}
+
+
+def leak(data: LabelledImages, split: splits.Split) -> list[str]:
+    """The warning of a split whose test set is not new to the model."""
+    share = splits.leakage(data, split)
+    if np.isnan(share):
+        return ["lesions are not known, so nobody knows how many test images have theirs in train"]
+    if share == 0:
+        return []
+    return [f"the split leaks: {share:.1%} of the test images have their {data.group_kind} in train"]
+
+
+def description(data: LabelledImages, split: splits.Split, template: str) -> list[str]:
+    """The paragraphs."""
+    values = data.observations[list(data.counted)]
+    states = {"present": values == 1, "absent": values == 0, "unknown": values.isna()}
+    labels = pd.DataFrame({name: table.sum() for name, table in states.items()})
+    captions = pd.Series(data.captions(template)).value_counts()
+    lines = [f"  {count:>9,}  {count / len(data):6.1%}  {caption}" for caption, count in captions[:CAPTIONS].items()]
+    if len(captions) > CAPTIONS:
+        lines.append(f"  {captions[CAPTIONS:].sum():>9,}  {captions[CAPTIONS:].sum() / len(data):6.1%}  others")
+    return [
+        head(data),
+        _table(labels),
+        f"{len(captions):,} distinct captions, template {template}:\n" + "\n".join(lines),
+        _table(pd.DataFrame(counts(data, split)).T),
+        "of the images with the row's attribute, the share with the column's:\n"
+        + traps.cooccurrence(data).to_string(float_format="{:.2f}".format, na_rep="-"),
+    ]
+
+
+def head(data: LabelledImages) -> str:
+    """What it is, and whether the images are there."""
+    files = data.files[np.unique(np.linspace(0, len(data) - 1, LOOKED_FOR).astype(int))]
+    there = sum(Path(file).is_file() for file in files)
+    groups = f"{len(np.unique(data.groups)):,} {data.group_kind}s" if data.group_kind else "unknown lesions"
+    where = "" if there else f", such as {files[0]}"
+    return (
+        f"{data.name} in {data.root}: {len(data):,} images of {groups}\n"
+        f"image files: {there} of {len(files)} looked for are there{where}"
+    )
+
+
+def _table(numbers: pd.DataFrame) -> str:
+    return numbers.to_string(formatters=dict.fromkeys(numbers, "{:,}".format))
