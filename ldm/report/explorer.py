@@ -313,7 +313,7 @@ def _resized(image: Pixels, width: int, height: int) -> Image.Image:
 def _webp(picture: Image.Image, quality: int) -> str:
     """A data URI."""
     buffer = io.BytesIO()
-    picture.save(buffer, format="WEBP", quality=quality, method=4)
+    picture.save(buffer, format="WEBP", quality=quality, method=2)  # 4 takes twice as long for 2 % of the size
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
