@@ -122,6 +122,12 @@ class SeedFolder:
             wanted = [key.removeprefix(prefix) for key in file.keys()] if names is None else names  # noqa: SIM118
             return {name: file.get_tensor(prefix + name) for name in wanted}
 
+    def names(self, seed: int, but: str) -> list[str]:
+        """The names of one seed's tensors, but for those that begin so."""
+        with _opened(self.folder / f"seed{seed:04d}.safetensors") as file:
+            names = [key.removeprefix(f"seed{seed:04d}/") for key in file.keys()]  # noqa: SIM118  (not a dict)
+        return [name for name in names if not name.startswith(but)]
+
     def remove(self) -> None:
         """Delete the seeds, and the folder unless it holds other files: those are not ours to delete."""
         for path in self.folder.glob("seed*.safetensors*"):  # and what a write that was cut off has left
@@ -158,6 +164,15 @@ def iterate_latents(path: Path) -> Iterator[tuple[int, str, Tensor]]:
             yield _seed_of(key), key.partition("/")[2], file.get_tensor(key)
 
 
+def load_seed(path: Path, seed: int) -> dict[str, Tensor]:
+    """One seed's tensors out of what `run_seeds` wrote. Raises ValueError: damaged, or no such seed."""
+    keys, _ = _read_header(path)
+    if seed not in (seeds := {_seed_of(key) for key in keys}):
+        raise ValueError(f"seed: {path} has no seed {seed}; it has {sorted(seeds)}")
+    with _opened(path) as file:
+        return {key.partition("/")[2]: file.get_tensor(key) for key in keys if _seed_of(key) == seed}
+
+
 def _seed_of(key: str) -> int:
     return int(key.partition("/")[0].removeprefix("seed"))
 
@@ -169,7 +184,7 @@ def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
     # Clones, because rows of one batch share memory and safetensors stores every tensor by itself.
-    owned = {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
+    owned = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
     temporary = path.with_name(path.name + ".partial")
     save_file(owned, temporary, metadata={"settings": json.dumps(dict(settings), sort_keys=True)})
     temporary.replace(path)

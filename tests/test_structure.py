@@ -54,6 +54,7 @@ MAY_IMPORT = {
         *("ldm.bezier", "ldm.schedule", "ldm.latents", "ldm.report"),
     },
     "ldm.evaluation": {
+        "ldm.checkpoint",
         *("ldm.pipeline", "ldm.conditioning", "ldm.guidance", "ldm.samplers", "ldm.inversion", "ldm.trajectory"),
         *("ldm.bezier", "ldm.schedule", "ldm.latents", "ldm.experiment"),
         *("ldm.data", "ldm.classifier", "ldm.metrics", "ldm.report"),

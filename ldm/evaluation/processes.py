@@ -1,0 +1,45 @@
+"""Work shared by several processes, as torchrun starts them. Alone, there is one process and nothing to wait for.
+
+Every seed is measured by itself and written to its own file, so how many processes there are changes no number.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+from torch import distributed
+
+PATIENCE = timedelta(hours=24)  # of a process that is done with its share, for the others
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which of how many processes this is."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def join(cls) -> "Processes":
+        """Meet the other processes that torchrun has started, if it has."""
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        if world == 1:
+            return cls()
+        if not distributed.is_initialized():
+            distributed.init_process_group("gloo", timeout=PATIENCE)
+        return cls(distributed.get_rank(), world)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that summarises and talks."""
+        return self.rank == 0
+
+    def share(self, seeds: Sequence[int]) -> list[int]:
+        """This process' seeds: every world-th one."""
+        return list(seeds[self.rank :: self.world])
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world > 1:
+            distributed.barrier()
