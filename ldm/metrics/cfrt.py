@@ -200,13 +200,13 @@ def _unchanged_class(table: _Table, a: int) -> NDArray[np.bool_]:
 
 def _report(table: _Table, a: int, seed: int) -> dict[str, Any]:
     k = table.heads.index(table.attributes[a])
-    rivals = {"single_f": len(table.attributes)}
+    rivals = {**dict.fromkeys(READINGS, len(table.heads)), "single_f": len(table.attributes)}
     readings = {
         reading: {
             **stats.share(outcome.success),
             "ties": int(outcome.tie.sum()),
             "dropped": int(outcome.dropped.sum()),
-            "chance": 1 / rivals.get(reading, len(table.heads)),
+            "chance": 1 / rivals[reading] if rivals[reading] > 1 else None,
         }
         for reading, outcome in _outcomes(table, a).items()
     }

@@ -13,8 +13,7 @@ from __future__ import annotations
 import hashlib
 import socket
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -108,7 +107,9 @@ def build_network(net: Net, backbone: Mapping[str, Tensor]) -> lpips.LPIPS:
     lpips cuts torchvision's `features` into slices, whose layers keep their numbers: features.3.weight is
     net.slice2.3.weight.
     """
-    with _quiet(), torch.random.fork_rng(devices=[]):  # its random first weights must not shift anyone's draws
+    # Its random first weights must not shift anyone's draws, and it calls torchvision by arguments long deprecated.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
         network = lpips.LPIPS(net=net, version="0.1", pnet_rand=True, verbose=False)
     layers = network.net.state_dict()
     network.net.load_state_dict({name: backbone["features." + name.split(".", 1)[1]] for name in layers})
@@ -177,11 +178,3 @@ def _promised_sha256(path: Path) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """lpips calls torchvision by the arguments of its youth."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
-        yield

@@ -7,6 +7,7 @@ Everything is deterministic: the resamples come from the `seed` argument, and no
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -70,13 +71,8 @@ def bootstrap_means(
         return np.full(cells, np.nan), np.full(cells, np.nan)
     valid = ~np.isnan(values)
     filled = np.where(valid, values, 0)
-    rng = np.random.default_rng(seed)
-    means = np.empty((resamples, *cells))
-    for resample in range(resamples):
-        drawn = rng.integers(n, size=n)
-        count = valid[drawn].sum(axis=0)
-        means[resample] = _ratio(filled[drawn].sum(axis=0), count)
-    return _percentiles(means)
+    means = [_ratio(filled[drawn].sum(axis=1), valid[drawn].sum(axis=1)) for drawn in _draws(n, resamples, seed)]
+    return _percentiles(np.concatenate(means))
 
 
 def paired_cluster_bootstrap(
@@ -103,15 +99,12 @@ def paired_cluster_bootstrap(
     names, cluster_of = np.unique(clusters[paired], return_inverse=True)
     sums, rows = np.bincount(cluster_of, difference), np.bincount(cluster_of)
     m = len(names)
-    means = np.full(resamples, np.nan)
-    rng = np.random.default_rng(seed)
-    for resample in range(resamples if m else 0):
-        drawn = rng.integers(m, size=m)
-        means[resample] = sums[drawn].sum() / rows[drawn].sum()
-    value = difference.mean() if m else np.nan
+    draws = _draws(m, resamples, seed) if m else ()
+    means = [sums[drawn].sum(axis=1) / rows[drawn].sum(axis=1) for drawn in draws]
+    low, high = _percentiles(np.concatenate(means)) if m else (math.nan, math.nan)
     return {
-        "value": or_none(value),
-        "interval": [or_none(float(end)) for end in _percentiles(means)],
+        "value": float(difference.mean()) if m else None,
+        "interval": [or_none(float(low)), or_none(float(high))],
         "clusters": m,
         "n": len(difference),
     }
@@ -143,6 +136,14 @@ def mean(values: ArrayLike, *, seed: int = 0) -> dict[str, Any]:
 def or_none(x: float) -> float | None:
     """JSON has no NaN: null says that there is no figure."""
     return None if math.isnan(x) else float(x)
+
+
+def _draws(n: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """Rows of n indices drawn with replacement, one row a resample, some 65,000 indices at a time."""
+    rng = np.random.default_rng(seed)
+    at_once = max(1, 65536 // n)
+    for done in range(0, resamples, at_once):
+        yield rng.integers(n, size=(min(at_once, resamples - done), n))
 
 
 def _ratio(sums: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
