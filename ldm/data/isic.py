@@ -30,6 +30,7 @@ INFERRED = "isic_inferred_wocarcinoma.csv"
 DIAGNOSES = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK")
 ARTIFACTS = ("hair", "gel_bubble", "ruler", "ink")  # those that the experiment changes
 OTHER_ARTIFACTS = ("dark_corner", "gel_border", "patches")
+EXTENSION = r"\.(?:png|jpg|jpeg)$"
 
 
 def read(
@@ -52,45 +53,43 @@ def read(
     kept = [tables.one_of("diagnoses", name, DIAGNOSES) for name in diagnoses]
     root = Path(root)
     frame, observations = _truth(root / TRUTH)
-    frame, known = _with_lesions(frame, root / METADATA)
+    frame, lesions_known = _with_lesions(frame, root / METADATA)
     annotations = Path(artifacts) if artifacts is not None else root / INFERRED
     if annotated := artifacts is not None or annotations.is_file():
-        probabilities = _annotations(annotations, frame.index)
-        frame = frame.join(probabilities)
-        observations = observations.join((probabilities >= threshold).astype(np.float32).where(probabilities.notna()))
+        frame, observations = _with_artifacts(frame, observations, annotations, threshold)
     rows = (observations[kept] == 1).any(axis=1).to_numpy()
     if not rows.any():
-        raise ValueError(f"{root / TRUTH}: no image with a diagnosis of {kept}")
+        raise ValueError(f"{root / TRUTH}: no image with a diagnosis of {', '.join(kept)}")
     frame, observations = frame[rows], observations[rows]
-    columns = ("MEL", *ARTIFACTS) if annotated else ("MEL",)
-    labels = observations[list(columns)].to_numpy(dtype=np.float32)
-    in_paper = annotated & (observations[["MEL", "NV"]] == 1).any(axis=1).to_numpy() & ~np.isnan(labels).any(axis=1)
+
+    shown = ARTIFACTS if annotated else ()
+    labels = observations[["MEL", *shown]].to_numpy(dtype=np.float32)
     keys = tables.strings(frame.index.to_series())
+    in_paper = annotated & (observations[["MEL", "NV"]] == 1).any(axis=1).to_numpy() & ~np.isnan(labels).any(axis=1)
     return LabelledImages(
         name="isic",
         root=root,
         frame=frame.set_index(np.flatnonzero(rows)),
         files=_files(root, frame["image"]),
-        attributes=("melanoma", *columns[1:]),
+        attributes=("melanoma", *shown),
         labels=labels,
-        groups=np.where(frame["lesion_id"].isna(), keys, tables.strings(frame["lesion_id"].astype(str))),
+        groups=np.where(frame["lesion_id"].isna(), keys, tables.strings(tables.names(frame["lesion_id"]))),
         keys=keys,
         observations=observations.set_index(np.flatnonzero(rows)),
-        counted=(*kept, *columns[1:]),
+        counted=(*kept, *shown),
         in_paper=in_paper,
-        group_kind="lesion" if known else "",
+        group_kind="lesion" if lesions_known else "",
     )
 
 
-def _key(ids: pd.Series) -> pd.Series:
-    """The id by which all files agree: without extension and `_downsampled`."""
-    return ids.astype(str).str.replace(r"(?:_downsampled)?(?:\.(?:png|jpg|jpeg))?$", "", regex=True)
-
-
 def _keyed(path: Path, frame: pd.DataFrame) -> pd.DataFrame:
-    keyed = frame.set_index(_key(frame["image"]).rename("key"))
-    tables.unique(path, keyed.index.to_series())
-    return keyed
+    """With the id as index by which all files agree: without extension and `_downsampled`."""
+    names = tables.names(frame["image"])
+    keys = names.str.replace(EXTENSION, "", regex=True).str.removesuffix("_downsampled")
+    if (empty := (keys == "").to_numpy()).any():
+        raise ValueError(f"{path}, line {tables.line(np.argmax(empty))}: no image is named")
+    tables.unique(path, keys)
+    return frame.set_index(keys.rename("key"))
 
 
 def _truth(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -118,22 +117,24 @@ def _with_lesions(frame: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, bool]:
     return frame.join(metadata.drop(columns=[name for name in metadata if name in frame])), True
 
 
-def _annotations(path: Path, keys: pd.Index) -> pd.DataFrame:
-    """Probabilities of the artifacts for each key, NaN for those without annotations."""
+def _with_artifacts(
+    frame: pd.DataFrame, observations: pd.DataFrame, path: Path, threshold: float
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The probabilities joined to the frame, and what they say to the observations: NaN without annotation."""
     with path.open(encoding="utf-8", errors="replace") as file:
         header = file.readline()
-    separator = ";" if header.count(";") > header.count(",") else ","
-    frame = tables.read(path, ("image", *ARTIFACTS), separator)
-    columns = [name for name in frame if name in (*ARTIFACTS, *OTHER_ARTIFACTS)]
-    numbers = tables.numbers(path, frame, columns, "a probability in 0..1", 0, 1)
-    table = numbers.set_index(_keyed(path, frame).index).reindex(keys)
-    if table.isna().all(axis=None):
-        raise ValueError(f"artifacts: none of the {len(frame)} images of {path} is in the ground truth")
-    return table
+    annotations = tables.read(path, ("image", *ARTIFACTS), ";" if header.count(";") > header.count(",") else ",")
+    columns = [name for name in (*ARTIFACTS, *OTHER_ARTIFACTS) if name in annotations]
+    numbers = tables.numbers(path, annotations, columns, "a probability from 0 to 1", 0, 1)
+    probabilities = numbers.set_index(_keyed(path, annotations).index).reindex(frame.index)
+    if probabilities.isna().all(axis=None):
+        raise ValueError(f"artifacts: none of the {len(annotations):,} images of {path} is in the ground truth")
+    present = (probabilities >= threshold).astype(np.float32).where(probabilities.notna())
+    return frame.join(probabilities), observations.join(present)
 
 
 def _files(root: Path, images: pd.Series) -> NDArray[np.str_]:
     """ISIC_2019_Training_Input/ID.jpg; some copies nest the folder in itself."""
     folders = (root / IMAGES / IMAGES, root / IMAGES)
     folder = next((folder for folder in folders if folder.is_dir()), root / IMAGES)
-    return tables.strings(f"{folder}/" + images.astype(str) + ".jpg")
+    return tables.strings(f"{folder}/" + images.str.replace(EXTENSION, "", regex=True) + ".jpg")

@@ -46,12 +46,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def numbers(
     path: Path, frame: pd.DataFrame, columns: Sequence[str], values: str, low: float, high: float
 ) -> pd.DataFrame:
-    """The columns as float32, NaN where empty.
+    """The columns as float64, NaN where empty.
 
     Args:    values: what is allowed, in words, for the error.  low, high: the range.
     Raises:  ValueError: for the first cell that is no number or out of the range, with its line in the file.
     """
-    table = frame[list(columns)].apply(pd.to_numeric, errors="coerce").astype(np.float32)
+    table = frame[list(columns)].apply(pd.to_numeric, errors="coerce").astype(np.float64)
     wrong = (table.isna() & frame[list(columns)].notna()) | (table < low) | (table > high)
     _refuse(path, frame, wrong, values)
     return table
@@ -72,7 +72,7 @@ def _refuse(path: Path, frame: pd.DataFrame, wrong: pd.DataFrame, values: str) -
         column = wrong.columns[places[0]]
         got = frame[column].iloc[rows[0]]
         raise ValueError(
-            f"{path}, line {line(rows[0])}: {column} is {got!r}, expected {values} ({len(rows)} such cells)"
+            f"{path}, line {line(rows[0])}: {column} is {str(got)!r}, expected {values} ({len(rows)} such cells)"
         )
 
 
@@ -86,6 +86,11 @@ def unique(path: Path, names: pd.Series) -> None:
 def line(row: int | np.integer) -> int:
     """The line in the file of a row counted from 0: the header is line 1."""
     return int(row) + 2
+
+
+def names(values: pd.Series) -> pd.Series:
+    """The cells as text, "" where empty."""
+    return values.astype(object).fillna("").astype(str)
 
 
 def strings(values: pd.Series) -> NDArray[np.str_]:
