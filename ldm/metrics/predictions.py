@@ -142,13 +142,13 @@ def _probability_columns(path: Path, header: Sequence[str]) -> dict[str, dict[st
 
 def _describe_missing(missing: dict[str, list[str]], header: Sequence[str]) -> str:
     # A misspelt column looks like an attribute that lacks nearly all: begin with the one that lacks least.
-    names = [
-        f"{step}_{name}" for name, steps in sorted(missing.items(), key=lambda item: len(item[1])) for step in steps
-    ]
-    near = difflib.get_close_matches(names[0], header, n=1, cutoff=0.8)
-    hint = f"; is {near[0]!r} meant to be {names[0]!r}?" if near else ""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"every attribute needs the same steps, missing {', '.join(names[:SHOWN])}{more}{hint}"
+    lacking = sorted(missing, key=lambda name: len(missing[name]))
+    columns = [f"{step}_{name}" for name in lacking for step in missing[name]]
+    misfits = [name for name in header if not (match := COLUMN.fullmatch(name)) or match[2] in lacking[1:]]
+    near = difflib.get_close_matches(columns[0], misfits, n=1, cutoff=0.8)
+    hint = f"; is {near[0]!r} meant to be {columns[0]!r}?" if near else ""
+    more = f" and {len(columns) - SHOWN} more" if len(columns) > SHOWN else ""
+    return f"every attribute needs the same steps, missing {', '.join(columns[:SHOWN])}{more}{hint}"
 
 
 def _probabilities(
