@@ -17,7 +17,7 @@ from ldm import classifier
 from ldm.data import chexpert, folders, images, splits
 from ldm.data.labelled import LabelledImages
 from ldm.train import scores
-from ldm.train.classifier import TRAININGS, Training, checkpoint_path, predict, train
+from ldm.train.classifier import TRAININGS, Training, checkpoint_path, predict, require_both_classes, train
 
 SPLITS = {"grouped": splits.grouped, "paper": splits.paper}
 
@@ -84,6 +84,7 @@ def run_training(args: argparse.Namespace) -> None:
     data = read(args.folder, args.attributes, args)
     split = SPLITS[args.split](data)
     test = data.select(split.test) if args.test is None else read(args.test, data.attributes, args)
+    require_both_classes(test.labels, data.attributes, "test images")  # found out now, not after hours
     default = TRAININGS[data.name]
     training = replace(
         default,
