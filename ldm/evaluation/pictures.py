@@ -1,0 +1,201 @@
+"""From a few seeds' latents to what people look at: the material of the figures and the pages of the explorer.
+
+Letters: A attributes, S swap steps, P points of the curve, C H W of a latent, h w of an image.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ldm.evaluation.cells import Cell
+from ldm.evaluation.instruments import Instruments, Pixels
+from ldm.evaluation.truth import Patient
+from ldm.experiment import Traversal, curves, swap_name
+from ldm.metrics.directions import cosine_matrix
+from ldm.report import explorer
+from ldm.report.image_figures import LatentMap, Material
+from ldm.report.latent_map import tsne
+
+POINTS = 25  # of a curve, enough to be dragged along smoothly
+FEWEST_ON_MAP = 8  # latents; t-SNE of fewer says nothing
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """One seed, decoded."""
+
+    seed: int
+    neutral: Pixels  # (h, w, 3)
+    swaps: Pixels  # (A, S, h, w, 3)
+    curve: Pixels  # (A, P, h, w, 3); empty (A, 0, h, w, 3) where only the swaps are to be seen
+    cosines: NDArray[np.float64]  # (A, S, S)
+
+
+def decode(instruments: Instruments, plan: Traversal, seed: int, neutral: Tensor, swaps: Tensor, points: int) -> Shown:
+    """Images of one seed's neutral latent (C, H, W), its swaps (A, S, C, H, W) and `points` of its curves."""
+    named = {"neutral": neutral[None]} | {
+        swap_name(style, s): swaps[a, i][None]
+        for a, style in enumerate(plan.styles)
+        for i, s in enumerate(plan.swap_steps)
+    }
+    drawn = curves(named, replace(plan, bezier_points=points))
+    images = instruments.pixels(torch.cat([neutral[None], swaps.flatten(0, 1), *(of[0] for of in drawn.values())]))
+    a, s = swaps.shape[:2]
+    first, swapped, along = np.split(images, [1, 1 + a * s])
+    return Shown(
+        seed=seed,
+        neutral=first[0],
+        swaps=swapped.reshape(a, s, *first[0].shape),
+        curve=along.reshape(a, points, *first[0].shape),
+        cosines=np.stack([cosine_matrix(neutral.numpy(), of.numpy()) for of in swaps]),
+    )
+
+
+# ---- the material of the figures ---------------------------------------------------------------------
+
+
+def material(
+    shown: Mapping[str, Sequence[Shown]], plans: Mapping[str, Traversal], maps: Mapping[str, LatentMap]
+) -> Material:
+    """What the paper's figures show: cell -> seeds."""
+    rows = {
+        cell: {
+            of.seed: {name: swap_strip(of, plans[cell], a) for a, name in enumerate(plans[cell].styles)} for of in seeds
+        }
+        for cell, seeds in shown.items()
+    }
+    along = {
+        cell: {of.seed: {name: curve_strip(of, a) for a, name in enumerate(plans[cell].styles)} for of in seeds}
+        for cell, seeds in shown.items()
+    }
+    return Material(rows, along, maps)
+
+
+def swap_strip(shown: Shown, plan: Traversal, a: int) -> list[tuple[str, Pixels]]:
+    """neutral, then the swaps from late to early, each with its label."""
+    order = sorted(range(len(plan.swap_steps)), key=lambda i: -plan.swap_steps[i])
+    return [("neutral", shown.neutral), *((f"s = {plan.swap_steps[i]}", shown.swaps[a, i]) for i in order)]
+
+
+def curve_strip(shown: Shown, a: int) -> list[tuple[str, Pixels]]:
+    """The points of one curve, each with its label."""
+    last = len(shown.curve[a]) - 1
+    return [(f"u = {i / last:.2f}", image) for i, image in enumerate(shown.curve[a])]
+
+
+def latent_map(
+    plan: Traversal, latents: Mapping[int, tuple[Tensor, Tensor]], steps: Sequence[int], shown: Sequence[Shown]
+) -> LatentMap | None:
+    """t-SNE of neutral latents and of the swaps at some steps; None for too few.
+
+    Args:    latents: seed -> neutral (C, H, W), swaps (A, S, C, H, W).  shown: seeds that lend thumbnails.
+    """
+    columns = [plan.swap_steps.index(s) for s in steps]
+    points: list[tuple[int, str, int | None, Tensor]] = []
+    for seed, (neutral, swaps) in latents.items():
+        points.append((seed, "neutral", None, neutral))
+        points += [(seed, name, plan.swap_steps[i], swaps[a, i]) for a, name in enumerate(plan.styles) for i in columns]
+    if len(points) < FEWEST_ON_MAP:
+        return None
+    pictures = {of.seed: of for of in shown}
+    strongest, names = min(steps), list(plan.styles)
+    thumbnails = {}
+    for i, (seed, name, step, _) in enumerate(points):
+        if seed in pictures and name == "neutral":
+            thumbnails[i] = pictures[seed].neutral
+        elif seed in pictures and step == strongest:
+            thumbnails[i] = pictures[seed].swaps[names.index(name), plan.swap_steps.index(strongest)]
+    return LatentMap(
+        points=tsne(torch.stack([latent.flatten() for *_, latent in points]).numpy()),
+        attribute=[name for _, name, _, _ in points],
+        swap_step=[step for _, _, step, _ in points],
+        seed=[seed for seed, _, _, _ in points],
+        thumbnails=thumbnails,
+    )
+
+
+# ---- the explorer --------------------------------------------------------------------------------------
+
+
+def domain(
+    instruments: Instruments,
+    cell: Cell,
+    plan: Traversal,
+    patients: Sequence[explorer.Patient],
+    at: LatentMap | None,
+    summary: Sequence[tuple[str, Mapping[str, str]]] = (),
+) -> explorer.Domain:
+    """One cell of the explorer."""
+    places = {p.seed: i for i, p in enumerate(patients) if p.kind == "generated"}
+    points = () if at is None else zip(at.points, at.attribute, at.swap_step, at.seed, strict=True)
+    return explorer.Domain(
+        name=cell.name,
+        title=cell.title,
+        neutral_prompt=plan.neutral,
+        heads=tuple(cell.title_of(name) for name in instruments.classifier.attributes),
+        patients=tuple(patients),
+        map=tuple(explorer.MapPoint(places.get(seed), name, s, float(x), float(y)) for (x, y), name, s, seed in points),
+        summary=summary,
+    )
+
+
+def generated_patient(instruments: Instruments, cell: Cell, plan: Traversal, shown: Shown) -> explorer.Patient:
+    """A patient that the model drew, with its curves."""
+    labels = ["neutral", *(f"u = {i / (POINTS - 1):.2f}" for i in range(1, POINTS))]
+    trajectories = tuple(
+        explorer.Trajectory(
+            attribute=name,
+            title=cell.title_of(name),
+            prompt=plan.styles[name],
+            frames=frames(instruments, images, labels, "curve"),
+            truth=None,
+            swap_steps=plan.swap_steps,
+            cosines=shown.cosines[a],
+        )
+        for a, (name, images) in enumerate(zip(plan.styles, shown.curve, strict=True))
+    )
+    return explorer.Patient(shown.seed, "generated", f"seed {shown.seed}", trajectories)
+
+
+def rendered_patient(instruments: Instruments, cell: Cell, plan: Traversal, shown: Shown) -> explorer.Patient:
+    """A rendered phantom that was inverted and edited, with the true counterfactuals."""
+    truths = Patient.of(cell, shown.seed, len(shown.neutral)).counterfactuals
+    trajectories = []
+    for a, (name, truth) in enumerate(zip(plan.styles, truths, strict=True)):
+        labels, images = zip(*swap_strip(shown, plan, a), strict=True)
+        trajectories.append(
+            explorer.Trajectory(
+                attribute=name,
+                title=cell.title_of(name),
+                prompt=plan.styles[name],
+                frames=frames(instruments, np.stack(images), labels, "swap"),
+                truth=truth.to_uint8(),
+                swap_steps=plan.swap_steps,
+                cosines=shown.cosines[a],
+            )
+        )
+    return explorer.Patient(shown.seed, "rendered", f"rendered patient {shown.seed}", tuple(trajectories))
+
+
+def frames(instruments: Instruments, images: Pixels, labels: Sequence[str], kind: Any) -> tuple[explorer.Frame, ...]:
+    """Images (n, h, w, 3) of a trajectory, neutral first, with what the instruments read off them."""
+    probabilities = instruments.probabilities(images).tolist()
+    ssim = instruments.ssim(images, images[0]).tolist()
+    lpips = [None if np.isnan(value) else value for value in instruments.lpips_to(images, images[0]).tolist()]
+    return tuple(
+        explorer.Frame(
+            label=label,
+            kind="neutral" if i == 0 else kind,
+            position=i / (len(images) - 1),
+            image=images[i],
+            probabilities=tuple(probabilities[i]),
+            lpips=lpips[i],
+            ssim=ssim[i],
+        )
+        for i, label in enumerate(labels)
+    )

@@ -1,0 +1,186 @@
+"""`ldm evaluate`: everything that the paper reports, and what only phantoms allow.
+
+ldm evaluate --seeds 0-199 --out out/evaluation             the shipped phantom model, all three cells
+ldm evaluate out/glasses --classifier mine.safetensors      trajectories that exist
+ldm evaluate --predictions FILE.csv --attribute hair        a table of probabilities, no model
+torchrun --nproc-per-node 2 --no-python ldm evaluate ...    seeds shared among processes; the numbers stay the same
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from ldm import classifier as classifiers
+from ldm.data import folders, splits
+from ldm.evaluation import report
+from ldm.evaluation.cells import PHANTOM_CELLS, cell_of_run
+from ldm.evaluation.instruments import Instruments
+from ldm.evaluation.processes import Processes
+from ldm.evaluation.run import Task, Workplace, evaluate_cell
+from ldm.experiment import Traversal, parse_integers, write_json
+from ldm.metrics import perceptual, predictions
+from tools import options
+
+GUIDANCE = 3.0  # of the shipped model: see the card in weights/README.md
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command to `parser`."""
+    parser.description = (
+        "Score trajectories: CFRT in four readings, LPIPS, SSIM, latent directions, baselines and, for phantoms, "
+        "ground truth. Writes metrics.json, the paper's tables (Markdown, CSV, LaTeX) and figures (PNG, PDF), and "
+        "index.html, an explorer that opens from disk. Without RUN it samples the phantoms itself. Run it again to go "
+        "on after a stop."
+    )
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders that `ldm traverse` has written")
+    parser.add_argument("--out", type=Path, help="folder to write (needed but for --predictions, which prints)")
+    parser.add_argument("--swap-steps", help="those that CFRT averages (default 5,10,15, as the authors)")
+    parser.add_argument(
+        "--classifier", type=Path, help="from `ldm classify train` (default: the shipped one that fits)"
+    )
+    parser.add_argument("--lpips", default="alex", choices=("alex", "vgg", "squeeze"), help="network (default alex)")
+    parser.add_argument("--fetch", action="store_true", help="download LPIPS' ImageNet weights if they are not on disk")
+    parser.add_argument("--data", type=Path, action="append", default=[], help="a data set to count in Table 3")
+    parser.add_argument("--shown-seeds", type=int, default=6, help="in figures and explorer (default %(default)s)")
+
+    tables = parser.add_argument_group("from a table alone")
+    tables.add_argument(
+        "--predictions", type=Path, action="append", metavar="FILE.csv",
+        help="seed,path,neutral_<attr>,5_<attr>,...,45_<attr>; several files: one per classifier",
+    )  # fmt: skip
+    tables.add_argument("--attribute", help="the attribute that the table's trajectories swap in")
+
+    phantoms = parser.add_argument_group("phantoms, where no RUN is given")
+    phantoms.add_argument("--cells", default=",".join(PHANTOM_CELLS), help="default: %(default)s")
+    phantoms.add_argument("--seeds", default="0-15", help="such as 0-199 (default %(default)s)")
+    phantoms.add_argument("--steps", type=int, default=50, help="DDIM steps (default %(default)s)")
+    phantoms.add_argument("--guidance", type=float, default=GUIDANCE, help="guidance scale (default %(default)s)")
+    phantoms.add_argument("--negative", default="", help="the prompt that guidance pushes away from (default: empty)")
+    phantoms.add_argument(
+        "--baseline-seeds", type=int, default=8, help="so many for the baselines (default %(default)s)"
+    )
+    phantoms.add_argument("--truth-seeds", type=int, help="rendered patients (default: as many as --seeds)")
+    phantoms.add_argument("--truth-swap-steps", default="5,10,15,25,35", help="of those (default %(default)s)")
+    phantoms.add_argument("--max-batch", type=int, help="most latents in one U-Net call, to bound memory")
+    options.add_model(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Raises ValueError for whatever does not fit, before anything is overwritten."""
+    averaged = parse_integers(args.swap_steps, "--swap-steps") if args.swap_steps else None
+    if args.predictions:
+        score_table(args, averaged)
+        return
+    if args.attribute:
+        raise ValueError("--attribute: it belongs to --predictions, which is missing")
+    if args.out is None:
+        raise ValueError("--out: missing; name a folder to write, such as out/evaluation")
+    if args.shown_seeds < 1:
+        raise ValueError(f"--shown-seeds: got {args.shown_seeds}, expected 1 or more")
+    averaged = averaged or predictions.AVERAGED_SWAP_STEPS
+    tasks = [task_of_run(folder, averaged) for folder in args.runs] or phantom_tasks(args, averaged)
+    if len({task.cell.name for task in tasks}) < len(tasks):
+        raise ValueError(f"RUN: {[str(folder) for folder in args.runs]} end in the same name, rename one")
+    datasets = {name: counts for folder in args.data for name, counts in count(folder).items()}
+
+    processes = Processes.join()
+    sd = options.load_model(args)
+    lpips = perceptual.load_lpips(args.lpips, fetch=args.fetch)
+    places, results = {}, {}
+    for task in tasks:
+        file = args.classifier or fitting_classifier(task)
+        instruments = Instruments(sd, classifiers.load(file, sd.device), file, lpips)
+        places[task.cell.name] = Workplace(instruments, args.out, processes, options.max_batch(args))
+        results[task.cell.name] = evaluate_cell(places[task.cell.name], task)
+    if not processes.first:
+        return
+    metrics = report.assemble(tasks, places, results, command_line(), datasets)
+    write_json(args.out / "metrics.json", metrics)
+    report.write(metrics, tasks, places, args.out, args.shown_seeds)
+    print(report.headline(metrics))
+    print(f"look at {args.out / 'index.html'}, then at {args.out / 'tables'} and {args.out / 'figures'}")
+
+
+def task_of_run(folder: Path, averaged: tuple[int, ...]) -> Task:
+    """A finished traversal's folder. It has no ground truth, and its seeds are all taken."""
+    cell, plan = cell_of_run(folder)
+    return Task(cell=cell, plan=plan, run=folder, averaged=averaged)
+
+
+def phantom_tasks(args: argparse.Namespace, averaged: tuple[int, ...]) -> list[Task]:
+    """The cells of the phantoms, sampled here."""
+    seeds = parse_integers(args.seeds, "--seeds")
+    names = [name.strip() for name in args.cells.split(",")]
+    for name in names:
+        if name not in PHANTOM_CELLS:
+            hint = classifiers.nearest(name, list(PHANTOM_CELLS))
+            raise ValueError(f"--cells: got {name!r}{hint}; expected some of {', '.join(PHANTOM_CELLS)}")
+    return [
+        Task(
+            cell=PHANTOM_CELLS[name],
+            plan=Traversal(
+                seeds=seeds,
+                steps=args.steps,
+                guidance=args.guidance,
+                negative=args.negative,
+                neutral=PHANTOM_CELLS[name].neutral,
+                styles=PHANTOM_CELLS[name].styles,
+            ),
+            averaged=averaged,
+            baseline_seeds=min(args.baseline_seeds, len(seeds)),
+            truth_seeds=len(seeds) if args.truth_seeds is None else args.truth_seeds,
+            truth_swap_steps=parse_integers(args.truth_swap_steps, "--truth-swap-steps"),
+        )
+        for name in dict.fromkeys(names)
+    ]
+
+
+def fitting_classifier(task: Task) -> Path:
+    """The shipped classifier that knows a cell's attributes. Raises ValueError where there is none."""
+    known = {path: classifiers.load(path).attributes for path in classifiers.PHANTOM_CLASSIFIERS.values()}
+    for path, attributes in known.items():
+        if set(task.plan.styles) <= set(attributes):
+            return path
+    everything = [name for attributes in known.values() for name in attributes]
+    unknown = next(name for name in task.plan.styles if name not in everything or len(task.plan.styles) > 1)
+    raise ValueError(
+        f"--classifier: no shipped one knows all of {sorted(task.plan.styles)} "
+        f"({unknown!r}{classifiers.nearest(unknown, everything)}); name one of your own (`ldm classify train`)"
+    )
+
+
+def count(folder: Path) -> dict[str, dict[str, dict[str, int]]]:
+    """Table 3 of one data set, split by patient or lesion: name -> part -> label -> positives."""
+    images = folders.read(folder)
+    split = splits.grouped(images)
+    parts = {"train": split.train, "validation": split.validation, "test": split.test}
+    return {images.name: {part: images.counts(rows) for part, rows in parts.items()}}
+
+
+def score_table(args: argparse.Namespace, averaged: tuple[int, ...] | None) -> None:
+    """Print and write the report of a table of probabilities."""
+    if args.runs:
+        raise ValueError(
+            f"RUN: got {[str(folder) for folder in args.runs]} beside --predictions; expected one or the other"
+        )
+    if args.attribute is None:
+        found = predictions.read(*args.predictions).attributes
+        raise ValueError(
+            f"--attribute: missing; which one do the trajectories swap in? The table has {', '.join(found)}"
+        )
+    table = predictions.read(*args.predictions)
+    scores = {
+        "command": command_line(),
+        "attribute": args.attribute,
+        **predictions.report(table, args.attribute, averaged),
+    }
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_json(args.out / "metrics.json", scores)
+    print(report.of_table(scores))
+
+
+def command_line() -> str:
+    """The command as it was typed."""
+    return shlex.join(["ldm", *sys.argv[1:]])
