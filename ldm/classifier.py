@@ -93,7 +93,7 @@ def save(path: Path, classifier: Classifier) -> None:
         "std": list(classifier.std),
         "report": dict(classifier.report),
     }
-    path = _checked_name(path)
+    path = checked_name(path)
     weights, text = path.with_name(path.name + ".partial"), path.with_name(path.stem + ".json.partial")
     save_file(
         {name: value.detach().cpu().contiguous() for name, value in classifier.network.state_dict().items()}, weights
@@ -109,7 +109,7 @@ def load(path: Path | str, device: str | torch.device = "cpu") -> Classifier:
     Raises:  ValueError: when the .json does not describe a classifier, or the weights are not those of the network
              that it names.  FileNotFoundError: when one of the two files is missing.
     """
-    path = _checked_name(Path(path))
+    path = checked_name(Path(path))
     for file in (path, path.with_suffix(".json")):
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file; a classifier is {path.name} and {path.stem}.json together")
@@ -153,7 +153,8 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
-def _checked_name(path: Path) -> Path:
+def checked_name(path: Path) -> Path:
+    """The path of a classifier's weights. Raises ValueError when it does not end in .safetensors."""
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: a classifier's weights are named NAME.safetensors, with NAME.json beside them")
     return path

@@ -406,6 +406,8 @@ def test_bad_input_is_one_line(
     assert "has no 'hiar'; did you mean 'hair'?" in refused(
         capsys, "classify", "eval", trained, skin, "--attributes", "hiar"
     )
+    assert "NAME.safetensors" in refused(capsys, "classify", "train", skin, "--out", tmp_path / "new.bin")
+    assert "--device: torch cannot use 'gpu'" in refused(capsys, "classify", "eval", trained, skin, "--device", "gpu")
     assert "--lr: got -1.0" in refused(capsys, "classify", "train", skin, "--out", new, "--lr", "-1")
     assert "did you mean 'mobilenetv3_small_050'?" in refused(
         capsys, "classify", "train", skin, "--out", new, *QUICK, "--model", "mobilenetv3_smal_050"

@@ -71,12 +71,16 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises ValueError for data and options that do not fit each other."""
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: torch cannot use {args.device!r} here; expected cpu, cuda or cuda:N") from error
     run_training(args) if args.action == "train" else run_evaluation(args)
 
 
 def run_training(args: argparse.Namespace) -> None:
     """Train, test, and save both the classifier and what the test said."""
-    if args.out.exists():
+    if classifier.checked_name(args.out).exists():
         raise ValueError(f"--out: {args.out} exists; remove it or choose another name")
     for name in ("size", "epochs", "batch", "lr"):
         if (value := getattr(args, name)) is not None and not value > 0:

@@ -238,7 +238,10 @@ def validate(network: nn.Module, loader: DataLoader[tuple[Tensor, Tensor]], pos_
         logits.append(network(classifier.normalise(to_unit_range(pixels, device), *statistics)))
         labels.append(known)
     network.train()
-    return float(masked_loss(torch.cat(logits), torch.cat(labels).to(device), pos_weight))
+    loss = float(masked_loss(torch.cat(logits), torch.cat(labels).to(device), pos_weight))
+    if not math.isfinite(loss):
+        raise ValueError(f"the validation loss is {loss}; try a lower --lr")
+    return loss
 
 
 @torch.no_grad()
