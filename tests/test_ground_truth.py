@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
 
 from ldm.metrics import ground_truth, stats
 
@@ -166,6 +167,12 @@ def test_an_earlier_swap_is_a_stronger_edit():
     assert (found["value"], found["n"]) == (pytest.approx(0.5 / 3), 3)
     assert found["interval"] == pytest.approx(stats.bootstrap_mean([1, -1, 0.5]))
     json.dumps(found, allow_nan=False)
+
+
+def test_the_correlation_is_scipys_with_equal_values_too():
+    rows = np.random.default_rng(4).integers(0, 5, (50, 9)) / 4
+    found = ground_truth.edit_strength_correlation(rows, range(5, 50, 5))["per_seed"]
+    assert found == pytest.approx([spearmanr(row, range(50, 5, -5)).statistic for row in rows])
 
 
 @STEADY

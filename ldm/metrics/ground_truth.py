@@ -9,14 +9,14 @@ Norms run over all pixels and channels of an image. Letters: B images or n seeds
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import binary_dilation
-from scipy.stats import ConstantInputWarning, spearmanr
+from scipy.spatial.distance import cdist
+from scipy.stats import rankdata
 
 from ldm.metrics import stats
 
@@ -75,12 +75,13 @@ def identity_hits(edited: ArrayLike, originals: ArrayLike, masks: ArrayLike) -> 
     Raises:  ValueError: shapes that do not fit.
     """
     edited, originals = _images(edited=edited, originals=originals)
-    outside = ~_masks(masks, edited)
-    hits = np.empty(len(edited), bool)
-    for i, image in enumerate(edited):
-        # Row by row: all pairs at once would not fit into memory.
-        distances = np.array([(((image - other) * outside[i]) ** 2).sum() for other in originals])
-        hits[i] = bool((distances[i] < np.delete(distances, i)).all())
+    n, channels = edited.shape[:2]
+    outside = np.repeat(~_masks(masks, edited)[:, None], channels, axis=1).reshape(n, -1).astype(np.float64)
+    edited, originals = edited.reshape(n, -1), originals.reshape(n, -1)
+    hits = np.empty(n, bool)
+    for i in range(n):
+        distances = cdist(edited[[i]], originals, "sqeuclidean", w=outside[i])[0]
+        hits[i] = (distances[i] < np.delete(distances, i)).all()
     return hits
 
 
@@ -125,10 +126,10 @@ def edit_strength_correlation(
     rows = np.asarray(target_probabilities, np.float64)
     if rows.ndim != 2 or rows.shape[1] != len(swap_steps) or len(swap_steps) < 2:
         raise ValueError(f"target_probabilities: expected (seeds, {len(swap_steps)} swap steps >= 2), got {rows.shape}")
-    strength = -np.asarray(swap_steps, np.float64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConstantInputWarning)
-        correlations = np.array([spearmanr(row, strength).statistic for row in rows], np.float64)
+    # Spearman's is Pearson's of the ranks; equal values share their mean rank.
+    ranks, strength = _centred_ranks(rows), _centred_ranks(-np.asarray(swap_steps, np.float64)[None])
+    norms = np.sqrt((ranks**2).sum(axis=1) * (strength**2).sum())
+    correlations = _ratio((ranks * strength).sum(axis=1), norms)
     per_seed = [stats.or_none(correlation) for correlation in correlations]
     return {**stats.mean(correlations, seed=seed), "per_seed": per_seed}
 
@@ -159,6 +160,12 @@ def _masks(masks: ArrayLike, images: Floats) -> NDArray[np.bool_]:
     if array.dtype != np.bool_ or array.shape != images[:, 0].shape:
         raise ValueError(f"mask: expected booleans {images[:, 0].shape}, got {array.shape} {array.dtype}")
     return array
+
+
+def _centred_ranks(rows: Floats) -> Floats:
+    """Ranks within each row minus their mean; a row with a NaN is all NaN."""
+    ranks = rankdata(rows, axis=1, nan_policy="propagate")
+    return ranks - ranks.mean(axis=1, keepdims=True)
 
 
 def _norm(images: Floats) -> Floats:

@@ -17,6 +17,8 @@ from scipy.special import ndtri
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 
+Floats = NDArray[np.float64]
+
 
 def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """The Wilson score interval of a share, which stays within 0..1 and is honest at 0 and at n successes.
@@ -55,9 +57,7 @@ def bootstrap_mean(values: ArrayLike, *, seed: int = 0, resamples: int = RESAMPL
     return float(low), float(high)
 
 
-def bootstrap_means(
-    values: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def bootstrap_means(values: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES) -> tuple[Floats, Floats]:
     """The 95 % percentile intervals of many means over the same seeds, such as the cells of a matrix.
 
     A resample draws n seeds with replacement and takes all cells of each; a cell's mean leaves its NaN out.
@@ -69,9 +69,13 @@ def bootstrap_means(
     n, cells = len(values), values.shape[1:]
     if n == 0:
         return np.full(cells, np.nan), np.full(cells, np.nan)
-    valid = ~np.isnan(values)
-    filled = np.where(valid, values, 0)
-    means = [_ratio(filled[drawn].sum(axis=1), valid[drawn].sum(axis=1)) for drawn in _draws(n, resamples, seed)]
+    valid = (~np.isnan(values)).astype(np.float64)
+    filled = np.where(np.isnan(values), 0, values)
+    # einsum, unlike @, is no BLAS call, whose sums would depend on the number of threads.
+    means = [
+        _ratio(np.einsum("rn,n...->r...", times, filled), np.einsum("rn,n...->r...", times, valid))
+        for times in _draws(n, resamples, seed)
+    ]
     return _percentiles(np.concatenate(means))
 
 
@@ -100,7 +104,7 @@ def paired_cluster_bootstrap(
     sums, rows = np.bincount(cluster_of, difference), np.bincount(cluster_of)
     m = len(names)
     draws = _draws(m, resamples, seed) if m else ()
-    means = [sums[drawn].sum(axis=1) / rows[drawn].sum(axis=1) for drawn in draws]
+    means = [np.einsum("rm,m->r", times, sums) / np.einsum("rm,m->r", times, rows) for times in draws]
     low, high = _percentiles(np.concatenate(means)) if m else (math.nan, math.nan)
     return {
         "value": float(difference.mean()) if m else None,
@@ -138,20 +142,22 @@ def or_none(x: float) -> float | None:
     return None if math.isnan(x) else float(x)
 
 
-def _draws(n: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Rows of n indices drawn with replacement, one row a resample, some 65,000 indices at a time."""
+def _draws(n: int, resamples: int, seed: int) -> Iterator[Floats]:
+    """Draws of n out of n with replacement: how often each is drawn, one row a resample, some 65,000 at a time."""
     rng = np.random.default_rng(seed)
     at_once = max(1, 65536 // n)
     for done in range(0, resamples, at_once):
-        yield rng.integers(n, size=(min(at_once, resamples - done), n))
+        rows = min(at_once, resamples - done)
+        drawn = rng.integers(n, size=(rows, n)) + n * np.arange(rows)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
 
 
-def _ratio(sums: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
+def _ratio(sums: Floats, counts: Floats) -> Floats:
     with np.errstate(invalid="ignore"):  # 0 / 0: no value was drawn, NaN
         return sums / counts
 
 
-def _percentiles(means: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _percentiles(means: Floats) -> tuple[Floats, Floats]:
     """The middle 95 % of the resamples; where every one is NaN, NaN."""
     empty = np.isnan(means).all(axis=0)
     tail = (1 - CONFIDENCE) / 2
