@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from ldm.data import captions
@@ -38,10 +40,33 @@ def test_isic_styles_extend_the_neutral_prompt():
         assert captions.isic_style("NV", artifact).startswith(captions.ISIC_NEUTRAL["NV"] + " ")
 
 
+@pytest.mark.parametrize("template", captions.TEMPLATES)
+def test_a_table_of_radiographs_is_captioned_row_by_row(template):
+    values = np.random.default_rng(0).choice([1.0, 0.0, np.nan], size=(200, 8))
+    table = pd.DataFrame(values, columns=captions.CHEXPERT_CAPTION_LABELS).assign(Fracture=1.0)
+    expected = [captions.chexpert(row, template) for row in table.to_dict("records")]
+    assert captions.chexpert_table(table, template).tolist() == expected
+
+
+def test_a_table_of_dermoscopies_is_captioned_row_by_row():
+    names = captions.ISIC_CAPTION_ARTIFACTS
+    values = np.random.default_rng(0).integers(0, 2, size=(200, 5)).astype(float)
+    table = pd.DataFrame(values, columns=["MEL", *names]).assign(NV=1 - values[:, 0])
+    expected = [
+        captions.isic("MEL" if row["MEL"] else "NV", [name for name in names if row[name]])
+        for row in table.to_dict("records")
+    ]
+    assert captions.isic_table(table).tolist() == expected
+    assert captions.isic_table(table[["MEL", "NV"]])[0] in captions.ISIC_NEUTRAL.values()  # artifacts not known
+
+
 @pytest.mark.parametrize(
     ("call", "named"),
     [
         (lambda: captions.chexpert({}, "thesis"), "template.*thesis"),
+        (lambda: captions.chexpert_table(pd.DataFrame(), "thesis"), "template.*thesis"),
+        (lambda: captions.isic_table(pd.DataFrame(), "thesis"), "template.*thesis"),
+        (lambda: captions.isic_table(pd.DataFrame({"MEL": [0.0], "NV": [0.0]})), "1 images are neither MEL nor NV"),
         (lambda: captions.isic("BCC", []), "diagnosis.*BCC"),
         (lambda: captions.isic("MEL", ["tattoo"]), "artifacts.*tattoo"),
         (lambda: captions.isic("MEL", "hair"), "artifacts.*hair"),

@@ -107,6 +107,14 @@ def test_the_description(capsys, chest):
     assert "leaks" not in out
 
 
+def test_a_single_patient_is_described_but_not_split(capsys, tmp_path):
+    chest = chexpert(tmp_path, many_radiographs(1))
+    out = run(capsys, chest, "--show", 1)
+    assert "row 1  train/patient00001" in out
+    assert "warning: no split: fractions: 1 groups are too few" in out
+    assert main(["data", str(chest), "--json"]) == 2
+
+
 def test_the_paper_split_warns(capsys, chest, skin):
     out = run(capsys, chest, "--split", "paper")
     assert "of the test images have their patient in train" in out
@@ -218,6 +226,12 @@ def test_folders_that_are_no_data_set(capsys, tmp_path, files, complaint):
     captured = capsys.readouterr()
     assert complaint in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_the_table_of_chexpert_plus(capsys, tmp_path):
+    (tmp_path / "df_chexpert_plus_240401.csv").touch()
+    assert main(["data", str(tmp_path), "--csv", "df_chexpert_plus_240401.csv"]) == 2
+    assert "holds CheXpert Plus, which is not read" in capsys.readouterr().err
 
 
 def test_a_file_and_nothing(capsys, tmp_path):

@@ -97,7 +97,7 @@ def test_no_patient_is_in_two_parts(images):
     assert sum(map(len, parts)) == len(set(images.groups))
     assert sorted(np.concatenate(list(split.parts().values()))) == list(range(len(images)))
     assert splits.leakage(images, split) == 0
-    assert lengths(split) == [84, 18, 18]  # whole patients of three: the fractions .72, .13, .15 ask for 86.7, 15.3, 18
+    assert lengths(split) == [84, 18, 18]  # whole patients of three; asked for are 86.7, 15.3, 18
 
 
 def test_the_seed_decides(images):
@@ -120,15 +120,23 @@ def test_a_part_may_be_left_out(images):
     assert lengths(splits.grouped(images, fractions=(0.8, 0.2, 0.0))) == [96, 24, 0]
 
 
-@pytest.mark.parametrize("fractions", [(0.5, 0.5), (0.5, 0.6, -0.1), (0.8, 0.1, 0.2)])
+@pytest.mark.parametrize("fractions", [(0.5, 0.5), (0.5, 0.6, -0.1), (0.8, 0.1, 0.2), (0.0, 0.5, 0.5)])
 def test_fractions_that_are_none(images, fractions):
     with pytest.raises(ValueError, match=r"fractions: got .* add up to 1"):
         splits.grouped(images, fractions=fractions)
 
 
 def test_too_few_groups(images):
-    with pytest.raises(ValueError, match="1 groups of 3 images leave train empty"):
-        splits.grouped(images.select([0, 1, 2]))
+    with pytest.raises(ValueError, match="2 groups are too few"):
+        splits.grouped(images.select(np.arange(6)))
+
+
+@pytest.mark.parametrize("groups", range(3, 12))
+def test_three_groups_are_enough(images, groups):
+    """One image a group: test takes ceil(.15 n), validation ceil(.1275 n)."""
+    some = images.select(np.arange(groups) * 3)
+    test, validation = -(-15 * groups // 100), -(-1275 * groups // 10_000)
+    assert lengths(splits.grouped(some)) == [groups - test - validation, validation, test]
 
 
 # ---------------------------------------------------------------- files

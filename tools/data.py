@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--row", type=int, metavar="N", help="the image in row N of the label file, counted from 1")
     parser.add_argument("--template", default="paper", choices=TEMPLATES, help="wording of captions (default paper)")
     parser.add_argument(
-        "--split", default="grouped", metavar="grouped|paper|FILE",
+        "--split", metavar="grouped|paper|FILE",
         help="grouped: by patient or lesion (default); paper: the paper's, which leaks; or one that was saved",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=42, help="of the grouped split (default 42)")
@@ -69,18 +69,31 @@ def run(args: argparse.Namespace) -> None:
     places = chosen_rows(data, args.show, args.row)
     if args.scan:
         images.refuse(images.scan(data.files, args.workers), args.max_bad, len(data))
-    split = chosen_split(data, args.split, args.seed)
-    if args.save_split:
+    split, warnings = split_and_warnings(data, args)
+    warnings = traps.found(data, args.template) + warnings
+    if split is not None and args.save_split:
         split.save(args.save_split, data)
-    warnings = [*traps.found(data, args.template), *leak(data, split)]
-    if args.json:
+    if split is not None and args.json:
         print(json.dumps(counts(data, split), indent=2))
         for warning in warnings:
             logger.warning("warning: %s", warning)
-    else:
-        paragraphs = [*description(data, split, args.template), shown(data, args.template, places)]
-        paragraphs.append("\n".join(f"warning: {warning}" for warning in warnings))
-        print("\n\n".join(paragraph for paragraph in paragraphs if paragraph))
+        return
+    paragraphs = [*description(data, args.template), shown(data, args.template, places)]
+    if split is not None:
+        paragraphs.append(_table(pd.DataFrame(counts(data, split)).T))
+    paragraphs.append("\n".join(f"warning: {warning}" for warning in warnings))
+    print("\n\n".join(paragraph for paragraph in paragraphs if paragraph))
+
+
+def split_and_warnings(data: LabelledImages, args: argparse.Namespace) -> tuple[splits.Split | None, list[str]]:
+    """The split; None where there are too few groups for the default one, and nobody asked for any."""
+    try:
+        split = chosen_split(data, args.split or "grouped", args.seed)
+    except ValueError as error:
+        if args.split or args.save_split or args.json:
+            raise
+        return None, [f"no split: {error}"]
+    return split, leak(data, split)
 
 
 def chosen_rows(data: LabelledImages, show: int, row: int | None) -> list[int]:
@@ -137,7 +150,7 @@ def leak(data: LabelledImages, split: splits.Split) -> list[str]:
     return [f"the split leaks: {share:.1%} of the test images have their {data.group_kind} in train"]
 
 
-def description(data: LabelledImages, split: splits.Split, template: str) -> list[str]:
+def description(data: LabelledImages, template: str) -> list[str]:
     """The paragraphs."""
     values = data.observations[list(data.counted)]
     states = {"present": values == 1, "absent": values == 0, "unknown": values.isna()}
@@ -150,7 +163,6 @@ def description(data: LabelledImages, split: splits.Split, template: str) -> lis
         head(data),
         _table(labels),
         f"{len(captions):,} distinct captions, template {template}:\n" + "\n".join(lines),
-        _table(pd.DataFrame(counts(data, split)).T),
         "of the images with the row's attribute, the share with the column's:\n"
         + traps.cooccurrence(data).to_string(float_format="{:.2f}".format, na_rep="-"),
     ]

@@ -7,7 +7,7 @@ from ldm.data import chexpert, isic
 from ldm.data.labelled import LabelledImages
 
 EXPECTED = f"expected CheXpert (train.csv, or CheXpert-v1.0-small/train.csv) or ISIC 2019 ({isic.TRUTH})"
-CHEXPERT_PLUS = ("df_chexpert_plus_*.csv", "chexbert_labels", "*_fixed.json")
+CHEXPERT_PLUS = ("df_chexpert_plus*.csv", "chexbert_labels", "*_fixed.json")
 
 
 def read(
@@ -50,12 +50,12 @@ def recognise(root: Path, csv: str = "train.csv") -> str:
     folders = (root, *(root / name for name in (*chexpert.PREFIXES, chexpert.FIRST_BATCH)))
     radiographs = any((folder / name).is_file() for folder in folders for name in (csv, "train.csv", "valid.csv"))
     dermoscopies = (root / isic.TRUTH).is_file()
+    if not (root / "train.csv").is_file() and any(list(root.glob(pattern)) for pattern in CHEXPERT_PLUS):
+        raise ValueError(f"root: {root} holds CheXpert Plus, which is not read; {EXPECTED}")
     if radiographs and dermoscopies:
         raise ValueError(f"root: {root} holds both CheXpert and ISIC 2019; move one to a folder of its own")
     if radiographs or dermoscopies:
         return "chexpert" if radiographs else "isic"
-    if any(True for pattern in CHEXPERT_PLUS for _ in root.glob(pattern)):
-        raise ValueError(f"root: {root} holds CheXpert Plus, which is not read; {EXPECTED}")
     names = sorted(path.name for path in root.iterdir())
     held = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "nothing"
     raise ValueError(f"root: {root} holds {held}; {EXPECTED}")
