@@ -60,10 +60,9 @@ class Trajectory:
 
     def __post_init__(self) -> None:
         where = f"trajectory {self.attribute!r}"
-        if not self.frames or self.frames[0].kind != "neutral":
-            raise ValueError(
-                f"{where}: frames must begin with the neutral one, got {[f.kind for f in self.frames[:1]]}"
-            )
+        kinds = [frame.kind for frame in self.frames]
+        if len(kinds) < 2 or kinds[0] != "neutral" or not set(kinds[1:]) <= {"swap", "curve"}:
+            raise ValueError(f"{where}: frames must be one neutral, then swaps and points of a curve, got {kinds}")
         if any(later.position < frame.position for frame, later in zip(self.frames, self.frames[1:], strict=False)):
             raise ValueError(f"{where}: positions must ascend, got {[frame.position for frame in self.frames]}")
         for image in (*(frame.image for frame in self.frames), *_maybe(self.truth)):
