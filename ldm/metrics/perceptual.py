@@ -31,7 +31,7 @@ BACKBONES = {
     "vgg": models.VGG16_Weights.IMAGENET1K_V1,
     "squeeze": models.SqueezeNet1_1_Weights.IMAGENET1K_V1,
 }
-PATIENCE_S = 20  # of silence from the server, before a download is given up
+PATIENCE_S = 20  # of silence from one of the server's addresses, before it is given up
 SMALLEST_LPIPS_PX = 64  # AlexNet's strides leave nothing of less
 SMALLEST_SSIM_PX = 11  # the window
 
@@ -70,9 +70,9 @@ class Lpips:
 def load_lpips(net: Net = "alex", *, fetch: bool = False) -> Lpips | Unavailable:
     """LPIPS with a backbone's weights from torch's cache folder.
 
-    The network is touched only with `fetch`, and given up after 20 s of silence. A weight file counts only if its
-    SHA-256 begins as its name says. torchvision publishes these files as pickles; they are read by torchvision's own
-    loader restricted to tensors (weights_only), and so does lpips read its linear heads.
+    Nothing is downloaded without `fetch`, and a server that is silent for 20 s is given up. A weight file counts only
+    if its SHA-256 begins as its name says. torchvision publishes these files as pickles; they are read by torchvision's
+    own loader restricted to tensors (weights_only), and so does lpips read its linear heads.
 
     Args:    net: "alex" as in the paper, "vgg" or "squeeze".  fetch: download the weights if they are not there.
     Returns: the distance, or why there is none.
