@@ -28,8 +28,19 @@ from ldm.report.results import (
 from ldm.report.table_formats import Cell, Table, csv, latex, markdown
 
 __all__ = [
-    *("Estimate", "Table", "csv", "latex", "markdown", "write_tables"),
-    *("table_1", "table_2", "table_3", "table_methods", "table_readings", "table_truth", "table_truth_steps"),
+    "Estimate",
+    "Table",
+    "csv",
+    "latex",
+    "markdown",
+    "table_1",
+    "table_2",
+    "table_3",
+    "table_methods",
+    "table_readings",
+    "table_truth",
+    "table_truth_steps",
+    "write_tables",
 ]
 
 log = logging.getLogger(__name__)
