@@ -71,7 +71,13 @@ MAY_IMPORT["tools"] = MAY_IMPORT.keys() - {"kernels"}  # the commands: parse, ca
 FORBIDDEN = {"diffusers", "transformers", "accelerate", "pickle", "dill", "joblib"}
 
 # Distribution name, as in pyproject.toml, of imports that are called differently.
-DISTRIBUTIONS = {"PIL": "pillow", "open_clip": "open_clip_torch", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "open_clip": "open_clip_torch",
+    "sklearn": "scikit-learn",
+    "skimage": "scikit-image",
+    "yaml": "pyyaml",
+}
 
 
 class Import(NamedTuple):
