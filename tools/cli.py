@@ -34,7 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     command = argparse.ArgumentParser(prog=f"ldm {first.command}")
     module.add_arguments(command)
     args = command.parse_args(rest)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    for ours in ("ldm", "tools"):  # what other packages have to say below a warning is of no use here
+        logging.getLogger(ours).setLevel(logging.INFO)
     try:
         module.run(args)
     except (ValueError, OSError) as error:
