@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -40,6 +41,7 @@ from ldm.report.results import (
 )
 
 SWAP_STEP = "swap step s"
+COSINE_COLOURS = colormaps["RdBu"].with_extremes(bad="#d9d9d9")
 FLIPPED = 0.9  # the flip rate from which on an edit counts as made
 
 
@@ -69,14 +71,14 @@ def figure_5(results: Results, cell: str | None = None) -> Figure:
         raise NothingToDraw("results: no directions of any attribute")
     several_cells = len({a.cell for a in shown}) > 1
     columns = min(len(shown), 3 if several_cells else 2)
-    width, foot = COLUMN_WIDTH if columns == 1 else PAGE_WIDTH, 0.45
+    width, foot = COLUMN_WIDTH if columns == 1 else PAGE_WIDTH, 0.50
     figure, panels = square_panels(len(shown), columns, width, (0.40, 0.22, 0.36), foot)
     for a, panel in zip(shown, panels, strict=True):
         image = _cosines(panel, a, panel.get_position().width * width)
         panel.set_title(f"{_short(a)}: {a.title.lower()}" if several_cells else a.title)
         panel.set(xlabel=SWAP_STEP, ylabel=SWAP_STEP)
     height = figure.get_figheight()
-    place = figure.add_axes((0.5 - 1.1 / width, 0.34 / height, 2.2 / width, 0.07 / height))
+    place = figure.add_axes((0.5 - 1.1 / width, 0.38 / height, 2.2 / width, 0.07 / height))
     bar = figure.colorbar(image, cax=place, orientation="horizontal", label="cosine of the two directions")
     bar.outline.set_visible(False)
     return figure
@@ -89,14 +91,13 @@ def _cosines(axes: Axes, a: Attribute, width: float) -> AxesImage:
     steps = find(a.scores, "directions", "swap_steps") or range(len(rows))
     order = np.argsort(steps)[::-1]
     values = np.array(rows)[np.ix_(order, order)]
-    image = axes.imshow(values, vmin=-1, vmax=1, cmap="RdBu")
-    image.cmap.set_bad("#d9d9d9")
+    image = axes.imshow(values, vmin=-1, vmax=1, cmap=COSINE_COLOURS)
     ticks, names = range(len(order)), [str(steps[i]) for i in order]
     axes.set_xticks(ticks, names)
     axes.set_yticks(ticks, names)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    size = min(SMALL, 0.36 * 72 * width / len(order))
+    size = min(SMALL, 0.42 * 72 * width / len(order))
     for (r, c), value in np.ndenumerate(values):
         colour = "white" if abs(value) > 0.65 else "black"
         axes.text(c, r, _cosine(float(value)), ha="center", va="center", fontsize=size, color=colour)
@@ -127,12 +128,10 @@ def figure_cfrt(results: Results) -> Figure:
         Measure("flip_rate", "flip rate", (0.0, 1.0)),
     ]
     figure, panels = _panels_over_steps(results, measures, "swaps", mark_flipped=False)
-    for row in panels[:2]:
+    for row, measure in zip(panels, measures, strict=True):
         for axes, cell in zip(row, cells(results), strict=True):
-            chances = [
-                number(find(a.scores, "swaps", "cfrt", MAIN_READING, "chance")) for a in attributes(results, cell)
-            ]
-            for chance in {c for c in chances if c is not None}:
+            chances = [find(a.scores, "swaps", "cfrt", measure.key, "chance") for a in attributes(results, cell)]
+            for chance in {number(chance) for chance in chances} - {None}:
                 axes.axhline(chance, color=GREY, linestyle=":", linewidth=0.8)
     add_legend(figure, [*swatches(list(looks(results).values())), _line(":", "chance level")])
     return figure
@@ -197,6 +196,7 @@ def _panels_over_steps(
         axes.invert_xaxis()  # shared down the column: early swaps, the strong edits, on the right
     for axes in panels[-1]:
         axes.set_xlabel(SWAP_STEP)
+    figure.align_ylabels()
     return figure, panels
 
 

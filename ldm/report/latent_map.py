@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike, NDArray
 
@@ -69,6 +70,7 @@ def figure_4(results: Results, material: Material) -> Figure:
     present = {name for _, latent_map in shown for name in latent_map.attribute}
     entries = [look for key, look in known.items() if key in present]
     legend = swatches([*entries, *([NEUTRAL] if present - known.keys() else [])], line=False)
+    legend.append(Line2D([], [], linestyle="", label="larger: an earlier swap"))
 
     columns = min(3, len(shown))
     width = COLUMN_WIDTH if columns == 1 else PAGE_WIDTH

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 
 from ldm.report.results import Results, attributes
 
-COLUMN_WIDTH, PAGE_WIDTH = 3.25, 6.875
+COLUMN_WIDTH, PAGE_WIDTH, PAGE_HEIGHT = 3.25, 6.875, 9.2
 PNG_DPI = 300
 SMALL, NORMAL = 7.0, 8.0
 
@@ -84,20 +84,20 @@ def sheet(width: float, height: float) -> tuple[Figure, Axes]:
 def square_panels(
     count: int, columns: int, width: float, margins: tuple[float, float, float], foot: float
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of square panels in rows, as large as its width allows, and its panels in reading order.
+    """A figure of square panels in rows, as large as the page allows, and its panels in reading order.
 
     margins: to the left of each panel, above it and below it.  foot: room under all of them.
     """
     left, above, below = margins
-    side = (width - 0.05) / columns - left
-    rows = -(-count // columns)
+    rows, slot = -(-count // columns), (width - 0.05) / columns
+    side = min(slot - left, (PAGE_HEIGHT - foot) / rows - above - below)
     line = above + side + below
     height = rows * line + foot
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     panels = []
     for i in range(count):
-        x, y = (i % columns) * (left + side) + left, height - (i // columns) * line - above - side
+        x, y = (i % columns) * slot + left, height - (i // columns) * line - above - side
         panels.append(figure.add_axes((x / width, y / height, side / width, side / height)))
     return figure, panels
 
