@@ -1,11 +1,17 @@
 """`ldm demo`: the main job. Both phantom domains, several seeds, every attribute, with the shipped model."""
 
 import argparse
+import shlex
+import sys
 import time
 from pathlib import Path
 
-from ldm import pipeline
+from ldm import classifier, pipeline
 from ldm.data import captions
+from ldm.evaluation import pictures
+from ldm.evaluation.cells import Cell
+from ldm.evaluation.instruments import Instruments
+from ldm.evaluation.trajectories import stacked
 from ldm.experiment import (
     Traversal,
     parse_integers,
@@ -16,8 +22,12 @@ from ldm.experiment import (
     write_figures,
     write_json,
 )
+from ldm.latents import load_seed
+from ldm.metrics.perceptual import load_lpips
+from ldm.report import explorer
 from ldm.report.figures import grid, save_image
 
+TITLES = {"chest": "Chest X-ray", "skin": "Melanocytic nevus"}
 CHEST = {"pleural_effusion": "Pleural Effusion", "support_devices": "Support Devices"}
 PROMPTS = {
     "chest": (
@@ -30,6 +40,8 @@ PROMPTS = {
         | {"melanoma": captions.ISIC_NEUTRAL["MEL"]},
     ),
 }
+MAP_STEPS = (5, 15, 25)  # the swaps that the map of the latents shows
+NOTE = "Drawn phantoms and a small model trained on them: nothing here is a patient. Every image was made from noise."
 GUIDANCE = 3.0  # where every attribute appears and the neutral images are clean: see the card in weights/README.md
 
 
@@ -37,8 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command to `parser`."""
     parser.description = (
         "Run the paper's traversal on drawn chest X-rays and skin lesions with the model in weights/: for every "
-        "attribute nine swap steps and a Bezier curve of 50 points. Writes overview.png, and for each domain "
-        "figure.png, curve.gif, images/, latents.safetensors and run.json. Under two minutes on two CPU cores; no "
+        "attribute nine swap steps and a Bezier curve of 50 points. Writes index.html, a page to drag along the "
+        "trajectories on; overview.png; and for each domain figure.png, curve.gif, images/, latents.safetensors and "
+        "run.json. Under two minutes on two CPU cores; no "
         "network needed."
     )
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write (default %(default)s)")
@@ -50,12 +63,17 @@ def run(args: argparse.Namespace) -> None:
     began = time.monotonic()
     seeds = parse_integers(args.seeds, "--seeds")
     sd = pipeline.load(pipeline.PHANTOM_WEIGHTS)
-    records, overview = {}, []
+    records, overview, pages = {}, [], []
     for domain, (neutral, styles) in PROMPTS.items():
         plan = Traversal(neutral=neutral, styles=styles, seeds=seeds, guidance=GUIDANCE)
         records[domain] = run_traversal(sd, plan, args.out / domain, label=domain)
         write_figures(args.out / domain, plan, title=f'{domain}: "{neutral}"')
         overview += trajectory_rows(args.out / domain, plan, seeds[0])
+        pages.append(page(sd, domain, plan, args.out / domain))
+    explorer.write(
+        explorer.Explorer("Language-guided trajectories", shlex.join(["ldm", *sys.argv[1:]]), NOTE, tuple(pages)),
+        args.out / "index.html",
+    )
     labels, images = zip(*overview, strict=True)
     save_image(args.out / "overview.png", grid(images, labels, trajectory_columns(plan)))
 
@@ -74,4 +92,18 @@ def run(args: argparse.Namespace) -> None:
         f"{totals['unet_rows']} U-Net rows, {evaluated} of them now, where separate runs cost "
         f"{totals['unet_rows_separate']}; {totals['seconds']} s"
     )
-    print(f"look at {args.out / 'overview.png'}, then at figure.png and curve.gif in {args.out / '{chest,skin}'}")
+    print(f"look at {args.out / 'index.html'} and {args.out / 'overview.png'}")
+
+
+def page(sd: pipeline.StableDiffusion, domain: str, plan: Traversal, run: Path) -> explorer.Domain:
+    """One domain of the explorer: every seed, what the classifier sees along its curves, and the map of the latents."""
+    file = classifier.PHANTOM_CLASSIFIERS[domain]
+    instruments = Instruments(sd, classifier.load(file), file, load_lpips())
+    cell = Cell(domain, TITLES[domain], plan.neutral, plan.styles, domain)
+    shown = [pictures.read(run, plan, seed) for seed in plan.seeds]
+    latents = {seed: load_seed(run / "latents.safetensors", seed) for seed in plan.seeds}
+    at = pictures.latent_map(
+        plan, {seed: (of["neutral"], stacked(of, plan)) for seed, of in latents.items()}, MAP_STEPS, shown
+    )
+    patients = [pictures.generated_patient(instruments, cell, plan, of) for of in shown]
+    return pictures.domain(instruments, cell, plan, patients, at)

@@ -5,6 +5,7 @@ Letters: A attributes, S swap steps, P points of the curve, C H W of a latent, h
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from ldm.evaluation.cells import Cell
 from ldm.evaluation.instruments import Instruments, Pixels
+from ldm.evaluation.trajectories import stacked
 from ldm.evaluation.truth import Patient
-from ldm.experiment import Traversal, curves, swap_name
+from ldm.experiment import Traversal, bezier_name, curves, image_path, load_pixels, swap_name
+from ldm.latents import load_seed
 from ldm.metrics.directions import cosine_matrix
 from ldm.report import explorer
 from ldm.report.image_figures import LatentMap, Material
@@ -53,6 +56,23 @@ def decode(instruments: Instruments, plan: Traversal, seed: int, neutral: Tensor
         swaps=swapped.reshape(a, s, *first[0].shape),
         curve=along.reshape(a, points, *first[0].shape),
         cosines=np.stack([cosine_matrix(neutral.numpy(), of.numpy()) for of in swaps]),
+    )
+
+
+def read(run: Path, plan: Traversal, seed: int) -> Shown:
+    """The same from the folder of a finished traversal: its images are there already."""
+
+    def image(name: str) -> Pixels:
+        return load_pixels(image_path(run, seed, name))
+
+    latents = load_seed(run / "latents.safetensors", seed)
+    points = range(plan.bezier_points)
+    return Shown(
+        seed=seed,
+        neutral=image("neutral"),
+        swaps=np.stack([[image(swap_name(style, s)) for s in plan.swap_steps] for style in plan.styles]),
+        curve=np.stack([[image(bezier_name(style, i, len(points))) for i in points] for style in plan.styles]),
+        cosines=np.stack([cosine_matrix(latents["neutral"].numpy(), of.numpy()) for of in stacked(latents, plan)]),
     )
 
 
@@ -146,7 +166,8 @@ def domain(
 
 def generated_patient(instruments: Instruments, cell: Cell, plan: Traversal, shown: Shown) -> explorer.Patient:
     """A patient that the model drew, with its curves."""
-    labels = ["neutral", *(f"u = {i / (POINTS - 1):.2f}" for i in range(1, POINTS))]
+    last = shown.curve.shape[1] - 1
+    labels = ["neutral", *(f"u = {i / last:.2f}" for i in range(1, last + 1))]
     trajectories = tuple(
         explorer.Trajectory(
             attribute=name,
