@@ -13,11 +13,10 @@ from __future__ import annotations
 import json
 import math
 import platform
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,78 +28,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm import bezier
-from ldm.conditioning import Indexing, neutral_steps
 from ldm.guidance import guided
 from ldm.latents import iterate_latents, run_seeds
 from ldm.pipeline import StableDiffusion, to_uint8
+from ldm.plan import Generation, Sampling, Traversal
 from ldm.report import figures
 from ldm.report.figures import Pixels
 from ldm.samplers import initial_noise, step_noise
-from ldm.schedule import TRAIN_STEPS
 from ldm.trajectory import KEEPABLE, Branch, TreeResult, swaps, traverse_tree, unet_rows
-
-SWAP_STEPS = tuple(range(5, 50, 5))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How to sample, whatever the prompts."""
-
-    seeds: tuple[int, ...]
-    steps: int = 50
-    guidance: float = 7.5
-    negative: str = ""
-    eta: float = 0.0
-    latent_size: tuple[int, int] | None = None  # height, width; None: the size that the model was trained at
-    keep: tuple[str, ...] = ()  # quantities of every step to save, out of x_t, x0_pred, eps
-
-    def __post_init__(self) -> None:
-        """Everything that can be wrong before a network is at hand."""
-        if not 1 <= self.steps <= TRAIN_STEPS:
-            raise ValueError(f"steps: expected 1..{TRAIN_STEPS}, got {self.steps}")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or not all(0 <= s < 2**32 for s in self.seeds):
-            raise ValueError(f"seeds: expected one or more in 0..2^32-1, each once, got {list(self.seeds)}")
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"guidance: expected a finite number, got {self.guidance}")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta: expected 0..1, got {self.eta}")
-        if set(self.keep) - set(KEEPABLE) or len(set(self.keep)) != len(self.keep):
-            raise ValueError(f"keep: expected some of {list(KEEPABLE)}, each once, got {list(self.keep)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generation(Sampling):
-    """One prompt."""
-
-    prompt: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Traversal(Sampling):
-    """A neutral prompt, and styles that are swapped in at many steps. The defaults are the paper's."""
-
-    neutral: str
-    styles: Mapping[str, str]  # name -> prompt; the name becomes a folder
-    swap_steps: tuple[int, ...] = SWAP_STEPS
-    indexing: Indexing = "steps"
-    bezier_points: int = 50  # 0: no curves
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.styles:
-            raise ValueError("styles: none given, expected at least one, as name=prompt")
-        if bad := [name for name in self.styles if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)]:
-            raise ValueError(f"styles: {bad[0]!r} names a folder, expected letters, digits, '_' and '-'")
-        if len({name.casefold() for name in self.styles}) != len(self.styles):  # one folder on many file systems
-            raise ValueError(f"styles: {list(self.styles)} differ in case only, choose other names")
-        if "neutral" in self.styles:
-            raise ValueError("styles: 'neutral' is taken by the neutral prompt, choose another name")
-        if not self.swap_steps or len(set(self.swap_steps)) != len(self.swap_steps):
-            raise ValueError(f"swap steps: expected one or more, each once, got {list(self.swap_steps)}")
-        for swap_step in self.swap_steps:
-            neutral_steps(swap_step, self.steps, self.indexing)  # raises where it lies outside
-        if self.bezier_points not in (0, *range(2, 10_001)):
-            raise ValueError(f"bezier points: expected 0 (no curve) or 2..10000, got {self.bezier_points}")
 
 
 def run_generation(sd: StableDiffusion, plan: Generation, out: Path, *, max_batch: int | None = None) -> dict[str, Any]:
@@ -366,18 +301,6 @@ def read_record(out: Path) -> dict[str, Any]:
     """The run.json of a folder; empty where there is none."""
     path = out / "run.json"
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def parse_integers(text: str, name: str) -> tuple[int, ...]:
-    """ "0-3,8" -> (0, 1, 2, 3, 8). Raises ValueError, naming the option, for anything else."""
-    numbers: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
-        if not first <= last < first + 1_000_000:
-            raise ValueError(f"{name}: got {text!r}, expected numbers and ranges such as 0-15 or 0,3,8")
-        numbers += range(first, last + 1)
-    return tuple(numbers)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -20,8 +20,9 @@ from ldm.evaluation.processes import Processes
 from ldm.evaluation.run import Task, Workplace, evaluate_cell
 from ldm.evaluation.summary import Votes
 from ldm.evaluation.trajectories import measure, sampled
-from ldm.experiment import Traversal, prompt_tree, run_traversal, sample
+from ldm.experiment import prompt_tree, run_traversal, sample
 from ldm.metrics.perceptual import load_lpips
+from ldm.plan import Traversal
 
 ROOT = Path(__file__).parent.parent
 CHEST = PHANTOM_CELLS["chest"]

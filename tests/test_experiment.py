@@ -14,7 +14,7 @@ import ldm
 from ldm import bezier, checkpoint, experiment
 from ldm.clip import CLIPTextEncoder
 from ldm.config import CLIPConfig, UNetConfig, VAEConfig
-from ldm.experiment import Traversal, parse_integers
+from ldm.plan import Traversal, parse_integers
 from ldm.report import figures
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL

@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "ldm.samplers": {"ldm.schedule"},
     "ldm.inversion": {"ldm.samplers", "ldm.schedule"},
     "ldm.trajectory": {"ldm.samplers", "ldm.conditioning", "ldm.schedule"},
+    "ldm.plan": {"ldm.conditioning", "ldm.schedule", "ldm.trajectory"},
     # Where the two meet.
     "ldm.pipeline": {
         *("ldm.config", "ldm.tokenizer", "ldm.clip", "ldm.vae", "ldm.unet", "ldm.checkpoint", "ldm.schedule"),
@@ -51,12 +52,12 @@ MAY_IMPORT = {
     },
     "ldm.experiment": {
         *("ldm.pipeline", "ldm.conditioning", "ldm.guidance", "ldm.samplers", "ldm.inversion", "ldm.trajectory"),
-        *("ldm.bezier", "ldm.schedule", "ldm.latents", "ldm.report"),
+        *("ldm.bezier", "ldm.schedule", "ldm.latents", "ldm.report", "ldm.plan"),
     },
     "ldm.evaluation": {
         "ldm.checkpoint",
         *("ldm.pipeline", "ldm.conditioning", "ldm.guidance", "ldm.samplers", "ldm.inversion", "ldm.trajectory"),
-        *("ldm.bezier", "ldm.schedule", "ldm.latents", "ldm.experiment"),
+        *("ldm.bezier", "ldm.schedule", "ldm.latents", "ldm.experiment", "ldm.plan"),
         *("ldm.data", "ldm.classifier", "ldm.metrics", "ldm.report"),
     },
     # The front door.

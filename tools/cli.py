@@ -12,7 +12,10 @@ COMMANDS = {
     "traverse": ("tools.traverse", "trajectories: one noise, a neutral prompt, styles swapped in at many steps"),
     "data": ("tools.data", "describe a CheXpert or ISIC 2019 folder: labels, captions, splits, traps"),
     "classify": ("tools.classify", "train or evaluate the attribute classifiers"),
-    "evaluate": ("tools.evaluate", "score trajectories: CFRT, LPIPS, directions, ground truth; tables, figures, explorer"),
+    "evaluate": (
+        "tools.evaluate",
+        "score trajectories: CFRT, LPIPS, ground truth; tables, figures, explorer",
+    ),
     "phantom": ("tools.phantom", "draw a data set of phantoms in the files of CheXpert or ISIC 2019"),
     "train-phantom": ("tools.train_phantom", "train the shipped model anew"),
     "judge-phantom": ("tools.judge_phantom", "count and look at what the shipped model draws when asked"),

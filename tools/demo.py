@@ -12,18 +12,10 @@ from ldm.evaluation import pictures
 from ldm.evaluation.cells import Cell
 from ldm.evaluation.instruments import Instruments
 from ldm.evaluation.trajectories import stacked
-from ldm.experiment import (
-    Traversal,
-    parse_integers,
-    read_record,
-    run_traversal,
-    trajectory_columns,
-    trajectory_rows,
-    write_figures,
-    write_json,
-)
+from ldm.experiment import read_record, run_traversal, trajectory_columns, trajectory_rows, write_figures, write_json
 from ldm.latents import load_seed
 from ldm.metrics.perceptual import load_lpips
+from ldm.plan import Traversal, parse_integers
 from ldm.report import explorer
 from ldm.report.figures import grid, save_image
 

@@ -18,8 +18,9 @@ from ldm.evaluation.cells import PHANTOM_CELLS, cell_of_run
 from ldm.evaluation.instruments import Instruments
 from ldm.evaluation.processes import Processes
 from ldm.evaluation.run import Task, Workplace, evaluate_cell
-from ldm.experiment import Traversal, parse_integers, write_json
+from ldm.experiment import write_json
 from ldm.metrics import perceptual, predictions
+from ldm.plan import Traversal, parse_integers
 from tools import options
 
 GUIDANCE = 3.0  # of the shipped model: see the card in weights/README.md

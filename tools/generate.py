@@ -7,7 +7,8 @@ import argparse
 import math
 from dataclasses import replace
 
-from ldm.experiment import Generation, image_path, load_pixels, parse_integers, run_generation
+from ldm.experiment import image_path, load_pixels, run_generation
+from ldm.plan import Generation, parse_integers
 from ldm.report import figures
 from tools.options import add_model, add_sampling, latent_size, load_model, max_batch
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from ldm import pipeline
-from ldm.experiment import Traversal, image_path, load_pixels, parse_integers, run_traversal, swap_name, write_json
+from ldm.experiment import image_path, load_pixels, run_traversal, swap_name, write_json
 from ldm.latents import load_latents
+from ldm.plan import Traversal, parse_integers
 from ldm.report import figures
 from ldm.train import autoencoder, judge
 from ldm.train.phantom_set import PhantomSet

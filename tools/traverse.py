@@ -7,7 +7,8 @@ ldm traverse --neutral "Normal chest X-ray with no significant findings" \\
 import argparse
 from dataclasses import replace
 
-from ldm.experiment import SWAP_STEPS, Traversal, parse_integers, run_traversal, write_figures
+from ldm.experiment import run_traversal, write_figures
+from ldm.plan import SWAP_STEPS, Traversal, parse_integers
 from tools.options import add_model, add_sampling, latent_size, load_model, max_batch
 
 

@@ -21,8 +21,9 @@ from torch import Tensor
 from ldm.conditioning import EmbeddingSchedule, blend, neutral_steps, ramp
 from ldm.evaluation.instruments import Instruments
 from ldm.evaluation.trajectories import CURVE_POINTS, FRAMES
-from ldm.experiment import Traversal, default_max_batch, latent_shape
+from ldm.experiment import default_max_batch, latent_shape
 from ldm.guidance import guided
+from ldm.plan import Traversal
 from ldm.samplers import ddim, initial_noise
 
 SWAP_METHODS = ("linear_direction", "random_direction", "constant_blend", "ramp_blend")  # beside the swaps

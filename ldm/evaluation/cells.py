@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data import captions
-from ldm.experiment import Traversal, read_record
+from ldm.experiment import read_record
+from ldm.plan import Traversal
 
 TITLES = {
     "pleural_effusion": "Pleural effusion",

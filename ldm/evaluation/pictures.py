@@ -17,9 +17,10 @@ from ldm.evaluation.cells import Cell
 from ldm.evaluation.instruments import Instruments, Pixels
 from ldm.evaluation.trajectories import stacked
 from ldm.evaluation.truth import Patient
-from ldm.experiment import Traversal, bezier_name, curves, image_path, load_pixels, swap_name
+from ldm.experiment import bezier_name, curves, image_path, load_pixels, swap_name
 from ldm.latents import load_seed
 from ldm.metrics.directions import cosine_matrix
+from ldm.plan import Traversal
 from ldm.report import explorer
 from ldm.report.image_figures import LatentMap, Material
 from ldm.report.latent_map import tsne

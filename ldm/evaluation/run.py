@@ -25,8 +25,9 @@ from ldm.evaluation.cells import CLASS_HEAD, Cell
 from ldm.evaluation.instruments import Instruments
 from ldm.evaluation.processes import Processes
 from ldm.evaluation.trajectories import FRAMES, SampleSeed, from_run, measure, sampled
-from ldm.experiment import Traversal, latent_shape
+from ldm.experiment import latent_shape
 from ldm.latents import SeedFolder
+from ldm.plan import Traversal
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ldm.evaluation.instruments import Instruments
-from ldm.experiment import Traversal, curves, default_max_batch, latent_shape, prompt_tree, sample, swap_name
+from ldm.experiment import curves, default_max_batch, latent_shape, prompt_tree, sample, swap_name
 from ldm.latents import load_seed
 from ldm.metrics import directions
+from ldm.plan import Traversal
 
 SampleSeed = Callable[[int], Mapping[str, Tensor]]
 """sample_seed(seed) -> {"neutral": (C, H, W), "<attribute>/s05": (C, H, W) ...}"""

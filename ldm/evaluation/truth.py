@@ -21,11 +21,12 @@ from ldm.data.phantom import Phantom, render
 from ldm.evaluation.cells import Cell
 from ldm.evaluation.instruments import Instruments, as_images
 from ldm.evaluation.trajectories import stacked
-from ldm.experiment import Traversal, default_max_batch, latent_shape, prompt_tree, sample
+from ldm.experiment import default_max_batch, latent_shape, prompt_tree, sample
 from ldm.guidance import guided
 from ldm.inversion import ddim_inversion
 from ldm.metrics import ground_truth
 from ldm.pipeline import StableDiffusion
+from ldm.plan import Traversal
 
 GALLERY_SEEDS = range(200)  # the other patients among whom an edited one must still be recognised
 DILATE_PX = 4  # half of a latent pixel: the autoencoder cannot place an edge more finely
