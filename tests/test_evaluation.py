@@ -81,8 +81,8 @@ def test_a_traversal_on_disk_gives_what_its_prompts_give(instruments, tmp_path):
 def test_two_processes_write_what_one_writes(tmp_path):
     script = tmp_path / "main.py"
     script.write_text("import sys\nfrom tools.cli import main\nsys.exit(main(sys.argv[1:]))\n")
-    options = ["evaluate", "--cells", "chest", "--seeds", "0-2", "--steps", "16", "--baseline-seeds", "2"]
-    options += ["--truth-seeds", "2", "--truth-swap-steps", "5,10,15", "--shown-seeds", "1", "--out"]
+    options = ["evaluate", "--cells", "chest", "--seeds", "0-1", "--steps", "45", "--baseline-seeds", "2"]
+    options += ["--truth-seeds", "1", "--truth-swap-steps", "5,10,15", "--shown-seeds", "1", "--out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     alone = [sys.executable, str(script)]
     together = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]

@@ -94,6 +94,7 @@ def run(args: argparse.Namespace) -> None:
         instruments = Instruments(sd, classifiers.load(file, sd.device), file, lpips)
         places[task.cell.name] = Workplace(instruments, args.out, processes, options.max_batch(args))
         results[task.cell.name] = evaluate_cell(places[task.cell.name], task)
+    processes.leave()
     if not processes.first:
         return
     metrics = report.assemble(tasks, places, results, command_line(), datasets)

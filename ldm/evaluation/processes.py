@@ -43,3 +43,8 @@ class Processes:
         """Until every process is here."""
         if self.world > 1:
             distributed.barrier()
+
+    def leave(self) -> None:
+        """Say goodbye to the others."""
+        if self.world > 1:
+            distributed.destroy_process_group()
