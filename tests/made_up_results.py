@@ -87,7 +87,7 @@ def _attribute(rng: np.random.Generator, key: str, title: str) -> dict[str, Any]
                 "flip_rate": edit.tolist(),
                 "oracle": edit.tolist(),
             },
-            "floor": {"leakage": 0.04, "psnr": 31.4},
+            "floor": {"skill": 0.85, "leakage": 0.04, "psnr": 31.4},
             "strength_correlation": {"value": 0.83, "interval": [0.78, 0.87]},
             "share_of_ceiling": {name: {"value": 0.97, "interval": [0.94, 0.99]} for name in READINGS},
         },

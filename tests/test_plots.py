@@ -269,11 +269,11 @@ def test_curves_hold_the_values(figures, results):
     assert line.get_xdata().tolist() == SWAP_STEPS
 
 
-def test_the_inversions_floor_is_a_line(figures, results):
+def test_the_floor_is_a_line(figures, results):
     leakage = figures["figure_truth"].axes[3]
     floors = {line.get_ydata()[0] for line in leakage.lines if line.get_linestyle() == "--"}
     assert floors == {results["cells"]["chest"]["attributes"]["pleural_effusion"]["truth"]["floor"]["leakage"]}
-    assert "floor of the inversion" in said(figures["figure_truth"])
+    assert "floor: a perfect edit" in said(figures["figure_truth"])
 
 
 def test_an_axis_grows_for_values_out_of_the_usual():
@@ -285,7 +285,7 @@ def test_an_axis_grows_for_values_out_of_the_usual():
 def test_an_interval_over_the_swap_steps_is_drawn_where_it_is_given():
     results = made_up_results()
     per_step = results["cells"]["chest"]["attributes"]["pleural_effusion"]["swaps"]["per_swap_step"]
-    per_step["flip_rate_interval"] = [[x - 0.1, x + 0.1] for x in per_step["flip_rate"]]
+    per_step["interval"] = {"flip_rate": [[x - 0.1, x + 0.1] for x in per_step["flip_rate"]]}
     panels = np.reshape(plots.figure_cfrt(results).axes, (3, 3))
     assert [len(axes.collections) for axes in panels[:, 0]] == [0, 0, 1]
 

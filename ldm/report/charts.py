@@ -28,6 +28,7 @@ from ldm.report.plot_style import (
 )
 from ldm.report.results import (
     BASELINES,
+    FLIPPED,
     MAIN_READING,
     Attribute,
     Results,
@@ -42,7 +43,6 @@ from ldm.report.results import (
 
 SWAP_STEP = "swap step s"
 COSINE_COLOURS = colormaps["RdBu"].with_extremes(bad="#d9d9d9")
-FLIPPED = 0.9  # the flip rate from which on an edit counts as made
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def figure_5(results: Results, cell: str | None = None) -> Figure:
     figure, panels = square_panels(len(shown), columns, width, (0.40, 0.22, 0.36), foot)
     for a, panel in zip(shown, panels, strict=True):
         image = _cosines(panel, a, panel.get_position().width * width)
-        panel.set_title(f"{_short(a)}: {a.title.lower()}" if several_cells else a.title)
+        panel.set_title(f"{a.images}: {a.title.lower()}" if several_cells else a.title)
         panel.set(xlabel=SWAP_STEP, ylabel=SWAP_STEP)
     height = figure.get_figheight()
     place = figure.add_axes((0.5 - 1.1 / width, 0.38 / height, 2.2 / width, 0.07 / height))
@@ -118,7 +118,8 @@ def _cosine(value: float) -> str:
 def figure_cfrt(results: Results) -> Figure:
     """CFRT in two readings and the flip rate over the swap step, a column of panels a cell.
 
-    An interval is drawn where per_swap_step holds "<measure>_interval", a list of [low, high].
+    An interval is drawn where per_swap_step holds "interval" -> measure, a list of [low, high]. Chance is that of the
+    reading; of `strict` it is an upper bound.
 
     Raises:  NothingToDraw: without a curve.
     """
@@ -141,7 +142,8 @@ def figure_cfrt(results: Results) -> Figure:
 def figure_truth(results: Results) -> Figure:
     """Skill, leakage and identity retrieval against the true counterfactual over the swap step.
 
-    A filled marker is a swap step that flips at least 90 %; a dashed line is the floor of the inversion alone.
+    A filled marker is a swap step that flips at least 90 %. A dashed line is the floor: what a perfect edit would
+    score, the true counterfactual encoded and decoded. Intervals as in `figure_cfrt`.
 
     Raises:  NothingToDraw: without ground truth.
     """
@@ -158,7 +160,7 @@ def figure_truth(results: Results) -> Figure:
                 if (floor := number(find(a.scores, "truth", "floor", measure.key))) is not None:
                     axes.axhline(floor, color=known[a.key].colour, linestyle="--", linewidth=0.7)
     others = [
-        _line("--", "floor of the inversion"),
+        _line("--", "floor: a perfect edit"),
         Line2D([], [], color=GREY, marker="o", linestyle="", label=f"flips \N{GREATER-THAN OR EQUAL TO} {FLIPPED:.0%}"),
         Line2D([], [], color=GREY, marker="o", linestyle="", markerfacecolor="white", label="flips fewer"),
     ]
@@ -179,7 +181,7 @@ def _panels_over_steps(
         raise NothingToDraw(f"results: no {part}.per_swap_step of any attribute")
     known = looks(results)
     steps = sorted({s for a in drawn for s in a.scores[part]["per_swap_step"]["swap_steps"]})
-    figure = new_figure(PAGE_WIDTH, 1.3 * len(measures) + 0.7)
+    figure = new_figure(COLUMN_WIDTH if len(titles) == 1 else PAGE_WIDTH, 1.3 * len(measures) + 0.7)
     panels = figure.subplots(len(measures), len(titles), sharex="col", sharey="row", squeeze=False)
     for row, measure in zip(panels, measures, strict=True):
         row[0].set_ylabel(measure.label)
@@ -211,7 +213,7 @@ def _curve(axes: Axes, per_step: Any, key: str, look: Look, mark_flipped: bool) 
         few = ~(series(find(per_step, "flip_rate"), len(steps)) >= FLIPPED)
         marks = axes.plot(steps[few], values[few], color=look.colour, marker=look.marker, linestyle="", clip_on=False)
         marks[0].set_markerfacecolor("white")
-    intervals = find(per_step, f"{key}_interval")
+    intervals = find(per_step, "interval", key)
     if isinstance(intervals, Sequence) and len(intervals) == len(steps):
         ends = [bounds(interval) for interval in intervals]
         low, high = (series([end[side] for end in ends], len(steps)) for side in (0, 1))
@@ -270,7 +272,3 @@ def _dots(axes: Axes, scores: Sequence[Any], offset: float, look: Look) -> None:
         axes.plot(score.value, y + offset, color=look.colour, marker=look.marker, clip_on=False, zorder=3)
         if score.low is not None and score.high is not None:
             axes.plot([score.low, score.high], [y + offset] * 2, color=look.colour, clip_on=False)
-
-
-def _short(a: Attribute) -> str:
-    return a.diagnosis or a.data_set

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ldm.report.figures import Pixels, difference
 from ldm.report.plot_style import GREY, NORMAL, PAGE_WIDTH, SMALL, NothingToDraw, sheet, styled
-from ldm.report.results import CELL_NAMES, Results, attributes, cells
+from ldm.report.results import Results, attributes, cells, short
 
 Strip = Sequence[tuple[str, Pixels]]
 Strips = Mapping[str, Mapping[int, Mapping[str, Strip]]]  # cell -> seed -> attribute -> strip
@@ -68,7 +68,7 @@ def figure_1(results: Results, material: Material, frames: int = 4) -> Figure:
     top = 0.0
     for block, n in zip(blocks, lines, strict=True):
         start = top + (n - 1) * line / 2  # beside the middle of its lines
-        axes.text(MARGIN, start + LINE - 0.04, _short(block.title), fontsize=SMALL, weight="bold")
+        axes.text(MARGIN, start + LINE - 0.04, short(block.title), fontsize=SMALL, weight="bold")
         _image(axes, block.strips[0].images[0][1], MARGIN, start + LINE, side)
         for i, strip in enumerate(block.strips):
             x = MARGIN + side + 0.12 + (i % 2) * (frames * (side + GAP) - GAP + 0.12)
@@ -200,7 +200,3 @@ def _change_row(axes: Axes, images: Sequence[Pixels], y: float, side: float) -> 
 
 def _image(axes: Axes, image: Pixels, x: float, y: float, side: float) -> None:
     axes.imshow(image, extent=(x, x + side, y + side, y), aspect="auto")
-
-
-def _short(title: str) -> str:
-    return CELL_NAMES.get(title, (title, None))[1] or title

@@ -24,6 +24,7 @@ BASELINES = {
     "ramp_blend": "ramped blend",
     "random_direction": "random direction",
 }
+FLIPPED = 0.9  # the flip rate from which on an edit counts as made
 ON_CURVE = ("chord",)  # baselines of the interpolations; the others are baselines of the swaps
 
 # Title of a cell -> (what the images are, which class).
@@ -60,6 +61,11 @@ class Attribute:
     @property
     def diagnosis(self) -> str | None:
         return CELL_NAMES.get(self.cell_title, (self.cell_title, None))[1]
+
+    @property
+    def images(self) -> str:
+        """What the images of the cell are, in a word or two."""
+        return short(self.cell_title)
 
 
 def find(node: Any, *keys: str) -> Any:
@@ -117,6 +123,12 @@ def attributes(results: Results, cell: str | None = None) -> list[Attribute]:
             for name, scores in (find(results, "cells", key, "attributes") or {}).items():
                 listed.append(Attribute(key, title, name, plain(find(scores, "title") or name), scores or {}))
     return listed
+
+
+def short(cell_title: str) -> str:
+    """A cell's title where there is little room: "Nevus"."""
+    data_set, diagnosis = CELL_NAMES.get(cell_title, (cell_title, None))
+    return diagnosis or data_set
 
 
 def plain(name: str) -> str:

@@ -12,10 +12,10 @@ import numpy as np
 
 from ldm.report.results import (
     BASELINES,
+    FLIPPED,
     MAIN_READING,
     ON_CURVE,
     READINGS,
-    Attribute,
     Estimate,
     Results,
     attributes,
@@ -46,7 +46,6 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 KINDS = ("swaps", "interpolations")
-FLIPPED = 0.9  # the flip rate from which on an edit counts as made
 
 # As printed in the paper's Table 2, CheXpert and ISIC 2019: title of the cell -> attribute -> (swaps, interpolations).
 PAPER_TABLE_2: dict[str, dict[str, tuple[str, str | None]]] = {
@@ -61,9 +60,8 @@ PAPER_TABLE_2: dict[str, dict[str, tuple[str, str | None]]] = {
     },
 }
 NOT_COMPARABLE = (
-    "The paper's columns are its printed values, on CheXpert and ISIC 2019 with SD1.5; ours are on this model's own "
-    "images and, for the shipped model, on drawn phantoms. They are not comparable as scores: beside each other they "
-    "show which attribute is the harder one, no more."
+    "The paper's columns are its printed values, on CheXpert and ISIC 2019 with SD1.5; ours are of the model evaluated "
+    "here, and the shipped one knows drawn phantoms only. The two are not comparable as scores."
 )
 
 
@@ -123,7 +121,7 @@ def table_readings(results: Results) -> Table:
             for reading in READINGS:
                 score = find(a.scores, kind, "cfrt", reading)
                 counts = [number(find(score, key)) for key in ("n", "ties", "dropped", "chance")]
-                rows.append((_class(a), a.title, kind, reading, estimate(score), *counts))
+                rows.append((a.images, a.title, kind, reading, estimate(score), *counts))
     note = (
         "own_head_signed: the mean change of the edited attribute's own probability is strictly the largest; "
         "own_head_abs: the same in absolute values; single_f: the attribute's classifier changes more on its own edit "
@@ -143,10 +141,10 @@ def table_methods(results: Results) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for a in attributes(results):
         for kind, label in (("swaps", "prompt swaps"), ("interpolations", "Bezier curve")):
-            rows.append((_class(a), a.title, label, *_method(find(a.scores, kind), None)))
+            rows.append((a.images, a.title, label, *_method(find(a.scores, kind), None)))
         for name, label in BASELINES.items():
             ours = find(a.scores, "interpolations" if name in ON_CURVE else "swaps")
-            rows.append((_class(a), a.title, label, *_method(find(a.scores, "baselines", name), ours)))
+            rows.append((a.images, a.title, label, *_method(find(a.scores, "baselines", name), ours)))
     note = (
         "CFRT as own_head_signed. Minus ours: the straight chord against the Bezier curve, the others against the "
         "prompt swaps; below zero the baseline is worse. Target: mean change of the target's probability; off-target: "
@@ -163,21 +161,21 @@ def table_truth(results: Results) -> Table:
         truth = find(a.scores, "truth")
         flipped = _steps_flipped(truth)
         ceiling = find(truth, "share_of_ceiling", MAIN_READING) or find(truth, "share_of_ceiling")
-        row: list[Cell] = [_class(a), a.title, number(find(truth, "n")), ", ".join(f"{s}" for s in flipped) or None]
+        row: list[Cell] = [a.images, a.title, number(find(truth, "n")), ", ".join(f"{s}" for s in flipped) or None]
         row += [min(_when_flipped(truth, "skill"), default=None), max(_when_flipped(truth, "leakage"), default=None)]
         row += [min(_when_flipped(truth, "retrieval"), default=None)]
-        row += [number(find(truth, "floor", "leakage")), number(find(truth, "floor", "psnr"))]
+        row += [number(find(truth, "floor", name)) for name in ("skill", "leakage", "psnr")]
         row += [estimate(find(truth, "strength_correlation")), estimate(ceiling)]
         rows.append(tuple(row))
     note = (
         f"Skill, leakage and identity retrieval@1: the worst over the swap steps that flip at least {FLIPPED:.0%}, "
-        "which the column before them names. Floor: what inversion alone costs, without an edit. Strength: Spearman "
-        "correlation of the target probability with the edit's strength. Ceiling: CFRT (own_head_signed) over the one "
-        "on true pairs."
+        "which the column before them names. Floor: what a perfect edit would score, the true counterfactual encoded "
+        "and decoded. Inversion: the original, inverted and sampled again. Strength: Spearman correlation of target "
+        "probability with the edit's strength. Ceiling: CFRT (own_head_signed) over the one on true pairs."
     )
     columns = (
         *("Images", "Attribute", "n", "Swap steps\nflipped", "Skill", "Leakage", "Retrieval"),
-        *("Floor:\nleakage", "Floor:\nPSNR (dB)", "Strength", "Share of\nceiling"),
+        *("Floor:\nskill", "Floor:\nleakage", "Inversion:\nPSNR (dB)", "Strength", "Share of\nceiling"),
     )
     return Table("Swaps against the true counterfactual", columns, tuple(rows), note)
 
@@ -190,7 +188,7 @@ def table_truth_steps(results: Results) -> Table:
         steps = find(a.scores, "truth", "per_swap_step", "swap_steps") or []
         curves = [series(find(a.scores, "truth", "per_swap_step", name), len(steps)) for name in measures]
         for i in sorted(range(len(steps)), key=lambda i: -steps[i]):
-            rows.append((_class(a), a.title, int(steps[i]), *(number(float(curve[i])) for curve in curves)))
+            rows.append((a.images, a.title, int(steps[i]), *(number(float(curve[i])) for curve in curves)))
     note = "Skill: 1 is the true counterfactual, 0 no edit. Leakage: share of the squared change outside the mask."
     columns = ("Images", "Attribute", "Swap step", "Skill", "Leakage", "Retrieval", "Flip rate", "Oracle")
     return Table("Swaps against the true counterfactual, per swap step", columns, tuple(rows), note)
@@ -222,10 +220,6 @@ def write_tables(results: Results, out: Path) -> list[Path]:
 
 
 # ---- parts of rows and notes -----------------------------------------------------------------------
-
-
-def _class(a: Attribute) -> str:
-    return a.diagnosis or a.data_set
 
 
 def _method(report: object, ours: object) -> list[Cell]:
