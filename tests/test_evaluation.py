@@ -143,7 +143,7 @@ def test_inversion_under_the_neutral_prompt_is_retraced_whatever_the_guidance(in
     latents = sd.encode_image(image)
     errors = {}
     for guidance in (1.0, 5.0):
-        plan = truth.retraceable(plan_of(cell, (0,), guidance=guidance, steps=20), (5,))
+        plan = truth.retraceable(plan_of(cell, (0,), steps=20), (5,), guidance)
         x_T = truth.invert(sd, plan, latents)
         back = sample(sd, plan, prompt_tree(sd, plan), [0], 8, x_T=x_T).latents["neutral"]
         errors[guidance] = float((back - latents).norm() / latents.norm())

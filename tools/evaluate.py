@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     phantoms.add_argument("--truth-seeds", type=int, help="rendered patients (default: as many as --seeds)")
     phantoms.add_argument("--truth-swap-steps", default="5,10,15,25,35", help="of those (default %(default)s)")
+    phantoms.add_argument("--truth-guidance", type=float, default=1.0, help="of those (default %(default)s)")
     phantoms.add_argument("--max-batch", type=int, help="most latents in one U-Net call, to bound memory")
     options.add_model(parser)
 
@@ -133,6 +134,7 @@ def phantom_tasks(args: argparse.Namespace, averaged: tuple[int, ...]) -> list[T
             baseline_seeds=min(args.baseline_seeds, len(seeds)),
             truth_seeds=len(seeds) if args.truth_seeds is None else args.truth_seeds,
             truth_swap_steps=parse_integers(args.truth_swap_steps, "--truth-swap-steps"),
+            truth_guidance=args.truth_guidance,
         )
         for name in dict.fromkeys(names)
     ]

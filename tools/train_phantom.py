@@ -41,7 +41,7 @@ UNET_BATCH = 32
 # Hair comes out ink-like after the first U-Net stage alone: two more, on batches that hold more of it.
 REFINEMENTS = (
     (Recipe(steps=2400, lr=5e-4, ema_decay=0.998), {"chest": 8, "skin": 12, "hair": 12}),
-    (Recipe(steps=1600, lr=4e-4, ema_decay=0.998), {"chest": 4, "skin": 8, "hair": 20}),
+    (Recipe(steps=1400, lr=6e-4, ema_decay=0.998), {"chest": 6, "skin": 26}),
 )
 CAPTION_DROPOUT = 0.1
 

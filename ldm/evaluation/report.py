@@ -52,7 +52,11 @@ def assemble(
             for key, value in settings_of(first, tasks[0].plan).items()
             if key in ("steps", "guidance", "negative", "eta", "swap_steps", "indexing", "latent_size")
         }
-        | {"averaged": list(tasks[0].averaged), "interpolation_frames": [FRAMES[0], FRAMES[-1]]},
+        | {
+            "averaged": list(tasks[0].averaged),
+            "interpolation_frames": [FRAMES[0], FRAMES[-1]],
+            "truth_guidance": tasks[0].truth_guidance,
+        },
         "classifiers": {place.instruments.classifier_file.stem: _classifier(place) for place in places.values()},
         "datasets": dict(datasets),
         "cells": dict(cells),
@@ -124,7 +128,7 @@ def _domain(
     cell, instruments = task.cell, place.instruments
     patients = [pictures.generated_patient(instruments, cell, task.plan, of) for of in shown]
     if task.truth_seeds:
-        plan = truth.retraceable(task.plan, task.truth_swap_steps)
+        plan = task.truth_plan
         folder = place.folder(task, "truth", settings_of(instruments, plan) | truth.SETTINGS)
         for seed in range(min(count, task.truth_seeds)):
             decoded = pictures.decode(instruments, plan, seed, *_latents(folder, seed), 0)

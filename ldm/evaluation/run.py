@@ -45,6 +45,7 @@ class Task:
     baseline_seeds: int = 0  # so many of the plan's seeds
     truth_seeds: int = 0  # rendered patients 0 .. truth_seeds - 1
     truth_swap_steps: tuple[int, ...] = (5, 10, 15, 25, 35)
+    truth_guidance: float = 1.0
 
     def __post_init__(self) -> None:
         """Everything that can be wrong before a network is at hand."""
@@ -56,6 +57,11 @@ class Task:
             raise ValueError(f"truth seeds: {self.cell.name!r} is not a cell of phantoms, which alone have a truth")
         if missing := sorted(set(self.averaged) - set(self.truth_swap_steps)) if self.truth_seeds else []:
             raise ValueError(f"truth swap steps: expected {list(self.averaged)} among them, missing {missing}")
+
+    @property
+    def truth_plan(self) -> Traversal:
+        """How rendered patients are edited."""
+        return truth.retraceable(self.plan, self.truth_swap_steps, self.truth_guidance)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,8 +133,7 @@ def _baselines(
 
 def _truth(place: Workplace, task: Task, votes: summary.Votes) -> dict[str, Json]:
     """See `summary.summarise_truth`."""
-    instruments, cell = place.instruments, task.cell
-    plan = truth.retraceable(task.plan, task.truth_swap_steps)
+    instruments, cell, plan = place.instruments, task.cell, task.truth_plan
     folder = place.folder(task, "truth", settings_of(instruments, plan) | truth.SETTINGS)
     others = truth.gallery(cell, instruments.classifier.input_size)
     seeds = range(task.truth_seeds)

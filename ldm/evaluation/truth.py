@@ -66,9 +66,9 @@ def gallery(cell: Cell, size: int) -> Tensor:
     return as_images(np.stack(images))
 
 
-def retraceable(plan: Traversal, swap_steps: tuple[int, ...]) -> Traversal:
+def retraceable(plan: Traversal, swap_steps: tuple[int, ...], guidance: float) -> Traversal:
     """The same plan with the neutral prompt as the negative one, so that the neutral branch retraces an inversion."""
-    return replace(plan, negative=plan.neutral, eta=0.0, swap_steps=swap_steps)
+    return replace(plan, negative=plan.neutral, eta=0.0, swap_steps=swap_steps, guidance=guidance)
 
 
 def invert(sd: StableDiffusion, plan: Traversal, latents: Tensor, max_batch: int | None = None) -> Tensor:

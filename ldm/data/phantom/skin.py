@@ -34,6 +34,7 @@ ANATOMY = {
 }
 
 _PX = 1.0 / 128.0
+_STENCIL_LESION = {"radius": 0.20, "elongation": 1.2, "axis": 0.0, "room": 0.40}  # 0.40: what every lesion leaves
 _TEMPLATE = 3  # tied mode: the seed of the irregularities that all images share; chosen by eye
 _TONES = np.array(  # Fitzpatrick I .. VI
     [
@@ -70,6 +71,18 @@ class Scene:
             return low + (high - low) * (self.unit[fact] if self.tied else float(rng.random()))
 
         return rng, pick
+
+    def laid_over(self, part: str) -> tuple[np.random.Generator, Callable[[float, float], float], Mapping[str, float]]:
+        """How a thing on the skin lies: its irregularities, pick(low, high) for its main parameters, and the lesion
+        that it keeps clear of.
+
+        Tied: one stencil for all images, which moves with the lesion's centre if it lies around the lesion.
+        Free: all is drawn from the seed's own stream for that part, and the lesion is the one that is there.
+        """
+        rng = stream(_TEMPLATE if self.tied else self.seed, part)
+        if not self.tied:
+            return rng, lambda low, high: float(rng.uniform(low, high)), self.anatomy
+        return rng, lambda low, high: (low + high) / 2, {**self.anatomy, **_STENCIL_LESION}
 
 
 def render(seed: int, attributes: Mapping[str, bool], size: int = 128, tied: bool = True) -> Phantom:
@@ -219,7 +232,8 @@ def _beside(anatomy: Mapping[str, float], angle: float, fraction: float, margin:
     inner = 1.15 * anatomy["radius"] / math.hypot(math.cos(turn) / stretch, math.sin(turn) * stretch)
     room_x = ((1 - margin if c > 0 else margin) - anatomy["x"]) / (c if abs(c) > 1e-6 else 1e-6)
     room_y = ((1 - margin if s > 0 else margin) - anatomy["y"]) / (s if abs(s) > 1e-6 else 1e-6)
-    length = inner + fraction * (min(room_x, room_y) - inner)
+    room = anatomy["room"] - margin if "room" in anatomy else min(room_x, room_y)
+    length = inner + fraction * (room - inner)
     return anatomy["x"] + length * c, anatomy["y"] + length * s
 
 
@@ -227,31 +241,31 @@ def _beside(anatomy: Mapping[str, float], angle: float, fraction: float, margin:
 
 
 def _ink(image: Image, scene: Scene) -> tuple[Image, Mask]:
-    """Violet dashes of a surgical marker around the lesion, at fixed angles from its axis."""
+    """Violet dashes of a surgical marker around the lesion."""
     size, anatomy = scene.size, scene.anatomy
-    rng, pick = scene.placement("ink")
-    count = 2 + min(2, int(pick(3.0, 0.0, "radius")))  # the smaller the lesion, the more room
-    first, half_width = pick(0.5, 0.9, "y"), pick(3.0, 3.8, "pigment") * _PX
+    rng, pick, lesion = scene.laid_over("ink")
+    count = 2 + int(pick(0.0, 3.0))
+    first, half_width = pick(0.5, 0.9), pick(3.0, 3.8) * _PX
     alpha = np.zeros((size, size), dtype=np.float32)
     for k in range(count):
-        angle = anatomy["axis"] + first + 2 * np.pi * k / count + rng.uniform(-0.15, 0.15)
+        angle = lesion["axis"] + first + 2 * np.pi * k / count + rng.uniform(-0.15, 0.15)
         sweep, bow = rng.uniform(0.30, 0.42), rng.uniform(-0.1, 0.1)
-        ends = [_beside(anatomy, angle + side * sweep, 0.50 + bow * side, 5 * _PX) for side in (-1.0, -0.4, 0.4, 1.0)]
+        ends = [_beside(lesion, angle + side * sweep, 0.50 + bow * side, 5 * _PX) for side in (-1.0, -0.4, 0.4, 1.0)]
         distance = polyline_distance(size, curve(np.array(ends), points=7), half_width + 2 * _PX)
         alpha = np.maximum(alpha, coverage(distance - half_width, 2.5 * _PX))
     uneven = 0.84 + 0.10 * np.clip(texture(rng, size, 11), -2.4, 1.4)
-    hue = pick(0.0, 1.0, "redness")
+    hue = pick(0.0, 1.0)
     colour = np.array([0.22 + 0.14 * hue, 0.13, 0.52 + 0.14 * anatomy["tone"]], dtype=np.float32)
     return over(image, colour, (alpha * uneven).astype(np.float32)), alpha > 0
 
 
 def _hair(image: Image, scene: Scene) -> tuple[Image, Mask]:
-    """Curved, tapered hairs that lie across the lesion's axis."""
+    """Curved, tapered hairs across the image, combed one way."""
     size, anatomy = scene.size, scene.anatomy
-    rng, pick = scene.placement("hair")
-    angle = anatomy["axis"] + 1.2 if scene.tied else rng.uniform(0.0, np.pi)
-    spacing = pick(0.15, 0.21, "radius")
-    bend, shift = pick(-0.5, 0.5, "x"), pick(-0.3, 0.3, "y")
+    rng, pick, _ = scene.laid_over("hair")
+    angle = pick(0.0, 2 * np.pi / 3)
+    spacing = pick(0.15, 0.21)
+    bend, shift = pick(-0.5, 0.5), pick(-0.3, 0.3)
     x, y = grid(size)
     c, s = math.cos(angle), math.sin(angle)
     p = c * (x - 0.5) + s * (y - 0.5)  # along the hairs
@@ -276,11 +290,11 @@ def _hair(image: Image, scene: Scene) -> tuple[Image, Mask]:
 
 def _gel_bubbles(image: Image, scene: Scene) -> tuple[Image, Mask]:
     """Air bubbles in the immersion gel: bright rings with a glint, lit from the upper left, partly transparent."""
-    size, anatomy = scene.size, scene.anatomy
-    rng, pick = scene.placement("gel_bubble")
-    count = 4 + min(4, int(pick(5.0, 0.0, "radius")))
-    first = anatomy["axis"] + pick(-0.4, 0.4, "x")
-    scale = pick(0.85, 1.15, "elongation")
+    size = scene.size
+    rng, pick, lesion = scene.laid_over("gel_bubble")
+    count = 4 + int(pick(0.0, 5.0))
+    first = lesion["axis"] + pick(-0.4, 0.4)
+    scale = pick(0.85, 1.15)
     stroke, edge = 3.4 * _PX, 2.0 * _PX
     dark, bright = np.array([0.20, 0.13, 0.10], dtype=np.float32), np.array([1.0, 0.99, 0.97], dtype=np.float32)
     x, y = grid(size)
@@ -288,7 +302,7 @@ def _gel_bubbles(image: Image, scene: Scene) -> tuple[Image, Mask]:
     for k in range(count):
         radius = min(max(scale * rng.uniform(6.5, 11.0), 6.0), 12.0) * _PX
         angle, fraction = first + 2 * np.pi * (k + rng.uniform(-0.25, 0.25)) / count, rng.uniform(0.25, 0.9)
-        cx, cy = _beside(anatomy, angle, fraction, radius + 3 * _PX)
+        cx, cy = _beside(lesion, angle, fraction, radius + 3 * _PX)
         rows, columns = _window(cy, radius + stroke, size), _window(cx, radius + stroke, size)
         dx, dy = x[rows, columns] - cx, y[rows, columns] - cy
         r = np.hypot(dx, dy)
@@ -311,13 +325,12 @@ def _window(centre: float, reach: float, size: int) -> slice:
 
 
 def _ruler(image: Image, scene: Scene) -> tuple[Image, Mask]:
-    """Ticks along the side that is farthest from the lesion, every fifth one long; white on dark skin."""
+    """Ticks along one side, every fifth one long; white on dark skin."""
     size, anatomy = scene.size, scene.anatomy
-    rng, pick = scene.placement("ruler")
-    room = {"left": anatomy["x"], "right": 1 - anatomy["x"], "top": anatomy["y"], "bottom": 1 - anatomy["y"]}
-    side = max(room, key=lambda name: room[name]) if scene.tied else list(room)[rng.integers(4)]
-    spacing, tilt = pick(9.5, 12.5, "radius") * _PX, pick(-0.06, 0.06, "axis")
-    phase, baseline = pick(0.0, 5.0, "x"), pick(0.0, 1.0, "elongation") > 0.5
+    rng, pick, _ = scene.laid_over("ruler")
+    side = "bottom" if scene.tied else ("left", "right", "top", "bottom")[rng.integers(4)]
+    spacing, tilt = pick(9.5, 12.5) * _PX, pick(-0.06, 0.06)
+    phase, baseline = pick(0.0, 5.0), pick(0.0, 1.0) >= 0.5
     x, y = grid(size)
     along, depth = (y, x) if side in ("left", "right") else (x, y)
     depth = depth if side in ("left", "top") else 1.0 - depth
