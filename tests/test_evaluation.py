@@ -207,6 +207,15 @@ def test_a_task_that_cannot_be_done_is_refused_at_once(options, complaint):
         Task(**({"cell": CHEST, "plan": plan_of(CHEST), "averaged": (1, 2), "truth_swap_steps": (1, 2)} | options))
 
 
+def test_a_class_that_is_swapped_is_an_attribute_like_any(instruments):
+    skin = replace(instruments, classifier=replace(instruments.classifier, attributes=("melanoma", "hair")))
+    assert skin.heads(("hair", "melanoma"), "melanoma") == ("melanoma", "hair")
+    arguments = Votes(("melanoma", "hair"), ("melanoma", "hair"), ("hair",)).arguments(
+        np.ones((1, 2)), np.ones((1, 1, 1, 2))
+    )
+    assert arguments["decision_neutral"] is None
+
+
 def test_the_class_is_a_decision_and_no_rival():
     heads = ("melanoma", "hair", "ink")
     votes = Votes(heads, ("hair", "ink"), ("hair",))

@@ -4,6 +4,7 @@ Letters: B images, K heads, C H W of a latent.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ldm import checkpoint
 from ldm.classifier import Classifier, nearest
 from ldm.metrics import perceptual
 from ldm.pipeline import StableDiffusion, to_uint8
@@ -27,10 +29,16 @@ class Instruments:
     classifier_file: Path
     lpips: perceptual.Lpips | perceptual.Unavailable = field(repr=False)
 
-    @property
-    def lpips_name(self) -> str | None:
-        """Which LPIPS; None where there is none."""
-        return None if isinstance(self.lpips, perceptual.Unavailable) else self.lpips.net
+    @cached_property  # a checkpoint is gigabytes to hash
+    def fingerprint(self) -> dict[str, str | None]:
+        """Everything here that a measurement depends on."""
+        return {
+            "weights_sha256": self.sd.weights_sha256(),
+            "weight_set": self.sd.weight_set,
+            "dtype": str(self.sd.dtype).removeprefix("torch."),
+            "classifier_sha256": checkpoint.sha256(self.classifier_file),
+            "lpips": None if isinstance(self.lpips, perceptual.Unavailable) else self.lpips.net,
+        }
 
     def check_size(self, shape: tuple[int, int, int]) -> None:
         """ValueError where latents (C, H, W) give images of a size that the classifier was not trained on."""
@@ -66,11 +74,11 @@ class Instruments:
         return torch.cat([self.lpips(piece, near).double() for piece in as_images(pixels).split(16)])
 
     def heads(self, attributes: tuple[str, ...], classes: str) -> tuple[str, ...]:
-        """The heads that compete in the CFRT, all but the class's, seen to hold every attribute.
+        """The heads that compete in the CFRT, seen to hold every attribute: all but the class's, unless it is swapped.
 
         Raises:  ValueError: an attribute that the classifier does not know, or fewer than two heads.
         """
-        heads = tuple(name for name in self.classifier.attributes if name != classes)
+        heads = tuple(name for name in self.classifier.attributes if name != classes or classes in attributes)
         for name in attributes:
             if name not in heads:
                 raise ValueError(

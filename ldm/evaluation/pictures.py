@@ -166,58 +166,55 @@ def domain(
 
 
 def generated_patient(instruments: Instruments, cell: Cell, plan: Traversal, shown: Shown) -> explorer.Patient:
-    """A patient that the model drew, with its curves."""
-    last = shown.curve.shape[1] - 1
-    labels = ["neutral", *(f"u = {i / last:.2f}" for i in range(1, last + 1))]
-    trajectories = tuple(
-        explorer.Trajectory(
-            attribute=name,
-            title=cell.title_of(name),
-            prompt=plan.styles[name],
-            frames=frames(instruments, images, labels, "curve"),
-            truth=None,
-            swap_steps=plan.swap_steps,
-            cosines=shown.cosines[a],
-        )
-        for a, (name, images) in enumerate(zip(plan.styles, shown.curve, strict=True))
-    )
-    return explorer.Patient(shown.seed, "generated", f"seed {shown.seed}", trajectories)
+    """A patient that the model drew, with the swaps and the curve of every attribute."""
+    trajectories = [
+        _trajectory(instruments, cell, plan, shown, a, curve_strip(shown, a)[1:], None) for a in range(len(plan.styles))
+    ]
+    return explorer.Patient(shown.seed, "generated", f"seed {shown.seed}", tuple(trajectories))
 
 
 def rendered_patient(instruments: Instruments, cell: Cell, plan: Traversal, shown: Shown) -> explorer.Patient:
     """A rendered phantom that was inverted and edited, with the true counterfactuals."""
     truths = Patient.of(cell, shown.seed, len(shown.neutral)).counterfactuals
-    trajectories = []
-    for a, (name, truth) in enumerate(zip(plan.styles, truths, strict=True)):
-        labels, images = zip(*swap_strip(shown, plan, a), strict=True)
-        trajectories.append(
-            explorer.Trajectory(
-                attribute=name,
-                title=cell.title_of(name),
-                prompt=plan.styles[name],
-                frames=frames(instruments, np.stack(images), labels, "swap"),
-                truth=truth.to_uint8(),
-                swap_steps=plan.swap_steps,
-                cosines=shown.cosines[a],
-            )
-        )
+    trajectories = [
+        _trajectory(instruments, cell, plan, shown, a, [], truth.to_uint8()) for a, truth in enumerate(truths)
+    ]
     return explorer.Patient(shown.seed, "rendered", f"rendered patient {shown.seed}", tuple(trajectories))
 
 
-def frames(instruments: Instruments, images: Pixels, labels: Sequence[str], kind: Any) -> tuple[explorer.Frame, ...]:
-    """Images (n, h, w, 3) of a trajectory, neutral first, with what the instruments read off them."""
+def _trajectory(
+    instruments: Instruments,
+    cell: Cell,
+    plan: Traversal,
+    shown: Shown,
+    a: int,
+    curve: Sequence[tuple[str, Pixels]],
+    truth: Pixels | None,
+) -> explorer.Trajectory:
+    """One attribute: the neutral image, the swaps, and the points of the curve after the first."""
+    name = tuple(plan.styles)[a]
+    (_, neutral), *swaps = swap_strip(shown, plan, a)
+    tiles = [("neutral", "neutral", 0.0, neutral)]
+    tiles += [(label, "swap", i / len(swaps), image) for i, (label, image) in enumerate(swaps, start=1)]
+    tiles += [(label, "curve", i / len(curve), image) for i, (label, image) in enumerate(curve, start=1)]
+    return explorer.Trajectory(
+        attribute=name,
+        title=cell.title_of(name),
+        prompt=plan.styles[name],
+        frames=_frames(instruments, sorted(tiles, key=lambda tile: tile[2])),
+        truth=truth,
+        swap_steps=plan.swap_steps,
+        cosines=shown.cosines[a],
+    )
+
+
+def _frames(instruments: Instruments, tiles: Sequence[tuple[str, Any, float, Pixels]]) -> tuple[explorer.Frame, ...]:
+    """(label, kind, position, image) with what the instruments read off the images; the first is neutral."""
+    images = np.stack([image for *_, image in tiles])
     probabilities = instruments.probabilities(images).tolist()
     ssim = instruments.ssim(images, images[0]).tolist()
-    lpips = [None if np.isnan(value) else value for value in instruments.lpips_to(images, images[0]).tolist()]
+    lpips = instruments.lpips_to(images, images[0]).tolist()
     return tuple(
-        explorer.Frame(
-            label=label,
-            kind="neutral" if i == 0 else kind,
-            position=i / (len(images) - 1),
-            image=images[i],
-            probabilities=tuple(probabilities[i]),
-            lpips=lpips[i],
-            ssim=ssim[i],
-        )
-        for i, label in enumerate(labels)
+        explorer.Frame(label, kind, position, image, tuple(p), None if np.isnan(d) else d, similarity)
+        for (label, kind, position, image), p, d, similarity in zip(tiles, probabilities, lpips, ssim, strict=True)
     )

@@ -41,8 +41,7 @@ def assemble(
     return {
         "command": command,
         "model": {
-            "weights_sha256": first.sd.weights_sha256(),
-            "dtype": str(first.sd.dtype).removeprefix("torch."),
+            **first.fingerprint,
             "device": str(first.sd.device),
             "torch": torch.__version__,
             "python": platform.python_version(),

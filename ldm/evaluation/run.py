@@ -1,7 +1,7 @@
 """The evaluation from seeds to metrics.json, continued where it was cut off.
 
     OUT/seeds/<cell>/trajectories/seed0000.safetensors    latents, probabilities, distances of every seed
-    OUT/seeds/<cell>/baselines/..., truth/...             the same for baselines and rendered patients
+    OUT/seeds/<cell>/baselines_of_<n>/..., truth/...      the same for baselines and rendered patients
     OUT/metrics.json                                      what they say together
 
 One seed is in memory at a time, whatever their number.
@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm import checkpoint
 from ldm.evaluation import baselines, summary, truth
 from ldm.evaluation.cells import CLASS_HEAD, Cell
 from ldm.evaluation.instruments import Instruments
@@ -111,7 +110,8 @@ def _baselines(
     instruments, plan = place.instruments, task.plan
     seeds = plan.seeds[: task.baseline_seeds]
     settings = settings_of(instruments, plan) | {"averaged": list(task.averaged), "of_seeds": list(plan.seeds)}
-    folder = place.folder(task, "baselines", settings)
+    # The linear direction is a mean over all seeds: with more of them it is another baseline.
+    folder = place.folder(task, f"baselines_of_{len(plan.seeds)}", settings)
 
     def latents(seed: int) -> tuple[Tensor, Tensor]:
         read = trajectories.read(seed, ["latents.neutral", "latents.swaps"])
@@ -151,11 +151,7 @@ def settings_of(instruments: Instruments, plan: Traversal) -> Json:
     """Everything that one seed's numbers depend on."""
     settings = {
         **asdict(plan),
-        "weights_sha256": instruments.sd.weights_sha256(),
-        "weight_set": instruments.sd.weight_set,
-        "dtype": str(instruments.sd.dtype).removeprefix("torch."),
-        "classifier_sha256": checkpoint.sha256(instruments.classifier_file),
-        "lpips": instruments.lpips_name,
+        **instruments.fingerprint,
         "latent_size": list(latent_shape(instruments.sd, plan)[1:]),
         "frames": [FRAMES[0], FRAMES[-1]],
     }

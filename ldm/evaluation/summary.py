@@ -26,7 +26,8 @@ class Votes:
     def __init__(self, classifier_heads: Sequence[str], heads: Sequence[str], attributes: Sequence[str]) -> None:
         self.heads, self.attributes = tuple(heads), tuple(attributes)
         self.columns = [list(classifier_heads).index(name) for name in heads]
-        self.decides = list(classifier_heads).index(CLASS_HEAD) if CLASS_HEAD in classifier_heads else None
+        decides = CLASS_HEAD in classifier_heads and CLASS_HEAD not in heads
+        self.decides = list(classifier_heads).index(CLASS_HEAD) if decides else None
 
     def arguments(self, neutral: NDArray[np.float64], edited: NDArray[np.float64]) -> Json:
         """What `cfrt` and `successes` take, from (n, K) and (n, A, S, K)."""
