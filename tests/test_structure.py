@@ -48,7 +48,7 @@ MAY_IMPORT = {
     },
     "ldm.train": {
         *("ldm.config", "ldm.tokenizer", "ldm.clip", "ldm.vae", "ldm.unet", "ldm.checkpoint", "ldm.schedule"),
-        *("ldm.data", "ldm.classifier"),
+        *("ldm.data", "ldm.classifier", "ldm.blocks"),
     },
     "ldm.experiment": {
         *("ldm.pipeline", "ldm.conditioning", "ldm.guidance", "ldm.samplers", "ldm.inversion", "ldm.trajectory"),

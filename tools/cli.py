@@ -11,6 +11,7 @@ COMMANDS = {
     "generate": ("tools.generate", "images from prompts"),
     "traverse": ("tools.traverse", "trajectories: one noise, a neutral prompt, styles swapped in at many steps"),
     "data": ("tools.data", "describe a CheXpert or ISIC 2019 folder: labels, captions, splits, traps"),
+    "finetune": ("tools.finetune", "teach the U-Net CheXpert, ISIC 2019 or phantoms from images and captions"),
     "classify": ("tools.classify", "train or evaluate the attribute classifiers"),
     "evaluate": (
         "tools.evaluate",

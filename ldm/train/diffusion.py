@@ -25,10 +25,34 @@ def diffusion_loss(unet: UNet, x_0: Tensor, context: Tensor, schedule: Schedule,
     spread = (torch.arange(batch) / batch + torch.rand((), generator=generator)) % 1.0
     t = (spread * count).long().clamp(max=count - 1)
     eps = torch.randn(x_0.shape, generator=generator)
+    return F.mse_loss(predict_noise(unet, x_0, eps, t, context, schedule, bf16=True), eps)
+
+
+def predict_noise(
+    unet: UNet, x_0: Tensor, eps: Tensor, t: Tensor, context: Tensor, schedule: Schedule, *, bf16: bool
+) -> Tensor:
+    """What the network takes for the noise in x_t, which is x_0 with `eps` added.
+
+    Args:    x_0, eps: (B, 4, h, w).  t: (B,) int64.  context: (B, L, D).  bf16: run in mixed precision.
+    Returns: (B, 4, h, w) float32.
+    """
     x_t = schedule.add_noise(x_0, eps, t).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(x_t.device.type, torch.bfloat16):
+    with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16):
         predicted = unet(x_t, t, context)
-    return F.mse_loss(predicted.float(), eps)
+    return predicted.float()
+
+
+def min_snr_weights(schedule: Schedule, t: Tensor, gamma: float) -> Tensor:
+    """What each sample's loss counts, so that the easy task of heavy noise and the fine detail pull less apart.
+
+    w_t = min(SNR(t), gamma) / SNR(t),  SNR(t) = abar_t / (1 - abar_t)          [Hang et al. 2023, section 3.4]
+
+    Args:    t: (B,) int64.  gamma: 5 in the paper.
+    Returns: (B,) float32 in (0, 1], the weights for a network that predicts the noise.
+    """
+    abar = schedule.alphas_cumprod[t.cpu()]
+    snr = abar / (1 - abar)
+    return (snr.clamp(max=gamma) / snr).float().to(t.device)
 
 
 def drop_captions(captions: Tensor, empty: int, share: float, generator: torch.Generator) -> Tensor:

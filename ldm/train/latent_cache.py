@@ -1,0 +1,182 @@
+"""What the frozen autoencoder says of every image, computed once: posteriors on disk, mapped into memory.
+
+Images go into shards in the order of the data set. A shard's name is a hash of its images (path, size, time of the
+last change), of what they go through, and of the encoder's weights: a shard that is there is right, one that is
+missing is computed, and whatever changes asks for shards of other names. A run that was killed goes on with the next.
+
+Letters: N images, B of a batch, S the side of an image in pixels, h w the latent's height and width.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ldm.data import images
+from ldm.vae import AutoencoderKL
+
+SHARD = 256  # images; 32 MiB at 512 x 512 pixels
+BATCH = 4  # images in one call of the encoder
+
+
+class Interrupted(Exception):
+    """Someone asked the run to stop while it was still preparing; what is done stays done."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a file goes through before the encoder."""
+
+    size: int  # S
+    fit: str = "squash"  # as of `ldm.data.images.load_image`; the paper's
+    flip: bool = False  # also keep every image's mirror image: its posterior is not the mirrored posterior
+
+
+class Posteriors(Protocol):
+    """Where a batch's posteriors come from."""
+
+    def moments(self, rows: NDArray[np.int64], flipped: Sequence[bool]) -> Tensor:
+        """(B, 8, h, w) float32 on the CPU: mean and log-variance of the unscaled latents, one after the other."""
+
+
+class LatentCache:
+    """Posteriors on disk; shards are (up to SHARD, 1 or 2 with mirror images, 8, h, w) float32."""
+
+    def __init__(self, shards: Sequence[NDArray[np.float32]]) -> None:
+        self.shards = shards
+
+    def moments(self, rows: NDArray[np.int64], flipped: Sequence[bool]) -> Tensor:
+        """As of `Posteriors`."""
+        found = [self.shards[row // SHARD][row % SHARD, int(flip)] for row, flip in zip(rows, flipped, strict=True)]
+        return torch.from_numpy(np.stack(found))
+
+
+class Uncached:
+    """Decodes and encodes each batch anew, for data sets that do not fit on the disk."""
+
+    def __init__(
+        self, files: NDArray[np.str_], preprocessing: Preprocessing, vae: AutoencoderKL, workers: int = 1
+    ) -> None:
+        self.files, self.preprocessing, self.vae = files, preprocessing, vae
+        self.threads = ThreadPoolExecutor(max(1, workers))  # Pillow decodes without holding Python's lock
+
+    def moments(self, rows: NDArray[np.int64], flipped: Sequence[bool]) -> Tensor:
+        """As of `Posteriors`."""
+        size, fit = self.preprocessing.size, self.preprocessing.fit
+        pixels = self.threads.map(lambda row: images.load_image(str(self.files[row]), size, fit), rows)
+        turned = [mirror(image) if flip else image for image, flip in zip(pixels, flipped, strict=True)]
+        return encode(self.vae, turned)
+
+
+def build(
+    folder: Path,
+    files: NDArray[np.str_],
+    preprocessing: Preprocessing,
+    vae: AutoencoderKL,
+    workers: int = 1,
+    stop: Callable[[], bool] = lambda: False,
+) -> LatentCache:
+    """Compute the shards that are not there yet, and map all of them.
+
+    Args:    workers: processes that decode images; they do not change the result.
+             stop: asked between images whether to leave off.
+    Raises:  ValueError: when the disk cannot hold it, or a file cannot be decoded.  Interrupted: when told to stop.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    side = preprocessing.size // vae.config.downscale
+    each = (1 + preprocessing.flip, 2 * vae.config.latent_channels, side, side)
+    chunks = [files[start : start + SHARD] for start in range(0, len(files), SHARD)]
+    recipe = f"{preprocessing} {fingerprint(vae.encoder, vae.quant_conv)}"
+    paths = [folder / f"{_name(recipe, chunk)}.npy" for chunk in chunks]
+    missing = [i for i, path in enumerate(paths) if _mapped(path, (len(chunks[i]), *each)) is None]
+
+    todo = [str(file) for i in missing for file in chunks[i]]
+    require_space(folder, len(todo) * int(np.prod(each)) * 4, "latents", "choose another --cache, or --no-cache")
+    decoded = images.iterate(todo, preprocessing.size, preprocessing.fit, workers)
+    with tqdm(total=len(todo), desc="latents", unit="image", mininterval=5, disable=not todo) as bar:
+        for i in missing:
+            shard = np.empty((len(chunks[i]), *each), dtype=np.float32)
+            for start in range(0, len(shard), BATCH):
+                if stop():
+                    raise Interrupted
+                pixels = [image for _, image in islice(decoded, min(BATCH, len(shard) - start))]
+                shard[start : start + len(pixels), 0] = encode(vae, pixels)
+                if preprocessing.flip:
+                    shard[start : start + len(pixels), 1] = encode(vae, [mirror(image) for image in pixels])
+                bar.update(len(pixels))
+            _write(paths[i], shard)
+
+    shards = [_mapped(path, (len(chunk), *each)) for path, chunk in zip(paths, chunks, strict=True)]
+    return LatentCache([shard for shard in shards if shard is not None])
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pixels: Sequence[NDArray[np.uint8]]) -> Tensor:
+    """B times (S, S, 3) -> (B, 8, h, w) float32 on the CPU: mean and log-variance of the unscaled latents."""
+    weight = vae.quant_conv.weight
+    batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(weight.device, weight.dtype)
+    posterior = vae.encode(batch / 127.5 - 1)
+    return torch.cat([posterior.mean, posterior.logvar], dim=1).float().cpu()
+
+
+def mirror(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(S, S, 3), left and right exchanged."""
+    return pixels[:, ::-1]
+
+
+def fingerprint(*networks: nn.Module) -> str:
+    """A hash of the weights of some networks."""
+    digest = hashlib.sha256()
+    for network in networks:
+        for name, tensor in network.state_dict().items():
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def require_space(folder: Path, needed: int, what: str, instead: str) -> None:
+    """Raises ValueError when the disk has less room than a run will need: now, not after hours."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(f"{folder}: {what} need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; {instead}")
+
+
+def _name(recipe: str, files: NDArray[np.str_]) -> str:
+    digest = hashlib.sha256(recipe.encode())
+    for file in files:
+        found = os.stat(file)
+        digest.update(f"{file}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
+    """A shard; None where there is none that is whole."""
+    try:
+        shard = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return shard if shard.shape == shape and shard.dtype == np.float32 else None
+
+
+def _write(path: Path, shard: NDArray[np.float32]) -> None:
+    """Under a temporary name until it is on the disk."""
+    partial = path.with_suffix(".partial")
+    try:
+        with partial.open("wb") as file:
+            np.save(file, shard, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

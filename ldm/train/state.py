@@ -1,0 +1,230 @@
+"""A fine-tuning run's folder: checkpoints that any program reads, and beside each what going on needs. No pickle.
+
+OUT/step-00000020.safetensors        the model, in SD1.5's single-file layout
+OUT/step-00000020.state.safetensors  weights, AdamW's moments, moving average; in its metadata the step and the settings
+OUT/last.safetensors                 the newest checkpoint again (a link where the file system has links)
+OUT/log.jsonl                        a line a step
+
+A state is whole in itself: with the settings and the step it fixes all that follows, since every step draws its images
+and noise from (seed, step) alone. Each file is written under another name, forced onto the disk, then renamed; the
+state comes last, so that a state that is there has its checkpoint.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ldm.checkpoint import save
+from ldm.checkpoint.container import LazyTensor, write_tensors
+from ldm.checkpoint.loading import build
+from ldm.train.latent_cache import require_space
+from ldm.train.loop import Ema
+from ldm.unet import UNet
+
+log = logging.getLogger(__name__)
+
+LAST, LOG = "last.safetensors", "log.jsonl"
+STATE_NAME = re.compile(r"step-(\d+)\.state\.safetensors")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class RunFolder:
+    """OUT of one run.
+
+    Args:    frozen: "clip" and "vae", which every checkpoint holds unchanged.
+             settings: all that decides the weights at a step; a run is continued only with the same ones.
+             keep: how many of the newest checkpoints stay.
+    """
+
+    def __init__(
+        self, path: Path, frozen: Mapping[str, nn.Module], settings: Mapping[str, object], keep: int = 2
+    ) -> None:
+        self.path, self.frozen, self.keep = path, frozen, keep
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))  # as they read when they come back
+        path.mkdir(parents=True, exist_ok=True)
+        (path / LOG).open("a").close()  # may we write here?
+
+    def steps(self) -> list[int]:
+        """The steps that the run can go on from, oldest first."""
+        return sorted(int(match[1]) for file in self.path.iterdir() if (match := STATE_NAME.fullmatch(file.name)))
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the model after so many steps lies."""
+        return self.path / f"step-{step:08d}.safetensors"
+
+    def state(self, step: int) -> Path:
+        """What lies beside it to go on from."""
+        return self.path / f"step-{step:08d}.state.safetensors"
+
+    def check(self, resume: bool) -> None:
+        """Refuse, before any work, to overwrite a run, or to go on with another one than that which is there.
+
+        Raises:  ValueError: when there is a run and `resume` is False, or it has other settings or is damaged.
+        """
+        for leftover in self.path.glob("next.*"):
+            leftover.unlink()
+        if not (steps := self.steps()):
+            return
+        if not resume:
+            raise ValueError(
+                f"--out: {self.path} holds a run at step {steps[-1]}; --resume auto goes on with it, or choose another"
+            )
+        stored = self._metadata(steps[-1])["settings"]
+        names = sorted(name for name in {*stored, *self.settings} if stored.get(name) != self.settings.get(name))
+        if names:
+            changes = ", ".join(f"{name} (was {stored.get(name)}, is {self.settings.get(name)})" for name in names)
+            raise ValueError(
+                f"--resume: {self.path} holds a run with other settings: {changes}; give the same or another --out"
+            )
+
+    def require_space(self, unet: UNet, averaged: bool) -> None:
+        """Raises ValueError when the disk will not hold the checkpoints that are kept and one that is being written."""
+        trained = _bytes(unet)
+        one = trained + sum(_bytes(network) for network in self.frozen.values()) + (4 if averaged else 3) * trained
+        missing = max(1, self.keep + 1 - len(self.steps()))
+        require_space(self.path, missing * one, "checkpoints", "make room, lower --keep, or choose another --out")
+
+    def save(self, step: int, unet: UNet, optimiser: torch.optim.Optimizer, ema: Ema | None) -> Path:
+        """Write the checkpoint and the state after `step` steps; remove those that are too old. Returns LAST."""
+        self._put(self.checkpoint(step), lambda path: self._write_model(path, unet, ema))
+        metadata = {"step": str(step), "settings": json.dumps(self.settings, sort_keys=True)}
+        tensors = {name: LazyTensor.of(name, tensor) for name, tensor in _state(unet, optimiser, ema).items()}
+        self._put(self.state(step), lambda path: write_tensors(path, tensors, metadata))
+        self._point_last_to(step)
+        for old in self.steps()[: -self.keep]:
+            self.state(old).unlink()
+            self.checkpoint(old).unlink(missing_ok=True)
+        return self.path / LAST
+
+    def resume(self, unet: UNet, optimiser: torch.optim.Optimizer, ema: Ema | None) -> int:
+        """Put the newest state back, where there is one. Returns the steps done."""
+        if not (steps := self.steps()):
+            return 0
+        step = steps[-1]
+        with safe_open(self.state(step), framework="pt") as file, torch.no_grad():
+            for name, p in unet.named_parameters():
+                p.copy_(file.get_tensor(f"model.{name}"))
+                # Copied into memory of torch's own: sums may round differently where a file happens to be mapped
+                moments = {key: torch.empty_like(p).copy_(file.get_tensor(f"{key}.{name}")) for key in MOMENTS}
+                optimiser.state[p] = {"step": torch.tensor(float(step)), **moments}
+                if ema is not None:
+                    ema.values[name].copy_(file.get_tensor(f"ema.{name}"))
+        self._point_last_to(step)
+        log.info("%s: going on from step %d", self.path, step)
+        return step
+
+    def _metadata(self, step: int) -> dict[str, Any]:
+        try:
+            with safe_open(self.state(step), framework="pt") as file:
+                return {"settings": json.loads(file.metadata()["settings"])}
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.state(step)}: damaged ({error}); remove it to go on from the one before"
+            ) from error
+
+    def _write_model(self, path: Path, unet: UNet, ema: Ema | None) -> None:
+        """The moving average is the model where one is kept."""
+        network: nn.Module = unet
+        if ema is not None:
+            network = build(unet.config)
+            network.load_state_dict(ema.values, assign=True)
+        save(path, {**self.frozen, "unet": network})
+
+    def _put(self, path: Path, write: Callable[[Path], object]) -> None:
+        """Write under another name, force onto the disk, rename."""
+        following = self.path / f"next.{path.name}"
+        try:
+            following.unlink(missing_ok=True)
+            write(following)
+            _sync(following)
+            following.replace(path)
+            _sync(self.path)
+        finally:
+            following.unlink(missing_ok=True)
+
+    def _point_last_to(self, step: int) -> None:
+        def link(path: Path) -> None:
+            try:
+                os.link(self.checkpoint(step), path)
+            except OSError:  # a file system without links
+                shutil.copyfile(self.checkpoint(step), path)
+
+        self._put(self.path / LAST, link)
+
+    # --- the log ---
+
+    def forget_after(self, step: int) -> None:
+        """Remove from the log the steps that a killed run did after its last checkpoint: they will be done again."""
+        lines = (self.path / LOG).read_text().splitlines()
+        kept = [line for line in lines if _step_of(line) <= step]
+        self._put(self.path / LOG, lambda path: path.write_text("".join(f"{line}\n" for line in kept)))
+
+    def note(self, row: Mapping[str, object]) -> None:
+        """Append a line to the log."""
+        with (self.path / LOG).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _state(unet: UNet, optimiser: torch.optim.Optimizer, ema: Ema | None) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, p in unet.named_parameters():
+        tensors[f"model.{name}"] = p
+        tensors |= {f"{key}.{name}": optimiser.state[p][key] for key in MOMENTS}
+        if ema is not None:
+            tensors[f"ema.{name}"] = ema.values[name]
+    return tensors
+
+
+def _bytes(network: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in network.state_dict().values())
+
+
+def _step_of(line: str) -> float:
+    """A log line's step; infinite for a line that was cut short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _sync(path: Path) -> None:
+    """Until this returns, a file or a folder's list of files may exist in memory only."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """While open, SIGTERM and SIGINT ask to stop at the next good moment; the second one stops at once.
+
+    Yields:  whether someone asked.
+    """
+    asked: list[int] = []
+    former: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        signal.signal(number, former[number])
+
+    for number in former:
+        signal.signal(number, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

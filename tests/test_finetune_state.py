@@ -1,0 +1,178 @@
+"""A run's folder: what is there is whole, whenever the process dies."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_checkpoints import TINY, part
+from torch import nn
+
+import ldm
+from ldm.checkpoint.loading import build
+from ldm.train import state
+from ldm.train.loop import Ema
+from ldm.train.state import LAST, LOG, RunFolder, stop_on_signals
+from ldm.unet import UNet
+
+SETTINGS = {"lr": 1e-5, "betas": (0.9, 0.999), "data": "abc"}
+
+
+def network(name: str, seed: int = 0) -> nn.Module:
+    """A tiny network whose weights may be written into."""
+    built = build({"clip": TINY.clip, "vae": TINY.vae, "unet": TINY.unet}[name])
+    built.load_state_dict({key: tensor.clone() for key, tensor in part(name, seed).items()}, assign=True)
+    return built
+
+
+FROZEN = {"clip": network("clip"), "vae": network("vae")}
+
+
+def run_folder(path: Path, keep: int = 2, **changed: object) -> RunFolder:
+    return RunFolder(path, FROZEN, {**SETTINGS, **changed}, keep)
+
+
+def trained(seed: int = 0) -> tuple[UNet, torch.optim.AdamW, Ema]:
+    """A network after one step of AdamW, with made-up gradients, and its moving average."""
+    unet = network("unet", seed)
+    optimiser = torch.optim.AdamW(unet.parameters(), lr=0.1)
+    ema = Ema(unet, 0.9)
+    generator = torch.Generator().manual_seed(seed)
+    for p in unet.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+    optimiser.step()
+    ema.update(unet, 0)
+    return unet, optimiser, ema
+
+
+def contents(unet: UNet, optimiser: torch.optim.Optimizer, ema: Ema | None) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in state._state(unet, optimiser, ema).items()}
+
+
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
+    saved = trained()
+    run_folder(tmp_path).save(1, *saved)
+    other = trained(seed=1)
+    assert run_folder(tmp_path).resume(*other) == 1
+    before, after = contents(*saved), contents(*other)
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert {float(optimiser_state["step"]) for optimiser_state in other[1].state.values()} == {1.0}
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_the_newest_checkpoint_is_a_model(tmp_path, averaged):
+    unet, optimiser, ema = trained()
+    path = run_folder(tmp_path).save(1, unet, optimiser, ema if averaged else None)
+    assert path == tmp_path / LAST
+    loaded = ldm.load(path)
+    wanted = ema.values if averaged else unet.state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in loaded.unet.state_dict().items())
+    assert all(torch.equal(t, FROZEN["vae"].state_dict()[name]) for name, t in loaded.vae.state_dict().items())
+
+
+def test_the_newest_few_are_kept(tmp_path):
+    folder, run = run_folder(tmp_path, keep=2), trained()
+    for step in (5, 10, 15):
+        folder.save(step, *run)
+    assert folder.steps() == [10, 15]
+    names = {path.name for path in tmp_path.glob("*.safetensors")}
+    kept = {f"step-000000{step}{kind}.safetensors" for step in (10, 15) for kind in ("", ".state")}
+    assert names == {*kept, LAST}
+
+
+@pytest.mark.parametrize("fatal", range(6))
+def test_whenever_saving_dies_the_run_goes_on(tmp_path, monkeypatch, fatal):
+    """Saving forces six times onto the disk: three files, and after each the folder. It dies at one of these."""
+    folder = run_folder(tmp_path)
+    first = trained()
+    folder.save(1, *first)
+    calls = iter(range(100))
+    sync = state._sync
+
+    def dies(path: Path) -> None:
+        if next(calls) == fatal:
+            raise KeyboardInterrupt
+        sync(path)
+
+    monkeypatch.setattr(state, "_sync", dies)
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: None)  # a killed process cleans nothing up
+    second = trained(seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        folder.save(2, *second)
+    monkeypatch.undo()
+
+    again = run_folder(tmp_path)
+    again.check(resume=True)
+    assert list(tmp_path.glob("next.*")) == []
+    found = trained(seed=2)
+    step = again.resume(*found)
+    assert step == (1 if fatal < 3 else 2)
+    wanted = contents(*(first if step == 1 else second))
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in contents(*found).items())
+    last = ldm.load(tmp_path / LAST).unet.state_dict()
+    average = (first if step == 1 else second)[2].values
+    assert all(torch.equal(tensor, average[name]) for name, tensor in last.items())
+
+
+def test_an_empty_folder_is_a_run_at_its_start(tmp_path):
+    folder = run_folder(tmp_path / "new")
+    folder.check(resume=True)
+    assert folder.resume(*trained()) == 0
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    run_folder(tmp_path).save(7, *trained())
+    with pytest.raises(ValueError, match=r"holds a run at step 7; --resume auto"):
+        run_folder(tmp_path).check(resume=False)
+    run_folder(tmp_path).check(resume=True)
+
+
+def test_a_run_with_other_settings_is_not_continued(tmp_path):
+    run_folder(tmp_path).save(7, *trained())
+    with pytest.raises(ValueError, match=r"data \(was abc, is xyz\), lr \(was 1e-05, is 0\.1\)"):
+        run_folder(tmp_path, lr=0.1, data="xyz").check(resume=True)
+
+
+def test_a_damaged_state_is_named(tmp_path):
+    folder = run_folder(tmp_path)
+    folder.save(7, *trained())
+    os.truncate(folder.state(7), 1000)
+    with pytest.raises(ValueError, match=r"step-00000007\.state\.safetensors: damaged"):
+        folder.check(resume=True)
+
+
+def test_a_disk_too_small_is_found_out_first(tmp_path, monkeypatch):
+    folder, unet = run_folder(tmp_path, keep=2), network("unet")
+    one = sum(t.nbytes for n in (*FROZEN.values(), unet, unet, unet, unet) for t in n.state_dict().values())
+
+    class Usage:
+        free = 3 * one
+
+    monkeypatch.setattr(state.shutil, "disk_usage", lambda path: Usage)
+    folder.require_space(unet, averaged=False)
+    with pytest.raises(ValueError, match=r"checkpoints need .* GB, .* GB are free; make room, lower --keep"):
+        folder.require_space(unet, averaged=True)
+
+
+def test_the_log_forgets_what_will_be_done_again(tmp_path):
+    folder = run_folder(tmp_path)
+    for step in (1, 2, 3):
+        folder.note({"step": step})
+    with (tmp_path / LOG).open("a") as file:
+        file.write('{"step": 4, "lo')  # the process died while it wrote
+    folder.forget_after(2)
+    assert [json.loads(line)["step"] for line in (tmp_path / LOG).read_text().splitlines()] == [1, 2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_asks_once(number):
+    former = signal.getsignal(number)
+    with stop_on_signals() as stop:
+        assert not stop()
+        os.kill(os.getpid(), number)
+        assert stop()
+        assert signal.getsignal(number) == former  # the second one acts at once
+    assert signal.getsignal(number) == former

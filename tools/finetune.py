@@ -1,0 +1,213 @@
+"""`ldm finetune`: teach the U-Net a data set, from its images and captions. [paper, stage one]
+
+ldm finetune --weights v1-5-pruned-emaonly.safetensors --data CheXpert-v1.0-small --out runs/chest
+"""
+
+import argparse
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from ldm.data import captions, folders, images
+from ldm.data.labelled import LabelledImages
+from ldm.pipeline import StableDiffusion
+from ldm.train import finetune
+from ldm.train.finetune import FineTuning, Material
+from ldm.train.latent_cache import Interrupted, Posteriors, Preprocessing, Uncached, build, fingerprint
+from ldm.train.state import LAST, RunFolder, stop_on_signals
+from tools.data import chosen_split
+from tools.options import add_model, latent_size, load_model
+
+log = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command to `parser`."""
+    parser.description = (
+        "Fine-tune the U-Net on a CheXpert or ISIC 2019 folder; text encoder and autoencoder stay as they are. What is "
+        f"not given is as the paper's authors had it. The newest checkpoint is OUT/{LAST}, a whole model."
+    )
+    add_model(parser)
+    parser.set_defaults(dtype="float32")  # what the weights are kept in; --bf16 is about the arithmetic
+    parser.add_argument("--data", type=Path, required=True, help="CheXpert, ISIC 2019, or phantoms in their formats")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and log.jsonl")
+    parser.add_argument("--resume", choices=("auto",), help="auto: go on with the run in OUT, if there is one")
+    _add_recipe(parser.add_argument_group("the recipe"))
+    _add_data(parser.add_argument_group("the data"))
+    _add_run(parser.add_argument_group("the run"))
+
+
+def _add_recipe(group: argparse._ArgumentGroup) -> None:
+    epochs = " or ".join(f"{count} epochs of {name}" for name, count in finetune.EPOCHS.items())
+    group.add_argument("--steps", type=int, help=f"of the optimiser, --batch times --accumulate images each ({epochs})")
+    group.add_argument("--batch", type=int, default=FineTuning.batch, help="images at a time (default %(default)s)")
+    group.add_argument(
+        "--accumulate", type=int, default=FineTuning.accumulate, help="batches in a step (default %(default)s)"
+    )
+    group.add_argument("--lr", type=float, default=FineTuning.lr, help="AdamW's learning rate (default %(default)s)")
+    group.add_argument("--warmup", type=int, default=0, help="steps in which the rate rises from 0 (default 0)")
+    group.add_argument("--seed", type=int, default=0, help="of order and noise (default 0)")
+    group.add_argument(
+        "--ema-decay", type=float, default=0.0, help="save a moving average of the weights, such as 0.9999 (default 0)"
+    )
+    group.add_argument(
+        "--caption-dropout",
+        type=float,
+        default=0.0,
+        help="share of images shown with the empty caption, such as 0.1: classifier-free guidance subtracts what the "
+        "model draws without a caption, which without this it never learns of these images (default 0, as the authors)",
+    )
+    group.add_argument(
+        "--min-snr",
+        type=float,
+        default=0.0,
+        metavar="GAMMA",
+        help="weight the loss by time, Hang et al. 2023; 5 is usual",
+    )
+    group.add_argument("--flip", action="store_true", help="mirror half of the images; hearts change sides")
+    group.add_argument("--bf16", action="store_true", help="compute in mixed precision")
+    group.add_argument("--fused", action="store_true", help="AdamW in one kernel")
+    group.add_argument(
+        "--gradient-checkpointing", action="store_true", help="less memory, about a third more time a step"
+    )
+
+
+def _add_data(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--template", default="paper", choices=captions.TEMPLATES, help="wording of captions")
+    group.add_argument(
+        "--split",
+        default="grouped",
+        metavar="grouped|paper|FILE",
+        help="its train part is trained on, of its validation part the loss is told (default grouped)",
+    )
+    group.add_argument(
+        "--only", action="append", default=[], metavar="LABEL", help="train on images that show this; may be repeated"
+    )
+    group.add_argument("--artifacts", type=Path, help="of ISIC: the annotation file (default: the folder's own)")
+    group.add_argument("--size", type=int, help="side of the images in pixels (default: as the model was trained)")
+    group.add_argument("--fit", default="squash", choices=images.FITS, help="how they become square (default squash)")
+    group.add_argument("--max-bad", type=int, default=0, help="image files that may be broken (default 0)")
+
+
+def _add_run(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (default %(default)s)")
+    group.add_argument("--keep", type=int, default=2, help="newest checkpoints that stay (default %(default)s)")
+    group.add_argument("--validate", type=int, default=64, help="images for the validation loss (default %(default)s)")
+    group.add_argument("--cache", type=Path, help="folder for the images' latents (default: OUT/latents)")
+    group.add_argument("--no-cache", action="store_true", help="encode each image every time, to save disk space")
+    group.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that read images")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, and say what came of it. Raises ValueError for data and options that do not fit each other."""
+    check(args)
+    data = read(args)
+    split = chosen_split(data, args.split, seed=42)
+    training, held_out = data.select(split.train), data.select(split.validation[: args.validate])
+    if len(training) < args.batch:
+        raise ValueError(f"--batch: got {args.batch}, more than the {len(training)} training images of {args.data}")
+    recipe = recipe_of(args, data.name, len(training))
+    sd = load_model(args)
+    preprocessing = preprocessing_of(args, sd)
+
+    settings = {
+        **recipe.settings(),
+        "data": finetune.data_hash(training.keys, training.captions(args.template)),
+        "preprocessing": asdict(preprocessing),
+        "unet": asdict(sd.config.unet),
+        "frozen": fingerprint(sd.clip, sd.vae),
+    }
+    folder = RunFolder(args.out, {"clip": sd.clip, "vae": sd.vae}, settings, args.keep)
+    folder.check(resume=args.resume == "auto")
+    folder.require_space(sd.unet, averaged=recipe.ema_decay > 0)
+    with stop_on_signals() as stop:
+        try:
+            material = prepare(training, sd, preprocessing, args, stop)
+            bins = (
+                finetune.validation_examples(prepare(held_out, sd, preprocessing, args, stop)) if len(held_out) else []
+            )
+            done = finetune.finetune(sd.unet, sd.schedule, material, bins, recipe, folder, args.save_every, stop)
+        except Interrupted:
+            done = 0
+    if done < recipe.steps:
+        print(f"stopped at step {done} of {recipe.steps}; the same command with --resume auto goes on")
+    else:
+        print(f"{folder.path / LAST}: the model after {done} steps on {len(training)} images")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that make no sense whatever the data."""
+    for name in ("steps", "batch", "accumulate", "lr", "save_every", "keep", "workers"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected more than 0")
+    for name in ("warmup", "seed", "min_snr", "max_bad", "validate"):
+        if not getattr(args, name) >= 0:
+            raise ValueError(f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected 0 or more")
+    for name in ("ema_decay", "caption_dropout"):
+        if not 0 <= getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected 0 or more, below 1")
+
+
+def read(args: argparse.Namespace) -> LabelledImages:
+    """The images that there is a caption for, that --only lets through, and that can be decoded."""
+    data = folders.read(args.data, artifacts=args.artifacts)
+    if data.name == "isic":
+        captioned = (data.observations[["MEL", "NV"]] == 1).any(axis=1).to_numpy()
+        log.info("%d of %d images are neither MEL nor NV, and are left out", (~captioned).sum(), len(data))
+        data = data.select(captioned)
+    for label in args.only:
+        if label not in data.observations:
+            raise ValueError(f"--only: {args.data} has no label {label!r}, expected one of {list(data.observations)}")
+        data = data.select((data.observations[label] == 1).to_numpy())
+    if not len(data):
+        raise ValueError(f"--data: no image of {args.data} is left" + (f" that shows {args.only}" if args.only else ""))
+    args.out.mkdir(parents=True, exist_ok=True)
+    return data.select(images.usable(data.files, args.max_bad, args.workers, args.out / "scan.json"))
+
+
+def recipe_of(args: argparse.Namespace, data_set: str, count: int) -> FineTuning:
+    """What the options say, over as many steps as make the authors' epochs if not told."""
+    steps = args.steps or -(-finetune.EPOCHS[data_set] * count // (args.batch * args.accumulate))
+    return FineTuning(
+        steps=steps,
+        lr=args.lr,
+        batch=args.batch,
+        accumulate=args.accumulate,
+        seed=args.seed,
+        warmup=args.warmup,
+        ema_decay=args.ema_decay,
+        caption_dropout=args.caption_dropout,
+        min_snr_gamma=args.min_snr,
+        flip=args.flip,
+        bf16=args.bf16,
+        fused=args.fused,
+        checkpoint_gradients=args.gradient_checkpointing,
+    )
+
+
+def preprocessing_of(args: argparse.Namespace, sd: StableDiffusion) -> Preprocessing:
+    """Raises ValueError for a --size that the networks cannot halve often enough."""
+    if args.size is not None:
+        latent_size(str(args.size), sd)
+    return Preprocessing(args.size or sd.latent_shape[1] * sd.config.vae.downscale, args.fit, args.flip)
+
+
+def prepare(
+    data: LabelledImages,
+    sd: StableDiffusion,
+    preprocessing: Preprocessing,
+    args: argparse.Namespace,
+    stop: Callable[[], bool],
+) -> Material:
+    """Let the frozen networks say what they will say of some images."""
+    contexts, places = finetune.encode_captions(sd.encode_prompts, data.captions(args.template))
+    posteriors: Posteriors
+    if args.no_cache:
+        posteriors = Uncached(data.files, preprocessing, sd.vae, args.workers)
+    else:
+        folder = args.cache or args.out / "latents"
+        posteriors = build(folder, data.files, preprocessing, sd.vae, args.workers, stop)
+    return Material(data.files, posteriors, places, contexts, sd.config.vae.scaling_factor)
