@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Run the paper's traversal on drawn chest X-rays and skin lesions with the model in weights/: for every "
         "attribute nine swap steps and a Bezier curve of 50 points. Writes index.html, a page to drag along the "
         "trajectories on; overview.png; and for each domain figure.png, curve.gif, images/, latents.safetensors and "
-        "run.json. Under two minutes on two CPU cores; no "
+        "run.json. About two minutes on two CPU cores; no "
         "network needed."
     )
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write (default %(default)s)")
