@@ -7,7 +7,6 @@
 One seed is in memory at a time, whatever their number.
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -27,8 +26,6 @@ from ldm.evaluation.trajectories import FRAMES, SampleSeed, from_run, measure, s
 from ldm.experiment import latent_shape
 from ldm.latents import SeedFolder
 from ldm.plan import Traversal
-
-log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 
