@@ -29,13 +29,15 @@ MAY_IMPORT = {
     "ldm.report": {"ldm.metrics"},
     "ldm.schedule": {"ldm.config"},
     # The networks.
+    "ldm.taps": set(),
     "ldm.ops": {"kernels"},
-    "ldm.blocks": {"ldm.ops", "ldm.config"},
+    "ldm.blocks": {"ldm.ops", "ldm.config", "ldm.taps"},
     "ldm.tokenizer": {"ldm.config"},
-    "ldm.clip": {"ldm.blocks", "ldm.ops", "ldm.config"},
-    "ldm.vae": {"ldm.blocks", "ldm.ops", "ldm.config"},
-    "ldm.unet": {"ldm.blocks", "ldm.ops", "ldm.config"},
+    "ldm.clip": {"ldm.blocks", "ldm.ops", "ldm.config", "ldm.taps"},
+    "ldm.vae": {"ldm.blocks", "ldm.ops", "ldm.config", "ldm.taps"},
+    "ldm.unet": {"ldm.blocks", "ldm.ops", "ldm.config", "ldm.taps"},
     "ldm.checkpoint": {"ldm.clip", "ldm.vae", "ldm.unet", "ldm.config"},
+    "ldm.surgery": {"ldm.clip", "ldm.vae", "ldm.unet", "ldm.config", "ldm.checkpoint"},
     # Sampling: knows noise schedules and contexts, but no network.
     "ldm.samplers": {"ldm.schedule"},
     "ldm.inversion": {"ldm.samplers", "ldm.schedule"},
@@ -60,6 +62,11 @@ MAY_IMPORT = {
         *("ldm.bezier", "ldm.schedule", "ldm.latents", "ldm.experiment", "ldm.plan"),
         *("ldm.data", "ldm.classifier", "ldm.metrics", "ldm.report"),
     },
+}
+# What is measured and asked of the whole may know the whole.
+MAY_IMPORT["ldm.bench"] = set(MAY_IMPORT)
+MAY_IMPORT["ldm.structure"] = set(MAY_IMPORT) - {"ldm.bench", "kernels"}
+MAY_IMPORT |= {
     # The front door.
     "ldm": {
         *("ldm.pipeline", "ldm.conditioning", "ldm.guidance", "ldm.samplers", "ldm.schedule", "ldm.trajectory"),

@@ -17,6 +17,7 @@ COMMANDS = {
         "tools.evaluate",
         "score trajectories: CFRT, LPIPS, ground truth; tables, figures, explorer",
     ),
+    "bench": ("tools.bench", "what things cost here: samplers, networks, kernels, the traversal"),
     "phantom": ("tools.phantom", "draw a data set of phantoms in the files of CheXpert or ISIC 2019"),
     "train-phantom": ("tools.train_phantom", "train the shipped model anew"),
     "judge-phantom": ("tools.judge_phantom", "count and look at what the shipped model draws when asked"),

@@ -1,0 +1,1 @@
+"""What `ldm bench` measures: samplers, networks, the whole traversal, the kernels. One harness, one file a subject."""
