@@ -107,9 +107,7 @@ def sample(
     )
     return traverse_tree(
         guide,
-        (initial_noise(seeds, shape) if x_T is None else x_T).to(
-            sd.device
-        ),  # float32, whatever the network's precision
+        x_T.to(sd.device),  # float32, whatever the network's precision
         tree,
         sd.schedule,
         plan.steps,
