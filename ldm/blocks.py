@@ -4,6 +4,8 @@ Letters: B batch, C channels, H W height and width, N = H*W positions, L context
 Module names are the keys of the published diffusers-layout files, so a checkpoint reads like this code.
 """
 
+from collections.abc import Callable
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -12,30 +14,45 @@ from torch.nn import functional as F
 from ldm import ops
 
 
+class GroupNormSiLU(nn.GroupNorm):
+    """The normalisation in front of a convolution and the activation after it, as one step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same shape."""
+        return F.silu(super().forward(x))
+
+
 class ResnetBlock(nn.Module):
     """norm, SiLU, conv - (+ time) - norm, SiLU, conv, added to the input.
 
     time_width: the width of the U-Net's time embedding; None in the autoencoder, which knows no time.
+    norm: (groups, channels, eps) -> the normalisation and the activation.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, groups: int, eps: float, time_width: int | None = None
+        self,
+        in_channels: int,
+        out_channels: int,
+        groups: int,
+        eps: float,
+        time_width: int | None = None,
+        norm: Callable[[int, int, float], nn.Module] = GroupNormSiLU,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.norm1 = norm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         if time_width is not None:
             self.time_emb_proj = nn.Linear(time_width, out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.norm2 = norm(groups, out_channels, eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """x: (B, C_in, H, W), time: (B, time_width) -> (B, C_out, H, W)."""
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(self.norm1(x))
         if time is not None:
             h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(self.norm2(h))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -128,16 +145,23 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the prompt, feed-forward; each normalised first and added."""
+    """Self-attention, cross-attention to the prompt, feed-forward; each normalised first and added.
+
+    What it is made of can be replaced in a subclass: `self_attention = LinearAttention`.
+    """
+
+    self_attention: type[nn.Module] = Attention  # (width, heads)
+    cross_attention: type[nn.Module] = Attention  # (width, heads, context_width)
+    feed_forward: type[nn.Module] = FeedForward  # (width)
 
     def __init__(self, width: int, heads: int, context_width: int, eps: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps)
-        self.attn1 = Attention(width, heads)
+        self.attn1 = self.self_attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps)
-        self.attn2 = Attention(width, heads, context_width)
+        self.attn2 = self.cross_attention(width, heads, context_width)
         self.norm3 = nn.LayerNorm(width, eps)
-        self.ff = FeedForward(width)
+        self.ff = self.feed_forward(width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x: (B, N, C), context: (B, L, D) -> (B, N, C)."""
@@ -153,12 +177,22 @@ class SpatialTransformer(nn.Module):
     """
 
     def __init__(
-        self, channels: int, heads: int, context_width: int, groups: int, eps: float, layer_norm_eps: float
+        self,
+        channels: int,
+        heads: int,
+        context_width: int,
+        groups: int,
+        eps: float,
+        layer_norm_eps: float,
+        depth: int = 1,
+        block: type[BasicTransformerBlock] = BasicTransformerBlock,
     ) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps)
         self.proj_in = nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(channels, heads, context_width, layer_norm_eps)])
+        self.transformer_blocks = nn.ModuleList(
+            [block(channels, heads, context_width, layer_norm_eps) for _ in range(depth)]
+        )
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:

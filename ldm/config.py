@@ -49,7 +49,9 @@ class UNetConfig:
     sample_size: int = 64  # latent pixels a side that it was trained at; it runs at others
     widths: tuple[int, ...] = (320, 640, 1280, 1280)  # one level each, highest resolution first
     resnets_per_level: int = 2  # on the way down; one more on the way up
-    attention: tuple[bool, ...] = (True, True, True, False)  # which levels have transformers; the middle always has
+    attention: tuple[bool, ...] = (True, True, True, False)  # which levels have transformers
+    mid_attention: bool = True  # whether the middle has one
+    transformer_depth: int = 1  # blocks in each transformer
     heads: int = 8  # heads, not their width: SD1.5's are 40, 80 and 160 wide
     context_width: int = 768
     norm_groups: int = 32
@@ -61,6 +63,11 @@ class UNetConfig:
         if len(self.attention) != len(self.widths):
             raise ValueError(
                 f"UNetConfig: attention names {len(self.attention)} levels, widths {len(self.widths)}; give one each"
+            )
+        if min(self.resnets_per_level, self.transformer_depth) < 1:
+            raise ValueError(
+                f"UNetConfig: resnets_per_level {self.resnets_per_level} and transformer_depth "
+                f"{self.transformer_depth}; expected 1 or more of each (for no transformers, set attention)"
             )
         for width in self.widths:
             if width % self.norm_groups or width % self.heads:

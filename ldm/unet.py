@@ -9,12 +9,23 @@ Sources for the structure and the numbers: CompVis openaimodel.py and v1-inferen
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.blocks import Downsample, ResnetBlock, SpatialTransformer, Upsample, require_shape, run_each
+from ldm.blocks import (
+    BasicTransformerBlock,
+    Downsample,
+    GroupNormSiLU,
+    ResnetBlock,
+    SpatialTransformer,
+    Upsample,
+    require_shape,
+    run_each,
+)
 from ldm.config import UNetConfig
 
 
@@ -45,32 +56,67 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
-def _resnet(in_channels: int, out_channels: int, config: UNetConfig) -> ResnetBlock:
-    return ResnetBlock(
-        in_channels, out_channels, config.norm_groups, config.resnet_norm_eps, time_width=4 * config.widths[0]
+@dataclass(frozen=True)
+class UNetBlocks:
+    """The classes that a U-Net is built from. To try another one: write it, and name it here.
+
+        UNet(SD15.unet, UNetBlocks(transformer_block=WithLinearAttention))
+
+    Each is called as its default is. Numbers are in `UNetConfig` and travel with the weights; code does not, so weights
+    of a network with other blocks are loaded into that network: see `ldm.surgery`.
+    """
+
+    resnet: type[nn.Module] = ResnetBlock
+    norm: Callable[[int, int, float], nn.Module] = GroupNormSiLU  # norm and activation, in resnets and at the output
+    transformer_block: type[BasicTransformerBlock] = BasicTransformerBlock
+    downsample: type[nn.Module] = Downsample
+    upsample: type[nn.Module] = Upsample
+
+
+STANDARD_BLOCKS = UNetBlocks()
+
+
+def _resnet(in_channels: int, out_channels: int, config: UNetConfig, blocks: UNetBlocks) -> nn.Module:
+    return blocks.resnet(
+        in_channels,
+        out_channels,
+        config.norm_groups,
+        config.resnet_norm_eps,
+        time_width=4 * config.widths[0],
+        norm=blocks.norm,
     )
 
 
-def _transformer(channels: int, config: UNetConfig) -> SpatialTransformer:
-    return SpatialTransformer(
-        channels,
-        config.heads,
-        config.context_width,
-        config.norm_groups,
-        config.transformer_norm_eps,
-        config.layer_norm_eps,
+def _transformers(count: int, channels: int, config: UNetConfig, blocks: UNetBlocks) -> nn.ModuleList:
+    return nn.ModuleList(
+        [
+            SpatialTransformer(
+                channels,
+                config.heads,
+                config.context_width,
+                config.norm_groups,
+                config.transformer_norm_eps,
+                config.layer_norm_eps,
+                config.transformer_depth,
+                blocks.transformer_block,
+            )
+            for _ in range(count)
+        ]
     )
 
 
 class DownBlock(nn.Module):
     """One resolution on the way down: resnets, each followed by a transformer where the level has attention."""
 
-    def __init__(self, in_channels: int, channels: int, attention: bool, last: bool, config: UNetConfig) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, attention: bool, last: bool, config: UNetConfig, blocks: UNetBlocks
+    ) -> None:
         super().__init__()
         count = config.resnets_per_level
-        self.resnets = nn.ModuleList([_resnet(channels if i else in_channels, channels, config) for i in range(count)])
-        self.attentions = nn.ModuleList([_transformer(channels, config) for _ in range(count if attention else 0)])
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(channels)])
+        inputs = [in_channels] + [channels] * (count - 1)
+        self.resnets = nn.ModuleList([_resnet(width, channels, config, blocks) for width in inputs])
+        self.attentions = _transformers(count if attention else 0, channels, config, blocks)
+        self.downsamplers = nn.ModuleList([] if last else [blocks.downsample(channels)])
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> list[Tensor]:
         """x: (B, C_in, H, W) -> every activation that the way up will need; the last one is this block's output."""
@@ -88,15 +134,16 @@ class DownBlock(nn.Module):
 class MidBlock(nn.Module):
     """The lowest resolution: resnet, transformer, resnet."""
 
-    def __init__(self, channels: int, config: UNetConfig) -> None:
+    def __init__(self, channels: int, config: UNetConfig, blocks: UNetBlocks) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList([_resnet(channels, channels, config) for _ in range(2)])
-        self.attentions = nn.ModuleList([_transformer(channels, config)])
+        self.resnets = nn.ModuleList([_resnet(channels, channels, config, blocks) for _ in range(2)])
+        self.attentions = _transformers(int(config.mid_attention), channels, config, blocks)
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         x = self.resnets[0](x, time)
-        x = self.attentions[0](x, context)
+        for attention in self.attentions:
+            x = attention(x, context)
         return self.resnets[1](x, time)
 
 
@@ -111,15 +158,15 @@ class UpBlock(nn.Module):
         attention: bool,
         last: bool,
         config: UNetConfig,
+        blocks: UNetBlocks,
     ) -> None:
         super().__init__()
         inputs = [in_channels] + [channels] * (len(skip_channels) - 1)
         self.resnets = nn.ModuleList(
-            [_resnet(a + skip, channels, config) for a, skip in zip(inputs, skip_channels, strict=True)]
+            [_resnet(a + skip, channels, config, blocks) for a, skip in zip(inputs, skip_channels, strict=True)]
         )
-        count = len(skip_channels) if attention else 0
-        self.attentions = nn.ModuleList([_transformer(channels, config) for _ in range(count)])
-        self.upsamplers = nn.ModuleList([] if last else [Upsample(channels)])
+        self.attentions = _transformers(len(skip_channels) if attention else 0, channels, config, blocks)
+        self.upsamplers = nn.ModuleList([] if last else [blocks.upsample(channels)])
 
     def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
         """x: (B, C_in, H, W) -> (B, C, 2H, 2W), or (B, C, H, W) in the last block. Takes its skips off the list."""
@@ -133,9 +180,9 @@ class UpBlock(nn.Module):
 class UNet(nn.Module):
     """eps = unet(x_t, t, context)."""
 
-    def __init__(self, config: UNetConfig) -> None:
+    def __init__(self, config: UNetConfig, blocks: UNetBlocks = STANDARD_BLOCKS) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.blocks = config, blocks
         widths, levels = config.widths, len(config.widths)
         self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0])
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
@@ -144,19 +191,19 @@ class UNet(nn.Module):
         skip_channels = [widths[0]]
         for i, width in enumerate(widths):
             last = i == levels - 1
-            self.down_blocks.append(DownBlock(skip_channels[-1], width, config.attention[i], last, config))
+            self.down_blocks.append(DownBlock(skip_channels[-1], width, config.attention[i], last, config, blocks))
             skip_channels += [width] * (config.resnets_per_level + (not last))
 
-        self.mid_block = MidBlock(widths[-1], config)
+        self.mid_block = MidBlock(widths[-1], config, blocks)
 
         self.up_blocks = nn.ModuleList()
         channels = widths[-1]
         for i in reversed(range(levels)):
             taken = [skip_channels.pop() for _ in range(config.resnets_per_level + 1)]
-            self.up_blocks.append(UpBlock(channels, widths[i], taken, config.attention[i], i == 0, config))
+            self.up_blocks.append(UpBlock(channels, widths[i], taken, config.attention[i], i == 0, config, blocks))
             channels = widths[i]
 
-        self.conv_norm_out = nn.GroupNorm(config.norm_groups, widths[0], config.resnet_norm_eps)
+        self.conv_norm_out = blocks.norm(config.norm_groups, widths[0], config.resnet_norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.latent_channels, 3, padding=1)
 
     def forward(self, x_t: Tensor, t: int | Tensor, context: Tensor) -> Tensor:
@@ -180,7 +227,7 @@ class UNet(nn.Module):
         x = self.mid_block(skips[-1], time, context)
         for up in self.up_blocks:
             x = up(x, skips, time, context)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x))
 
     def _check(self, x_t: Tensor, context: Tensor) -> int:
         """The batch size, once x_t and context are seen to fit this network and each other."""

@@ -23,6 +23,8 @@ HIDDEN_FIELDS: dict[str, dict[str, str | None]] = {
     "vae": {"norm_groups": "norm_num_groups", "scaling_factor": "scaling_factor", "norm_eps": None},
     "unet": {
         "sample_size": "sample_size",
+        "mid_attention": None,
+        "transformer_depth": "transformer_layers_per_block",
         "heads": "attention_head_dim",
         "norm_groups": "norm_num_groups",
         "resnet_norm_eps": "norm_eps",
@@ -181,4 +183,8 @@ def config_to_json(config: PartConfig) -> str:
             "sample_size": config.sample_size,
             "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention)],
         }
+        if config.transformer_depth > 1:
+            fields["transformer_layers_per_block"] = config.transformer_depth
+        if not config.mid_attention:
+            fields["mid_block_type"] = "UNetMidBlock2D"
     return json.dumps(fields, indent=2, sort_keys=True) + "\n"
