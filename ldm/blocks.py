@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm import ops
+from ldm.taps import MultiHead
 
 
 class GroupNormSiLU(nn.GroupNorm):
@@ -85,15 +86,18 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Attention(nn.Module):
+class Attention(MultiHead):
     """Multi-head attention from x to a context; to itself when no context is given.
 
     `bias` says whether the query, key and value projections have one: the U-Net's do not, the autoencoder's do.
     """
 
+    projections = ("to_q", "to_k", "to_v", "to_out")
+
     def __init__(self, width: int, heads: int, context_width: int | None = None, bias: bool = False) -> None:
         super().__init__()
         self.heads = heads
+        self.cross = context_width is not None
         self.to_q = nn.Linear(width, width, bias=bias)
         self.to_k = nn.Linear(context_width or width, width, bias=bias)
         self.to_v = nn.Linear(context_width or width, width, bias=bias)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ldm import ops
 from ldm.config import CLIPConfig
+from ldm.taps import MultiHead, Tapped
 
 
 class Embeddings(nn.Module):
@@ -25,8 +26,11 @@ class Embeddings(nn.Module):
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(MultiHead):
     """Causal multi-head self-attention: a token sees itself and those before."""
+
+    projections = ("q_proj", "k_proj", "v_proj", "out_proj")
+    causal = True
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
@@ -88,7 +92,7 @@ class TextTransformer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.width, config.norm_eps)
 
 
-class CLIPTextEncoder(nn.Module):
+class CLIPTextEncoder(Tapped):
     """Token ids to context: `clip(ids)`."""
 
     def __init__(self, config: CLIPConfig) -> None:

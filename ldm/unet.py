@@ -27,6 +27,7 @@ from ldm.blocks import (
     run_each,
 )
 from ldm.config import UNetConfig
+from ldm.taps import Tapped
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
@@ -161,6 +162,7 @@ class UpBlock(nn.Module):
         blocks: UNetBlocks,
     ) -> None:
         super().__init__()
+        self.skips = nn.ModuleList([nn.Identity() for _ in skip_channels])  # a name for each, see ldm/taps.py
         inputs = [in_channels] + [channels] * (len(skip_channels) - 1)
         self.resnets = nn.ModuleList(
             [_resnet(a + skip, channels, config, blocks) for a, skip in zip(inputs, skip_channels, strict=True)]
@@ -171,13 +173,13 @@ class UpBlock(nn.Module):
     def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
         """x: (B, C_in, H, W) -> (B, C, 2H, 2W), or (B, C, H, W) in the last block. Takes its skips off the list."""
         for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), time)
+            x = resnet(torch.cat([x, self.skips[i](skips.pop())], dim=1), time)
             if self.attentions:
                 x = self.attentions[i](x, context)
         return run_each(self.upsamplers, x)
 
 
-class UNet(nn.Module):
+class UNet(Tapped):
     """eps = unet(x_t, t, context)."""
 
     def __init__(self, config: UNetConfig, blocks: UNetBlocks = STANDARD_BLOCKS) -> None:
