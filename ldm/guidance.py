@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-UNetFn = Callable[[Tensor, int, Tensor], Tensor]
+UNetFn = Callable[[Tensor, float, Tensor], Tensor]
 """eps = unet(x_t, t, context): (B, 4, H/8, W/8), training timestep, (B, L, D); all in the network's dtype."""
 
 
@@ -90,7 +90,7 @@ class GuidedEps:
         self.rows = 0
         self.steps = len(schedule)
 
-    def __call__(self, x_t: Tensor, t: int, step: int) -> Tensor:
+    def __call__(self, x_t: Tensor, t: float, step: int) -> Tensor:
         """eps of (B, 4, H/8, W/8), see `guided`; ValueError when a context's batch is neither B nor 1."""
         size = self.max_batch or len(x_t)
         latents = x_t.split(size)
@@ -107,7 +107,7 @@ class GuidedEps:
             guided_eps.append(eps_uncond + self.guidance_scale * (eps_cond - eps_uncond))
         return torch.cat(guided_eps)
 
-    def _evaluate(self, x_t: Tensor, t: int, context: Tensor) -> Tensor:
+    def _evaluate(self, x_t: Tensor, t: float, context: Tensor) -> Tensor:
         self.rows += len(x_t)
         return self.unet(x_t.to(context.dtype), t, context).to(x_t.dtype)
 
