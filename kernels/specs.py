@@ -1,6 +1,6 @@
 """What a kernel looks like to the compiler, as plain data: enough to compile it for a GPU that is not there."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from triton.runtime import JITFunction
@@ -33,3 +33,12 @@ class Spec:
     num_stages: int
     capabilities: tuple[int, ...]
     useful_ratio: float | None = None
+
+
+def signature(
+    fn: JITFunction, constexprs: Mapping[str, object], integers: Collection[str], fp32: Collection[str]
+) -> dict[str, str]:
+    """Each argument's type as Triton writes it: what is in none of the collections points to fp16 numbers."""
+    kinds = dict.fromkeys(fn.arg_names, "*fp16")
+    kinds |= dict.fromkeys(fp32, "*fp32") | dict.fromkeys(integers, "i32") | dict.fromkeys(constexprs, "constexpr")
+    return {name: kinds[name] for name in fn.arg_names}
