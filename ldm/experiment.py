@@ -35,7 +35,8 @@ from ldm.plan import Generation, Sampling, Traversal
 from ldm.report import figures
 from ldm.report.figures import Pixels
 from ldm.samplers import initial_noise, step_noise
-from ldm.trajectory import KEEPABLE, Branch, TreeResult, swaps, traverse_tree, unet_rows
+from ldm.schedule import SPACINGS
+from ldm.trajectory import KEEPABLE, Branch, TreeResult, evaluations, swaps, traverse_tree, unet_rows
 
 
 def run_generation(sd: StableDiffusion, plan: Generation, out: Path, *, max_batch: int | None = None) -> dict[str, Any]:
@@ -111,8 +112,9 @@ def sample(
         tree,
         sd.schedule,
         plan.steps,
-        eta=plan.eta,
-        noise=step_noise(seeds, shape) if plan.eta else None,
+        sampler=plan.run_sampler,
+        noise=step_noise(seeds, shape),
+        timesteps=SPACINGS[plan.spacing](plan.steps, sd.schedule),
         keep=plan.keep,
         progress=progress,
     )
@@ -130,7 +132,7 @@ def _run(
     began = time.monotonic()
     shape = latent_shape(sd, plan)
     max_batch = default_max_batch(shape) if max_batch is None else max_batch
-    branches, rows_a_seed = 1 + len(tree.children), unet_rows(tree, plan.steps)
+    branches, rows_a_seed = 1 + len(tree.children), unet_rows(tree, plan.steps, plan.run_sampler)
     model = {
         "weights_sha256": sd.weights_sha256(),
         "weight_set": sd.weight_set,
@@ -166,10 +168,9 @@ def _run(
     seeds = sorted({*plan.seeds, *earlier.get("seeds", [])})
     record = {
         "unet_rows": len(seeds) * rows_a_seed,
-        "unet_rows_separate": len(seeds) * plan.steps * branches,
+        "unet_rows_separate": len(seeds) * branches * sum(evaluations(plan.run_sampler, plan.steps)),
         "unet_rows_this_run": evaluated,  # fewer where an earlier run was continued
         "seconds": round(earlier.get("seconds", 0) + time.monotonic() - began, 2),
-        "sampler": "ddim",
         "backend": "torch",
         "device": str(sd.device),
         "max_batch": max_batch,

@@ -7,9 +7,11 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from ldm.conditioning import Indexing, neutral_steps
-from ldm.schedule import TRAIN_STEPS
+from ldm.samplers import SAMPLERS, Sampler, ddim
+from ldm.schedule import EVEN_SPACINGS, SPACINGS, TRAIN_STEPS
 from ldm.trajectory import KEEPABLE
 
 SWAP_STEPS = tuple(range(5, 50, 5))
@@ -23,7 +25,9 @@ class Sampling:
     steps: int = 50
     guidance: float = 7.5
     negative: str = ""
-    eta: float = 0.0
+    sampler: str = "ddim"  # one of ldm.samplers.SAMPLERS
+    spacing: str = "leading"  # one of ldm.schedule.SPACINGS
+    eta: float = 0.0  # of ddim
     latent_size: tuple[int, int] | None = None  # height, width; None: the size that the model was trained at
     keep: tuple[str, ...] = ()  # quantities of every step to save, out of x_t, x0_pred, eps
 
@@ -37,8 +41,21 @@ class Sampling:
             raise ValueError(f"guidance: expected a finite number, got {self.guidance}")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta: expected 0..1, got {self.eta}")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
+        if self.spacing not in SPACINGS:
+            raise ValueError(f"spacing: expected one of {', '.join(SPACINGS)}, got {self.spacing!r}")
+        if self.sampler == "plms" and self.spacing not in EVEN_SPACINGS:
+            raise ValueError(f"spacing: plms expects one of {', '.join(EVEN_SPACINGS)}, got {self.spacing!r}")
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"eta: it belongs to ddim, got {self.eta} with sampler {self.sampler!r}")
         if set(self.keep) - set(KEEPABLE) or len(set(self.keep)) != len(self.keep):
             raise ValueError(f"keep: expected some of {list(KEEPABLE)}, each once, got {list(self.keep)}")
+
+    @property
+    def run_sampler(self) -> Sampler:
+        """The sampler, ddim with its eta."""
+        return partial(ddim, eta=self.eta) if self.eta else SAMPLERS[self.sampler]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -210,6 +210,7 @@ SPACINGS: dict[str, Spacing] = {
     "log_snr": log_snr,
     "align_your_steps": align_your_steps,
 }
+EVEN_SPACINGS = ("leading", "trailing", "linspace")  # in t, up to rounding
 
 
 def _check_steps(steps: int, train_steps: int) -> None:

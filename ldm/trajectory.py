@@ -20,15 +20,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ldm.conditioning import EmbeddingSchedule, Indexing, constant, neutral_steps
-from ldm.samplers import EpsFn, Noise, ddim
+from ldm.samplers import EpsFn, History, Noise, Sampler, ddim
 from ldm.schedule import Schedule
 
 KEEPABLE = ("x_t", "x0_pred", "eps")  # the tensors of a sampler's Step
+AtSwap = Literal["keep", "reset"]  # what a branch does with what its parent's sampler remembers
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +69,23 @@ def swaps(
     )
 
 
-def unet_rows(tree: Branch, steps: int) -> int:
+def unet_rows(tree: Branch, steps: int, sampler: Sampler = ddim, at_swap: AtSwap = "keep") -> int:
     """Network evaluations one seed costs: each branch pays for its own steps only.
 
-    Guidance doubles them (its unconditional half); running the branches separately would cost `steps` for each.
+    Guidance doubles them (its unconditional half); running the branches separately would cost those of a whole run
+    (`steps`, where a step takes one) for each.
     """
-    return sum(steps - branch.at for branch, _ in _walk(tree))
+    whole = evaluations(sampler, steps)
+    if at_swap == "keep":
+        return sum(sum(whole[branch.at :]) for branch, _ in _walk(tree))
+    return sum(sum(evaluations(sampler, steps, branch.at)) for branch, _ in _walk(tree))
+
+
+def evaluations(sampler: Sampler, steps: int, start: int = 0) -> list[int]:
+    """How often each step of a run that begins at `start` asks the network; found by a run on a single number."""
+    zero = torch.zeros(1, 1, 1, 1)
+    run = sampler(lambda x_t, t, step: x_t, zero, Schedule.sd15(), steps, start=start, noise=lambda step: zero)
+    return [step.evaluations for step in run]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,14 +123,16 @@ def traverse_tree(
     schedule: Schedule,
     steps: int = 50,
     *,
-    eta: float = 0.0,
+    sampler: Sampler = ddim,
+    at_swap: AtSwap = "keep",
     noise: Noise | None = None,
+    timesteps: Sequence[float] | None = None,
     keep: Sequence[str] = (),
     progress: Callable[[int], object] | None = None,
 ) -> TreeResult:
     """Denoise every branch of a prompt tree for every seed, sharing each step before a fork.
 
-    A branch is the ddim run under the swapped embedding schedule, step for step. How closely the two
+    A branch is the sampler's run under the swapped embedding schedule, step for step. How closely the two
     agree in floating point is up to `guide`, since a matrix product rounds a row by the size of the
     batch that it is in, and even by its place there. With `max_batch` (see `ldm.guidance.guided`)
     - None, or any number: to the last bits of float32, some 1e-7 after 10 steps at guidance 1;
@@ -128,12 +143,17 @@ def traverse_tree(
         guide = partial(guided, sd.unet, guidance_scale=7.5, uncond=empty, max_batch=16)
         result = traverse_tree(guide, initial_noise(seeds, (4, 64, 64)), tree, sd.schedule)
 
+    A multistep sampler looks back at steps of the old prompt after a swap. With `at_swap` "keep" it goes on doing so,
+    and a branch is the very run above; with "reset" it begins anew at every fork, as if the branch's prompt had been
+    handed x_t and nothing else.
+
     Args:    guide: turns an embedding schedule over n B rows (n live branches, seeds within a branch) into an eps_fn.
              What it adds must fit any number of rows: an uncond of (1, L, D), not of (B, L, D).
              x_T: (B, C, H, W) standard normal, one row a seed.  tree: the root branch.  steps: S.
-             eta, noise: see `ldm.samplers.ddim`; all branches of a seed get the same noise.
+             sampler: one of `ldm.samplers`, or such as partial(ddim, eta=1).
+             noise, timesteps: see `ldm.samplers.Sampler`; all branches of a seed get the same noise.
              keep: quantities to keep from every step, out of `KEEPABLE`.
-             progress: called after each step with the number of rows done; they add up to B unet_rows(tree, S).
+             progress: called after each step with the number of rows done; they add up to B unet_rows(tree, S, ...).
     Returns: final latents and kept quantities, in dtype and on device of x_T.
     Raises:  ValueError: a tree that cannot be run (names, fork steps, context shapes), before the first evaluation.
     """
@@ -146,38 +166,54 @@ def traverse_tree(
     branches = list(_walk(tree))
     contexts = {branch.name: branch.context.expand(len(x_T), -1, -1) for branch, _ in branches}
     latents: dict[str, Tensor] = {}
+    histories: dict[str, History] = {}
     kept: dict[str, dict[str, list[Tensor]]] = {quantity: {name: [] for name in contexts} for quantity in keep}
+    rows_done = 0
 
     forks = sorted({branch.at for branch, _ in branches})
     for start, stop in pairwise([*forks, steps]):
         for branch, parent in branches:
             if branch.at == start:
                 latents[branch.name] = x_T if parent is None else latents[parent.name]
+                histories[branch.name] = () if parent is None or at_swap == "reset" else histories[parent.name]
 
         # The segment: all live branches of all seeds as one batch, until the next fork.
-        live = list(latents)
-        batch = torch.cat([latents[name] for name in live])
-        eps_fn = guide(constant(torch.cat([contexts[name] for name in live]), steps))
-        for step in ddim(eps_fn, batch, schedule, steps, eta=eta, start=start, noise=_repeated(noise, len(live))):
-            batch = step.x_t
-            for quantity in keep:
-                for name, rows in zip(live, getattr(step, quantity).split(len(x_T)), strict=True):
-                    kept[quantity][name].append(rows)
-            if progress is not None:
-                progress(len(batch))
-            if step.index + 1 == stop:
-                break
-        latents = dict(zip(live, batch.split(len(x_T)), strict=True))
+        for live in _equally_long(histories):
+            batch = torch.cat([latents[name] for name in live])
+            history = tuple(torch.cat(past) for past in zip(*(histories[name] for name in live), strict=True))
+            eps_fn = guide(constant(torch.cat([contexts[name] for name in live]), steps))
+            repeated = _repeated(noise, len(live))
+            for step in sampler(
+                eps_fn, batch, schedule, steps, start=start, history=history, noise=repeated, timesteps=timesteps
+            ):
+                batch, history = step.x_t, step.history
+                for quantity in keep:
+                    for name, rows in zip(live, getattr(step, quantity).split(len(x_T)), strict=True):
+                        kept[quantity][name].append(rows)
+                rows_done += len(batch) * step.evaluations
+                if progress is not None:
+                    progress(len(batch) * step.evaluations)
+                if step.index + 1 == stop:
+                    break
+            for i, name in enumerate(live):
+                latents[name] = batch.split(len(x_T))[i]
+                histories[name] = tuple(past.split(len(x_T))[i] for past in history)
 
     empty = x_T.new_empty(0, *x_T.shape)  # of a branch that forks after the last step
     return TreeResult(
         x_T=x_T,
         latents={branch.name: latents[branch.name] for branch, _ in branches},
-        unet_rows=len(x_T) * unet_rows(tree, steps),
-        unet_rows_separate=len(x_T) * len(branches) * steps,
+        unet_rows=rows_done,
+        unet_rows_separate=len(x_T) * len(branches) * sum(evaluations(sampler, steps)),
         kept={q: {n: torch.stack(rows) if rows else empty for n, rows in of.items()} for q, of in kept.items()},
         tree=tree,
     )
+
+
+def _equally_long(histories: Mapping[str, History]) -> list[list[str]]:
+    """The branches by the length of their history: a sampler can only run those together that remember as much."""
+    lengths = sorted({len(history) for history in histories.values()})
+    return [[name for name, history in histories.items() if len(history) == length] for length in lengths]
 
 
 def _walk(branch: Branch, parent: Branch | None = None) -> Iterator[tuple[Branch, Branch | None]]:

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "ldm.samplers": {"ldm.schedule"},
     "ldm.inversion": {"ldm.samplers", "ldm.schedule"},
     "ldm.trajectory": {"ldm.samplers", "ldm.conditioning", "ldm.schedule"},
-    "ldm.plan": {"ldm.conditioning", "ldm.schedule", "ldm.trajectory"},
+    "ldm.plan": {"ldm.conditioning", "ldm.samplers", "ldm.schedule", "ldm.trajectory"},
     # Where the two meet.
     "ldm.pipeline": {
         *("ldm.config", "ldm.tokenizer", "ldm.clip", "ldm.vae", "ldm.unet", "ldm.checkpoint", "ldm.schedule"),
@@ -50,7 +50,7 @@ MAY_IMPORT = {
     },
     "ldm.train": {
         *("ldm.config", "ldm.tokenizer", "ldm.clip", "ldm.vae", "ldm.unet", "ldm.checkpoint", "ldm.schedule"),
-        *("ldm.data", "ldm.classifier", "ldm.blocks"),
+        *("ldm.data", "ldm.classifier", "ldm.blocks", "ldm.samplers", "ldm.conditioning", "ldm.guidance", "ldm.report"),
     },
     "ldm.experiment": {
         *("ldm.pipeline", "ldm.conditioning", "ldm.guidance", "ldm.samplers", "ldm.inversion", "ldm.trajectory"),

@@ -59,7 +59,14 @@ def alone(guide, schedule: EmbeddingSchedule, x_T: Tensor, **options) -> list[St
 def test_every_branch_is_the_run_it_stands_for(max_batch, eta):
     x_T, noise = initial_noise([0, 1, 2], SHAPE), step_noise([0, 1, 2], SHAPE)
     result = traverse_tree(
-        toy_guide(max_batch=max_batch), x_T, NESTED, SCHEDULE, 10, eta=eta, noise=noise, keep=("x_t", "x0_pred", "eps")
+        toy_guide(max_batch=max_batch),
+        x_T,
+        NESTED,
+        SCHEDULE,
+        10,
+        sampler=partial(ddim, eta=eta),
+        noise=noise,
+        keep=("x_t", "x0_pred", "eps"),
     )
     assert list(result.latents) == list(NESTED_ALONE)
     for name, schedule in NESTED_ALONE.items():
@@ -176,7 +183,7 @@ def test_other_arguments_are_named_too():
     with pytest.raises(ValueError, match=r"keep: expected each quantity once, got \['x_t', 'eps', 'x_t'\]"):
         traverse_tree(toy_guide(), x_T, NESTED, SCHEDULE, 10, keep=("x_t", "eps", "x_t"))
     with pytest.raises(ValueError, match="noise: expected a callable"):
-        traverse_tree(toy_guide(), x_T, NESTED, SCHEDULE, 10, eta=1.0)
+        traverse_tree(toy_guide(), x_T, NESTED, SCHEDULE, 10, sampler=partial(ddim, eta=1.0))
 
 
 # ---- a real network --------------------------------------------------------------------------------

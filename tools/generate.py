@@ -33,6 +33,8 @@ def run(args: argparse.Namespace) -> None:
         steps=args.steps,
         guidance=args.guidance,
         negative=args.negative,
+        sampler=args.sampler,
+        spacing=args.spacing,
         eta=args.eta,
     )
     batch = max_batch(args)

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 from ldm import pipeline
+from ldm.samplers import SAMPLERS
+from ldm.schedule import SPACINGS
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -47,12 +49,14 @@ def load_model(args: argparse.Namespace) -> pipeline.StableDiffusion:
 def add_sampling(parser: argparse.ArgumentParser, guidance: float = 7.5) -> None:
     """Steps, guidance, seeds, size, memory, output."""
     parser.add_argument("--seeds", default="0", help="such as 0-15 or 0,3,8 (default %(default)s); a seed is an image")
-    parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="sampling steps (default %(default)s)")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="default: %(default)s")
+    parser.add_argument("--spacing", choices=SPACINGS, default="leading", help="of the steps (default: %(default)s)")
     parser.add_argument(
         "--guidance", type=float, default=guidance, help="classifier-free guidance scale (default %(default)s)"
     )
     parser.add_argument("--negative", default="", help="the prompt that guidance pushes away from (default: empty)")
-    parser.add_argument("--eta", type=float, default=0.0, help="0: deterministic DDIM (default); 1: noisy as DDPM")
+    parser.add_argument("--eta", type=float, default=0.0, help="of ddim; 0: deterministic (default), 1: noisy as DDPM")
     parser.add_argument("--size", help="of the images in pixels, WIDTHxHEIGHT or one number (default: as trained)")
     parser.add_argument(
         "--max-batch", type=int, help="most latents in one U-Net call, to bound memory (default: 4 at 512 x 512 pixels)"

@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> None:
         steps=args.steps,
         guidance=args.guidance,
         negative=args.negative,
+        sampler=args.sampler,
+        spacing=args.spacing,
         eta=args.eta,
         indexing=args.indexing,
         bezier_points=args.bezier_points,
