@@ -9,8 +9,7 @@ Sources for the structure and the numbers: CompVis openaimodel.py and v1-inferen
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -68,10 +67,19 @@ class UNetBlocks:
     """
 
     resnet: type[nn.Module] = ResnetBlock
-    norm: Callable[[int, int, float], nn.Module] = GroupNormSiLU  # norm and activation, in resnets and at the output
+    norm: type[nn.Module] = GroupNormSiLU  # norm and activation, in resnets and at the output
     transformer_block: type[BasicTransformerBlock] = BasicTransformerBlock
     downsample: type[nn.Module] = Downsample
     upsample: type[nn.Module] = Upsample
+
+    def changes(self) -> str:
+        """The blocks that are not the standard ones, by name: "norm=MyNorm"; empty when all are."""
+        chosen = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.default is not getattr(self, field.name)
+        }
+        return ", ".join(f"{name}={block.__name__}" for name, block in chosen.items())
 
 
 STANDARD_BLOCKS = UNetBlocks()

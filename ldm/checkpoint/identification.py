@@ -23,6 +23,7 @@ EXTRAS_FILE = "single_file_extras.safetensors"  # ours: what a single file holds
 CONFIG_KEY = "ldm.config"
 HEADER_KEY = "ldm.header."
 VAE_NAMES_KEY = "ldm.vae_names"
+BLOCKS_KEY = "ldm.unet_blocks"  # classes that are not the standard ones, by name
 
 # A file that holds one network in our names, told by the names that it begins with.
 _PART_MARKS = {
@@ -53,6 +54,11 @@ class Checkpoint:
     hidden: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     headers: Mapping[str, Header] = field(default_factory=dict)
     vae_names: Literal["new", "old"] = "new"
+
+    @property
+    def blocks(self) -> str:
+        """The names of the classes that its U-Net has in place of the standard ones; empty where it has none."""
+        return next((h.metadata[BLOCKS_KEY] for h in self.headers.values() if BLOCKS_KEY in h.metadata), "")
 
     @property
     def missing_parts(self) -> tuple[str, ...]:

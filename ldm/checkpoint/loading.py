@@ -125,6 +125,11 @@ def load_parts(
     if base is not None:
         checkpoint = checkpoint.over(identify(base))
     checkpoint.require_complete()
+    if checkpoint.blocks:
+        raise CheckpointError(
+            f"{path}: its U-Net is built from other blocks ({checkpoint.blocks}), whose code is not in the file: "
+            "load it with ldm.surgery.load and those classes"
+        )
     weight_set = ema if "unet_ema" in checkpoint.parts else None
     checkpoint = checkpoint.choose(ema)
     examined = examine(checkpoint)

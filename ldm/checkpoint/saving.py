@@ -16,6 +16,7 @@ from torch import nn
 from ldm.checkpoint import layouts, settings
 from ldm.checkpoint.container import CheckpointError, Header, LazyTensor, write_tensors
 from ldm.checkpoint.identification import (
+    BLOCKS_KEY,
     CONFIG_KEY,
     EXTRAS_FILE,
     HEADER_KEY,
@@ -29,6 +30,7 @@ from ldm.checkpoint.layouts import FOLDERS, PARTS
 from ldm.checkpoint.loading import examine
 from ldm.checkpoint.report import require_fit
 from ldm.checkpoint.settings import PartConfig
+from ldm.unet import STANDARD_BLOCKS
 
 Tensors = Mapping[str, LazyTensor]
 VaeNames = Literal["new", "old"]
@@ -80,7 +82,10 @@ def save(
         for part, network in parts.items()
     }
     configs: dict[str, Any] = {part: network.config for part, network in parts.items() if part in PARTS}
-    content = Content(tensors, configs, vae_names=vae_names, metadata=metadata or {}, always_tell_config=True)
+    metadata = dict(metadata or {})
+    if changes := getattr(parts.get("unet"), "blocks", STANDARD_BLOCKS).changes():
+        metadata[BLOCKS_KEY] = changes
+    content = Content(tensors, configs, vae_names=vae_names, metadata=metadata, always_tell_config=True)
     return _write(Path(path), content, layout, overwrite)
 
 
@@ -118,6 +123,7 @@ def convert(
         extras=extras,
         headers=checkpoint.headers,
         vae_names=vae_names or checkpoint.vae_names,
+        metadata={BLOCKS_KEY: checkpoint.blocks} if checkpoint.blocks else {},
     )
     return _write(Path(target), content, layout, overwrite)
 
