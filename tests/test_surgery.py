@@ -102,7 +102,8 @@ def test_every_change_goes_through_a_file(change, layout, tmp_path):
     back = surgery.load(path, UNetBlocks())
     assert back.config == config
     x, context = noise("x", (1, config.latent_channels, 8, 8)), noise("c", (1, 5, config.context_width))
-    assert all(torch.equal(tensor, back.state_dict()[name]) for name, tensor in network.state_dict().items())
+    loaded = back.state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in network.state_dict().items())
     # Parameters that are views of a mapped file lie at other addresses, and sums are taken in another order there.
     torch.testing.assert_close(back(x, 3, context), network(x, 3, context), rtol=1e-5, atol=1e-5)
 

@@ -10,6 +10,7 @@ COMMANDS = {
     "demo": ("tools.demo", "the main job: trajectories of both phantom domains with the shipped model"),
     "generate": ("tools.generate", "images from prompts"),
     "traverse": ("tools.traverse", "trajectories: one noise, a neutral prompt, styles swapped in at many steps"),
+    "invert": ("tools.invert", "from real images back to their noise, and how exactly it leads back"),
     "data": ("tools.data", "describe a CheXpert or ISIC 2019 folder: labels, captions, splits, traps"),
     "finetune": ("tools.finetune", "teach the U-Net CheXpert, ISIC 2019 or phantoms from images and captions"),
     "classify": ("tools.classify", "train or evaluate the attribute classifiers"),
@@ -23,6 +24,16 @@ COMMANDS = {
     "judge-phantom": ("tools.judge_phantom", "count and look at what the shipped model draws when asked"),
     "inspect": ("tools.inspect", "what a checkpoint is, and what becomes of every key"),
     "convert": ("tools.convert", "write a checkpoint in another layout or precision"),
+    "ablate": ("tools.ablate", "which part of the U-Net carries which attribute, and when"),
+    "attend": (
+        "tools.attend",
+        "where each word of a prompt looks, per layer and step, and whether it is the right place",
+    ),
+    "hspace": (
+        "tools.hspace",
+        "the bottleneck along trajectories: are directions there straighter than in the latents",
+    ),
+    "traps": ("tools.traps", "every known mistake in re-implementing SD1.5, and what it looks like"),
     "fetch-weights": ("tools.fetch_weights", "download the known SD1.5 files, checked by hash"),
 }
 

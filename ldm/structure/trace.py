@@ -55,7 +55,7 @@ class Cost:
     kept_bytes: int
 
     @classmethod
-    def of(cls, blocks: Iterable[Block]) -> Cost:
+    def of(cls, blocks: Iterable[Block | Cost]) -> Cost:
         rows = [(block.parameters, block.flops, block.kept_bytes) for block in blocks]
         return cls(*(sum(column) for column in zip((0, 0, 0), *rows, strict=True)))
 
@@ -192,7 +192,8 @@ class _AttentionShapes(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        batch, heads, positions, _ = q.shape
+        out = q.new_empty(batch, positions, heads, v.shape[-1]).transpose(1, 2)  # so laid out that heads join by a view
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return out
 
