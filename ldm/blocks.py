@@ -15,12 +15,20 @@ from ldm import ops
 from ldm.taps import MultiHead
 
 
-class GroupNormSiLU(nn.GroupNorm):
-    """The normalisation in front of a convolution and the activation after it, as one step."""
+class GroupNorm(nn.GroupNorm):
+    """Torch's, in whatever computes it best: see `ops.group_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape."""
-        return F.silu(super().forward(x))
+        return ops.group_norm(x, self)
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    """The normalisation in front of a convolution and the activation after it, as one step."""
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """x: (B, C, H, W) -> the same shape; time: (B, C), added to x first."""
+        return ops.group_norm(x, self, time, silu=True)
 
 
 class ResnetBlock(nn.Module):
@@ -52,8 +60,12 @@ class ResnetBlock(nn.Module):
         """x: (B, C_in, H, W), time: (B, time_width) -> (B, C_out, H, W)."""
         h = self.conv1(self.norm1(x))
         if time is not None:
-            h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
-        h = self.conv2(self.norm2(h))
+            time = self.time_emb_proj(F.silu(time))
+        if type(self.norm2) is GroupNormSiLU:
+            h = self.norm2(h, time)
+        else:
+            h = self.norm2(h if time is None else h + time[:, :, None, None])
+        h = self.conv2(h)
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -119,7 +131,8 @@ class SpatialAttention(Attention):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), the input added."""
         height = x.shape[2]
-        h = super().forward(rearrange(self.group_norm(x), "b c h w -> b (h w) c"))
+        h = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
+        h = self.to_out(ops.plain_attention(self.to_q(h), self.to_k(h), self.to_v(h), self.heads))
         return x + rearrange(h, "b (h w) c -> b c h w", h=height)
 
 
@@ -169,9 +182,9 @@ class BasicTransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x: (B, N, C), context: (B, L, D) -> (B, N, C)."""
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        x, h = ops.add_layer_norm(x, self.attn1(self.norm1(x)), self.norm2)
+        x, h = ops.add_layer_norm(x, self.attn2(h, context), self.norm3)
+        return x + self.ff(h)
 
 
 class SpatialTransformer(nn.Module):
@@ -192,7 +205,7 @@ class SpatialTransformer(nn.Module):
         block: type[BasicTransformerBlock] = BasicTransformerBlock,
     ) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps)
+        self.norm = GroupNorm(groups, channels, eps)
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             [block(channels, heads, context_width, layer_norm_eps) for _ in range(depth)]

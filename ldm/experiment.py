@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,6 +39,20 @@ from ldm.schedule import SPACINGS
 from ldm.trajectory import KEEPABLE, Branch, TreeResult, evaluations, swaps, traverse_tree, unet_rows
 
 
+class Start(Protocol):
+    """Where x_T comes from when it is not the seeds' own noise, such as `ldm.real_images.ImageStart`."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Everything that the latents depend on, as JSON values."""
+
+    def latents(self, seeds: Sequence[int]) -> Mapping[str, Tensor]:
+        """x_T, and what is to be kept beside it: name -> (B, C, H, W)."""
+
+    def record(self, latents: Path, out: Path, earlier: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What run.json should say of it, given the finished run."""
+
+
 def run_generation(sd: StableDiffusion, plan: Generation, out: Path, *, max_batch: int | None = None) -> dict[str, Any]:
     """Images of one prompt into a folder, OUT/images/seed0000/image.png; see `run_traversal`."""
     return _run(sd, plan, Branch("image", sd.encode_prompts([plan.prompt])), out, max_batch, True, "generate")
@@ -52,16 +66,18 @@ def run_traversal(
     max_batch: int | None = None,
     images: bool = True,
     label: str = "traverse",
+    start: Start | None = None,
 ) -> dict[str, Any]:
     """Run a traversal into a folder, continuing one that was cut off there.
 
     Args:    max_batch: most latents in one call of the U-Net; bounds memory, changes results in the last bits only.
              None: 4 at 512 x 512 pixels, and so many that they are as large together at other sizes.
              images: decode and write the images as well.  label: in front of the progress bars.
+             start: where each seed begins; None: at its noise.
     Returns: the content of run.json.
     Raises:  ValueError: the folder holds a traversal of other settings.
     """
-    return _run(sd, plan, prompt_tree(sd, plan), out, max_batch, images, label)
+    return _run(sd, plan, prompt_tree(sd, plan), out, max_batch, images, label, start)
 
 
 def prompt_tree(sd: StableDiffusion, plan: Traversal) -> Branch:
@@ -128,6 +144,7 @@ def _run(
     max_batch: int | None,
     images: bool,
     label: str,
+    start: Start | None = None,
 ) -> dict[str, Any]:
     began = time.monotonic()
     shape = latent_shape(sd, plan)
@@ -150,19 +167,20 @@ def _run(
         def compute(seeds: list[int]) -> dict[str, Tensor]:
             for seed in seeds:  # whatever lies there was decoded from other latents
                 shutil.rmtree(image_path(out, seed, "").parent, ignore_errors=True)
-            result = sample(sd, plan, tree, seeds, max_batch, count)
-            found = {"x_T": result.x_T, **result.latents}
+            begin = start.latents(seeds) if start else {}
+            result = sample(sd, plan, tree, seeds, max_batch, count, begin.get("x_T"))
+            found = {**begin, "x_T": result.x_T, **result.latents}
             for quantity, by_branch in result.kept.items():  # each branch's own steps, (B, S - s, C, H, W)
                 found |= {f"{name}/{quantity}": steps.transpose(0, 1) for name, steps in by_branch.items()}
             return found | (curves(result.latents, plan) if isinstance(plan, Traversal) else {})
 
-        settings = {**asdict(plan), **model, "latent_size": shape[1:]}
+        settings = {**asdict(plan), **model, "latent_size": shape[1:], **(start.settings if start else {})}
         del settings["seeds"]  # so that a folder may grow by further seeds
         earlier = read_record(out) if (out / "latents.safetensors").exists() else {}
         path = run_seeds(compute, plan.seeds, out, settings, at_once=max(1, max_batch // branches))
 
     decoded = write_images(sd, path, out, label) if images else 0
-    if earlier and not evaluated and not decoded:
+    if not evaluated and not decoded and set(plan.seeds) <= set(earlier.get("seeds", [])):
         return {**earlier, "unet_rows_this_run": 0}  # nothing was left to do
 
     seeds = sorted({*plan.seeds, *earlier.get("seeds", [])})
@@ -171,12 +189,13 @@ def _run(
         "unet_rows_separate": len(seeds) * branches * sum(evaluations(plan.run_sampler, plan.steps)),
         "unet_rows_this_run": evaluated,  # fewer where an earlier run was continued
         "seconds": round(earlier.get("seconds", 0) + time.monotonic() - began, 2),
-        "backend": "torch",
+        "backend": sd.backend,
         "device": str(sd.device),
         "max_batch": max_batch,
         "weights": [str(path) for path in sd.files],
         **model,
         **asdict(plan),
+        **(start.record(path, out, earlier) if start else {}),
         "seeds": seeds,
         "latent_size": shape[1:],
         "torch": torch.__version__,
@@ -238,13 +257,13 @@ def write_images(sd: StableDiffusion, latents: Path, out: Path, label: str) -> i
 
 
 def _image_files(latents: Path, out: Path) -> Iterator[tuple[Path, Tensor]]:
-    """Every image's path and its latent (C, H, W); x_T and kept steps are no images."""
+    """Every image's path and its latent (C, H, W); noises and kept steps are no images."""
     for seed, name, latent in iterate_latents(latents):
         style, _, last = name.rpartition("/")
         if last == "bezier":
             for i, point in enumerate(latent):
                 yield image_path(out, seed, bezier_name(style, i, len(latent))), point
-        elif last != "x_T" and last not in KEEPABLE:
+        elif last not in ("x_T", "y_T", *KEEPABLE):
             yield image_path(out, seed, name), latent
 
 

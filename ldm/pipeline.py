@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ldm import checkpoint
+from ldm import checkpoint, ops
 from ldm.checkpoint import KeyReport
 from ldm.clip import CLIPTextEncoder
 from ldm.config import Config
@@ -52,6 +52,11 @@ class StableDiffusion:
     def dtype(self) -> torch.dtype:
         """The U-Net's. Latents are float32 between its calls, whatever it is."""
         return self.unet.conv_in.weight.dtype
+
+    @property
+    def backend(self) -> ops.Backend:
+        """What its networks compute with on its device, see `ldm.ops`: "triton" or "torch"."""
+        return ops.resolved(self.device)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -99,18 +104,28 @@ def load(
     *,
     ema: checkpoint.WeightSet | None = None,
     base: str | Path | None = None,
+    backend: ops.Backend | None = None,
 ) -> StableDiffusion:
     """Read a model from a file or folder in any supported layout; see `ldm.checkpoint`.
 
     Args:    dtype: float32, float16 or bfloat16; None keeps what is stored.
              ema: "ema" or "plain", needed only where a file holds both sets of U-Net weights.
              base: a whole model to take from what `path` lacks; for U-Net-only files of fine-tuning frameworks.
+             backend: "auto" (fused kernels on a GPU that has them), "torch" or "triton", for the whole process, see
+             `ldm.ops`; None leaves the process's choice, which begins as "auto".
     Returns: the model in evaluation mode. With dtype float16 or bfloat16 the autoencoder is float32 all the same:
              in float16 its activations overflow, in bfloat16 images lose grey levels.
     Raises:  CheckpointError (a ValueError): in one line what the path is instead, or which keys do not fit.
+             ValueError: "triton" where no kernel can run.
     """
+    device = torch.device(device)
+    if backend is not None:
+        ops.use(backend)
+    fused = ops.resolved(device) == "triton"
     vae_dtype = dtype if dtype is None else torch.float32
     loaded = checkpoint.load_parts(path, dtype=dtype, vae_dtype=vae_dtype, device=device, ema=ema, base=base)
+    if fused and next(loaded.unet.parameters()).dtype in ops.HALF:
+        loaded.unet.to(memory_format=torch.channels_last)  # what convolutions and norms are fastest in
     return StableDiffusion(
         config=loaded.config,
         tokenizer=Tokenizer(loaded.config.clip.tokens),
@@ -118,7 +133,7 @@ def load(
         unet=loaded.unet,
         vae=loaded.vae,
         schedule=Schedule.sd15(),
-        device=torch.device(device),
+        device=device,
         report=loaded.report,
         files=loaded.files,
         weight_set=loaded.weight_set,

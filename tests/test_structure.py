@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "ldm.plan": {"ldm.conditioning", "ldm.samplers", "ldm.schedule", "ldm.trajectory"},
     # Where the two meet.
     "ldm.pipeline": {
-        *("ldm.config", "ldm.tokenizer", "ldm.clip", "ldm.vae", "ldm.unet", "ldm.checkpoint", "ldm.schedule"),
+        *("ldm.ops", "ldm.config", "ldm.tokenizer", "ldm.clip", "ldm.vae", "ldm.unet", "ldm.checkpoint", "ldm.schedule"),
         *("ldm.conditioning", "ldm.guidance", "ldm.samplers", "ldm.inversion", "ldm.trajectory", "ldm.bezier"),
     },
     "ldm.train": {
@@ -55,6 +55,18 @@ MAY_IMPORT = {
     "ldm.experiment": {
         *("ldm.pipeline", "ldm.conditioning", "ldm.guidance", "ldm.samplers", "ldm.inversion", "ldm.trajectory"),
         *("ldm.bezier", "ldm.schedule", "ldm.latents", "ldm.report", "ldm.plan"),
+    },
+    "ldm.real_images": {
+        *(
+            "ldm.pipeline",
+            "ldm.conditioning",
+            "ldm.guidance",
+            "ldm.samplers",
+            "ldm.inversion",
+            "ldm.schedule",
+            "ldm.plan",
+        ),
+        *("ldm.checkpoint", "ldm.data", "ldm.experiment", "ldm.latents", "ldm.report"),
     },
     "ldm.evaluation": {
         "ldm.checkpoint",

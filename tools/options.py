@@ -3,10 +3,11 @@
 import argparse
 import re
 from pathlib import Path
+from typing import get_args
 
 import torch
 
-from ldm import pipeline
+from ldm import ops, pipeline
 from ldm.samplers import SAMPLERS
 from ldm.schedule import SPACINGS
 
@@ -30,6 +31,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="of CLIP and U-Net; the autoencoder stays in float32 (default: float32 on the CPU, float16 on a GPU)",
     )
+    parser.add_argument(
+        "--backend",
+        choices=get_args(ops.Backend),
+        default="auto",
+        help="fused kernels on GPUs that have them (auto), never (torch), or an error where there are none (triton)",
+    )
 
 
 def load_model(args: argparse.Namespace) -> pipeline.StableDiffusion:
@@ -43,7 +50,7 @@ def load_model(args: argparse.Namespace) -> pipeline.StableDiffusion:
     dtype = DTYPES.get(args.dtype, torch.float16 if device.type == "cuda" else torch.float32)
     if dtype == torch.float32:  # float32 means float32: cuDNN would round convolutions to TF32's ten bits
         torch.backends.cudnn.allow_tf32 = False
-    return pipeline.load(args.weights, device, dtype, ema=args.ema, base=args.base)
+    return pipeline.load(args.weights, device, dtype, ema=args.ema, base=args.base, backend=args.backend)
 
 
 def add_sampling(parser: argparse.ArgumentParser, guidance: float = 7.5) -> None:
