@@ -117,7 +117,7 @@ def test_one_iteration_is_the_naive_inversion():
 
 
 def test_where_eps_is_linear_the_secant_step_is_exact():
-    # eps = z: g is affine with one slope. Two evaluations know it, a secant step hits the fixed point, the third sees it.
+    # eps = z: g is affine with one slope. Two evaluations know it, a secant step hits its fixed point, a third sees it.
     calls = []
 
     def eps(x: Tensor, t: int, step: int) -> Tensor:

@@ -6,9 +6,11 @@ ldm traverse --neutral "Normal chest X-ray with no significant findings" \\
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
 
 from ldm.experiment import run_traversal, write_figures
 from ldm.plan import SWAP_STEPS, Traversal, parse_integers
+from ldm.real_images import FITS, ImageStart, open_images
 from tools.options import add_model, add_sampling, latent_size, load_model, max_batch
 
 
@@ -35,8 +37,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bezier-points", type=int, default=50, help="points along each curve; 0: none (default 50)")
     parser.add_argument("--keep", metavar="x_t,x0_pred,eps", help="also save these of every step of every branch")
     parser.add_argument("--no-images", action="store_true", help="write latents and run.json only")
+    real = parser.add_argument_group("from real images instead of seeds")
+    real.add_argument(
+        "--image",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="start from these images, inverted to noise under the neutral prompt; the neutral prompt is then also the "
+        "negative one, so that the neutral branch retraces them at any guidance. Each takes the place of a seed, whose "
+        "number is made of its bytes; comparison.png and run.json say how well it is retraced",
+    )
+    real.add_argument(
+        "--inversion",
+        choices=("fixed-point", "naive"),
+        default="fixed-point",
+        help="see `ldm invert` (default %(default)s)",
+    )
+    real.add_argument("--fit", choices=FITS, default="squash", help="how an image is made square (default %(default)s)")
     add_model(parser)
     add_sampling(parser)
+    parser.set_defaults(negative=None)  # empty, or with --image the neutral prompt
 
 
 def run(args: argparse.Namespace) -> None:
@@ -44,14 +65,19 @@ def run(args: argparse.Namespace) -> None:
     styles = dict(style.split("=", 1) for style in args.style if "=" in style)
     if len(styles) != len(args.style):
         raise ValueError(f"--style: got {args.style}, expected NAME=PROMPT with a different NAME each")
+    if args.image and args.seeds != "0":
+        raise ValueError(
+            f"--seeds: got {args.seeds!r} beside --image, expected one or the other: an image has its own start"
+        )
+    images = open_images(args.image)
     plan = Traversal(  # before the weights are read, so that bad options are refused at once
         neutral=args.neutral,
         styles=styles,
-        seeds=parse_integers(args.seeds, "--seeds"),
+        seeds=tuple(images) or parse_integers(args.seeds, "--seeds"),
         swap_steps=parse_integers(args.swap_steps, "--swap-steps"),
         steps=args.steps,
         guidance=args.guidance,
-        negative=args.negative,
+        negative=(args.neutral if images else "") if args.negative is None else args.negative,
         sampler=args.sampler,
         spacing=args.spacing,
         eta=args.eta,
@@ -62,9 +88,12 @@ def run(args: argparse.Namespace) -> None:
     batch = max_batch(args)
     sd = load_model(args)
     plan = replace(plan, latent_size=latent_size(args.size, sd))
-    record = run_traversal(sd, plan, args.out, max_batch=batch, images=not args.no_images)
+    start = ImageStart(sd, plan, images, args.inversion, args.fit, batch) if images else None
+    record = run_traversal(sd, plan, args.out, max_batch=batch, images=not args.no_images, start=start)
     if not args.no_images:
         write_figures(args.out, plan)
+    for entry in record.get("images", []):
+        print(f"{entry['file']} is seed{entry['seed']:04d}, retraced to {entry['round_trip_error']:.1e}")
     print(
         f"{len(plan.seeds)} seeds, {len(styles)} styles, {len(plan.swap_steps)} swap steps: {record['unet_rows']} "
         f"U-Net rows where separate runs cost {record['unet_rows_separate']}; {record['seconds']} s; see {args.out}"

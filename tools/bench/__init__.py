@@ -7,7 +7,9 @@ import argparse
 import importlib
 
 # subject: (module, one line of help). Imported only when called.
-SUBJECTS: dict[str, tuple[str, str]] = {}
+SUBJECTS: dict[str, tuple[str, str]] = {
+    "inversion": ("tools.bench.inversion", "how exactly images come back from their noise"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
