@@ -1,6 +1,6 @@
 """Example 3: teach the frozen U-Net an attribute that it has never seen, through low-rank changes of cross-attention.
 
-    h = W_0 x + (scale / r) B A x,   A (r, in) random, B (out, r) zero at first                   [Hu et al. 2021, eq. 3]
+    h = W_0 x + (scale / r) B A x,   A (r, in) random, B (out, r) zero at first                  [Hu et al. 2021, eq. 3]
 
 The attribute is cardiomegaly: the phantoms can draw it, and the shipped model was trained without it.
 
