@@ -91,7 +91,7 @@ class Edit:
     """A change of an activation, and what part of it is changed; None: all. Made by `zero`, `scale` and the others."""
 
     change: Callable[[Tensor, Moment], Tensor]  # -> the activation's shape
-    timesteps: frozenset[int] | None = None
+    timesteps: frozenset[float] | None = None
     rows: Rows | None = None
     heads: tuple[int, ...] | None = None
     tokens: tuple[int, ...] | None = None
@@ -99,7 +99,7 @@ class Edit:
     def only(
         self,
         *,
-        timesteps: Collection[int] | None = None,
+        timesteps: Collection[float] | None = None,
         rows: Rows | None = None,
         heads: Collection[int] | None = None,
         tokens: Collection[int] | None = None,
@@ -160,7 +160,9 @@ class Edit:
         if not isinstance(self.rows, str):
             return _index_mask("rows", self.rows or (), rows, device)
         if self.rows not in ("uncond", "cond") or rows % 2:
-            raise ValueError(f"rows: got {self.rows!r} of {rows} rows, expected numbers, or 'uncond' or 'cond' of halves")
+            raise ValueError(
+                f"rows: got {self.rows!r} of {rows} rows, expected numbers, or 'uncond' or 'cond' of halves"
+            )
         return (torch.arange(rows, device=device) >= rows // 2) == (self.rows == "cond")
 
 
@@ -284,7 +286,9 @@ class Tapped(nn.Module):
         taken = {place.removesuffix(".probabilities").removesuffix(".heads") for place in at_places}
         edited: set[str] = vars(self).setdefault("_edited", set())
         if twice := edited & taken:
-            raise ValueError(f"edits: {min(twice)!r} is edited already; edit it in one `with`, in turn by a list of edits")
+            raise ValueError(
+                f"edits: {min(twice)!r} is edited already; edit it in one `with`, in turn by a list of edits"
+            )
         with ExitStack() as hooks:
             hooks.callback(edited.difference_update, taken)
             edited.update(taken)

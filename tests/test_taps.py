@@ -408,8 +408,9 @@ def test_the_autoencoder(x):
         assert not torch.allclose(vae.decode(x), plain)
     with vae.edit({"decoder.up_blocks.1": swap_in(seen)}):
         assert torch.equal(vae.decode(-x), plain)
-    with pytest.raises(ValueError, match="outside a U-Net's call"), vae.edit(
-        {"decoder.conv_in": zero().only(timesteps=[1])}
+    with (
+        pytest.raises(ValueError, match="outside a U-Net's call"),
+        vae.edit({"decoder.conv_in": zero().only(timesteps=[1])}),
     ):
         vae.decode(x)
 
