@@ -4,12 +4,13 @@ ldm phantom --domain chest --n 4000 --out data/chest
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ldm.data.phantom import ATTRIBUTES, render
+from ldm.data.phantom import ATTRIBUTES, EXTRAS, render
 from ldm.data.phantom.folders import WRITERS
 
 SHEET_ROWS = 8
@@ -39,13 +40,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="place attributes at random instead of as a function of the visible anatomy (then the counterfactual is "
         "not unique)",
     )
+    parser.add_argument(
+        "--extra",
+        action="append",
+        default=[],
+        choices=sorted({name for names in EXTRAS.values() for name in names}),
+        help="also draw an attribute that the shipped model has never seen; may be repeated",
+    )
     parser.add_argument("--sheet", action="store_true", help="write the contact sheet only, no data set")
     parser.add_argument("--workers", type=int, default=1, help="processes; does not change the result (default 1)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Write the data set and its contact sheet."""
-    sheet = contact_sheet(args.domain, args.seed, min(args.n, SHEET_ROWS), args.size, tied=not args.free)
+    sheet = contact_sheet(args.domain, args.seed, min(args.n, SHEET_ROWS), args.size, not args.free, args.extra)
     if args.sheet:
         if args.out.exists() and not args.out.is_dir():
             raise ValueError(f"out: {args.out} is a file, expected a folder")
@@ -60,15 +68,18 @@ def run(args: argparse.Namespace) -> None:
             counterfactuals=args.counterfactuals,
             tied=not args.free,
             workers=args.workers,
+            extras=args.extra,
         )
     sheet.save(args.out / "contact_sheet.png")
 
 
-def contact_sheet(domain: str, seed: int, rows: int, size: int, tied: bool = True) -> Image.Image:
+def contact_sheet(
+    domain: str, seed: int, rows: int, size: int, tied: bool = True, extras: Sequence[str] = ()
+) -> Image.Image:
     """Seeds down; across: no attribute, each alone, all."""
     if rows < 1:
         raise ValueError(f"n: got {rows}, expected >= 1")
-    names = ATTRIBUTES[domain]
+    names = (*ATTRIBUTES[domain], *extras)
     states = [{}, *({name: True} for name in names), dict.fromkeys(names, True)]
     lines = [[render(domain, seed + row, state, size, tied).to_uint8() for state in states] for row in range(rows)]
     return Image.fromarray(np.concatenate([np.concatenate(line, axis=1) for line in lines]))

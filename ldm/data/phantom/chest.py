@@ -11,7 +11,7 @@ so the fluid changes only pixels where fluid and air are > 0, the device only pi
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ AERATION = 0.80  # share of the attenuation that is missing where there is lung
 NOISE_STD = 0.012
 CTR_RANGE = (0.40, 0.52)
 SEVERITY_RANGE = (0.50, 1.00)
+ENLARGEMENT = 0.17  # of the cardiothoracic ratio by cardiomegaly, so that even the smallest heart exceeds CTR_RANGE
 
 
 @dataclass(frozen=True)
@@ -114,15 +115,21 @@ def draw_anatomy(seed: int, tied: bool) -> Anatomy:
 
 
 def render(seed: int, attributes: Mapping[str, bool], size: int = 128, tied: bool = True) -> Phantom:
-    """Draw one chest. attributes: pleural_effusion, support_devices; see `ldm.data.phantom.render`."""
+    """Draw one chest. attributes: pleural_effusion, support_devices, and on request cardiomegaly; see
+    `ldm.data.phantom.render`."""
     a = draw_anatomy(seed, tied)
     s, y = body_coordinates(a, size)
     masks = {}
 
-    # What the seed fixes
+    # What the seed fixes, and the size of the heart
     lungs = {side: lung_distance(a, s, y, side) for side in (-1, 1)}
     heart = coverage(heart_distance(a, s, y), 0.035)
-    air = np.maximum(coverage(lungs[-1], 0.030), coverage(lungs[1], 0.030)) * (1.0 - 0.90 * heart)
+    lung = np.maximum(coverage(lungs[-1], 0.030), coverage(lungs[1], 0.030))
+    if attributes.get("cardiomegaly", False):
+        enlarged = enlarged_heart(a, heart, s, y)
+        masks["cardiomegaly"] = (enlarged > heart) & (lung > 0)
+        heart = enlarged
+    air = lung * (1.0 - 0.90 * heart)
     tissue = tissue_thickness(a, s, y) * (1.0 + 0.04 * texture(stream(seed, "chest texture"), size, 6))
     hard = bones(a, s, y, size) * np.minimum(2.0 * tissue, 1.0) + vessels(a, seed, size) * air
 
@@ -329,6 +336,12 @@ def vessels(a: Anatomy, seed: int, size: int) -> Plane:
 
 
 # ---------------------------------------------------------------- attributes
+
+
+def enlarged_heart(a: Anatomy, heart: Plane, s: Plane, y: Plane) -> Plane:
+    """Coverage of a heart that is wider by ENLARGEMENT, and holds the patient's own. Nothing else moves."""
+    wide = replace(a, ctr=a.ctr + ENLARGEMENT)
+    return np.maximum(heart, coverage(heart_distance(wide, s, y), 0.035))
 
 
 def fluid_coverage(a: Anatomy, lungs: Mapping[int, Plane], s: Plane, y: Plane) -> Plane:

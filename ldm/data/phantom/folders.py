@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.data.phantom import ATTRIBUTES, render, sample_attributes
+from ldm.data.phantom import EXTRAS, render, sample_attributes
 from ldm.data.phantom.draw import stream
 
 # fmt: off
@@ -34,9 +34,14 @@ CHEXPERT_COLUMNS = (
     "Lung Opacity", "Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax",
     "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices",
 )
-CHEXPERT_ATTRIBUTES = {"Pleural Effusion": "pleural_effusion", "Support Devices": "support_devices"}
+CHEXPERT_ATTRIBUTES = {
+    "Pleural Effusion": "pleural_effusion", "Support Devices": "support_devices", "Cardiomegaly": "cardiomegaly",
+}
 # How often a report that does not affirm the label denies it, counted on the real train.csv: 0.0 / (0.0 + empty)
-CHEXPERT_DENIED = {"Pleural Effusion": 35_396 / (35_396 + 90_203), "Support Devices": 6_137 / (6_137 + 100_197)}
+CHEXPERT_DENIED = {
+    "Pleural Effusion": 35_396 / (35_396 + 90_203), "Support Devices": 6_137 / (6_137 + 100_197),
+    "Cardiomegaly": 11_116 / (11_116 + 177_211),
+}
 CHEXPERT_FIRST_VALID_PATIENT = 64_541
 
 ISIC_TRUTH_COLUMNS = ("image", "MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK")
@@ -76,6 +81,7 @@ def write_chexpert(
     counterfactuals: bool = False,
     tied: bool = True,
     workers: int = 1,
+    extras: Sequence[str] = (),
 ) -> Path:
     """Write n chest phantoms as a CheXpert-v1.0-small folder; the last tenth are its validation set.
 
@@ -85,15 +91,16 @@ def write_chexpert(
 
     Args:    out: a folder that does not exist or is empty.  confounded, tied: see `ldm.data.phantom`.
              counterfactuals: also write every image with each attribute toggled.  workers: processes.
+             extras: some of `EXTRAS` of the domain, drawn like the other attributes, which they do not change.
     Returns: out.
     Raises:  ValueError: when out holds files already, or a number is out of range.
     """
     if n >= CHEXPERT_FIRST_VALID_PATIENT:
         raise ValueError(f"n: got {n}, expected < {CHEXPERT_FIRST_VALID_PATIENT} (the validation patients start there)")
-    _check(n, seed0, size, workers)
+    _check("chest", n, seed0, size, workers, extras)
     train = n - n // 10
     items: list[Item] = []
-    for item in _plan("chest", n, seed0, confounded, starts=(0, train)):
+    for item in _plan("chest", n, seed0, confounded, extras, starts=(0, train)):
         part = "train" if len(items) < train else "valid"
         first = 1 if part == "train" else CHEXPERT_FIRST_VALID_PATIENT
         key = f"patient{first + item.group:05d}_study{item.index + 1}"
@@ -104,7 +111,7 @@ def write_chexpert(
         root = folder / "CheXpert-v1.0-small"
         _write_csv(root / "train.csv", CHEXPERT_COLUMNS, (_chexpert_row(item, False) for item in items[:train]))
         _write_csv(root / "valid.csv", CHEXPERT_COLUMNS, (_chexpert_row(item, True) for item in items[train:]))
-        _write_run(folder, "chest", n, seed0, size, confounded, counterfactuals, tied)
+        _write_run(folder, "chest", n, seed0, size, confounded, counterfactuals, tied, extras)
     return Path(out)
 
 
@@ -117,6 +124,7 @@ def write_isic(
     counterfactuals: bool = False,
     tied: bool = True,
     workers: int = 1,
+    extras: Sequence[str] = (),
 ) -> Path:
     """Write n skin phantoms as an ISIC 2019 folder with the inferred artifact annotations.
 
@@ -124,9 +132,9 @@ def write_isic(
     diagnosis under other artifacts. Annotations are probabilities: >= 0.9 where the artifact is present, < 0.5 where
     not. Arguments, result and errors are those of `write_chexpert`.
     """
-    _check(n, seed0, size, workers)
+    _check("skin", n, seed0, size, workers, extras)
     items: list[Item] = []
-    for i, item in enumerate(_plan("skin", n, seed0, confounded, starts=(0,), fixed=("melanoma",))):
+    for i, item in enumerate(_plan("skin", n, seed0, confounded, extras, starts=(0,), fixed=("melanoma",))):
         key = f"ISIC_{i + 1:07d}"
         name = key + ("_downsampled" if _draw(item, "downsampled") < ISIC_DOWNSAMPLED else "")
         path = f"ISIC_2019_Training_Input/{name}.jpg"
@@ -140,7 +148,7 @@ def write_isic(
         _write_csv(folder / metadata, ISIC_METADATA_COLUMNS, rows)
         annotations = (_isic_artifact_row(i, item) for i, item in enumerate(items))
         _write_csv(folder / "isic_inferred_wocarcinoma.csv", ISIC_ARTIFACT_COLUMNS, annotations)
-        _write_run(folder, "skin", n, seed0, size, confounded, counterfactuals, tied)
+        _write_run(folder, "skin", n, seed0, size, confounded, counterfactuals, tied, extras)
     return Path(out)
 
 
@@ -151,7 +159,13 @@ WRITERS: dict[str, Callable[..., Path]] = {"chest": write_chexpert, "skin": writ
 
 
 def _plan(
-    domain: str, n: int, seed0: int, confounded: bool, starts: Sequence[int], fixed: Sequence[str] = ()
+    domain: str,
+    n: int,
+    seed0: int,
+    confounded: bool,
+    extras: Sequence[str],
+    starts: Sequence[int],
+    fixed: Sequence[str] = (),
 ) -> Iterator[Item]:
     """n images in groups of one seed; a new group, numbered from 0 again, begins at each of `starts`.
 
@@ -167,18 +181,23 @@ def _plan(
             seed, group, states = seed + 1, group + 1, []
             chance = stream(seed, f"{domain} group").random()
             count = 1 if chance < 0.75 else 2 if chance < 0.92 else 3
-        states.append(_next_state(domain, seed, states, confounded, fixed))
+        states.append(_next_state(domain, seed, states, confounded, extras, fixed))
         yield Item(domain, seed, states[-1], "", "", group, len(states) - 1)
 
 
 def _next_state(
-    domain: str, seed: int, states: Sequence[dict[str, bool]], confounded: bool, fixed: Sequence[str]
+    domain: str,
+    seed: int,
+    states: Sequence[dict[str, bool]],
+    confounded: bool,
+    extras: Sequence[str],
+    fixed: Sequence[str],
 ) -> dict[str, bool]:
     if not states:
-        return sample_attributes(domain, seed, confounded)
+        return sample_attributes(domain, seed, confounded, extras)
     seeds = stream(seed, f"{domain} state {len(states)}")
     while True:
-        state = sample_attributes(domain, int(seeds.integers(2**62)), confounded)
+        state = sample_attributes(domain, int(seeds.integers(2**62)), confounded, extras)
         state |= {name: states[0][name] for name in fixed}
         if state not in states:
             return state
@@ -200,12 +219,15 @@ def _chexpert_row(item: Item, definite: bool) -> list[object]:
     row["Sex"], row["Age"] = "Male" if person.random() < 0.55 else "Female", int(person.integers(18, 91))
     row["AP/PA"] = "AP" if _draw(item, "AP/PA") < 0.85 else "PA"
     for column, name in CHEXPERT_ATTRIBUTES.items():
+        if name not in item.attributes:
+            continue
         if item.attributes[name]:
             row[column] = "1.0"
         elif _draw(item, column) < CHEXPERT_DENIED[column]:
             row[column] = "0.0"
     # A device is no finding in the sense of this column
-    if not item.attributes["pleural_effusion"] and (definite or _draw(item, "No Finding") < 0.5):
+    findings = item.attributes["pleural_effusion"] or item.attributes.get("cardiomegaly", False)
+    if not findings and (definite or _draw(item, "No Finding") < 0.5):
         row["No Finding"] = "1.0"
     return list(row.values())
 
@@ -255,7 +277,7 @@ def _write_images(folder: Path, items: Sequence[Item], size: int, tied: bool, tw
     else:
         with ProcessPoolExecutor(workers) as pool:
             anatomies = list(progress(pool.map(work, items, chunksize=8)))
-    names = ATTRIBUTES[items[0].domain]
+    names = list(items[0].attributes)
     rows = (
         [item.path, item.seed, *(int(item.attributes[name]) for name in names), *(f"{v:.6g}" for v in anatomy.values())]
         for item, anatomy in zip(items, anatomies, strict=True)
@@ -292,7 +314,15 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object
 
 
 def _write_run(
-    folder: Path, domain: str, n: int, seed0: int, size: int, confounded: bool, counterfactuals: bool, tied: bool
+    folder: Path,
+    domain: str,
+    n: int,
+    seed0: int,
+    size: int,
+    confounded: bool,
+    counterfactuals: bool,
+    tied: bool,
+    extras: Sequence[str],
 ) -> None:
     run = {
         "command": "phantom",
@@ -303,6 +333,7 @@ def _write_run(
         "confounded": confounded,
         "counterfactuals": counterfactuals,
         "tied": tied,
+        **({"extras": list(extras)} if extras else {}),
     }
     (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n")
 
@@ -327,7 +358,9 @@ def _published(out: Path) -> Iterator[Path]:
         raise
 
 
-def _check(n: int, seed0: int, size: int, workers: int) -> None:
+def _check(domain: str, n: int, seed0: int, size: int, workers: int, extras: Sequence[str]) -> None:
+    if unknown := sorted(set(extras) - set(EXTRAS[domain])):
+        raise ValueError(f"extras: {unknown} unknown for domain {domain!r}, expected some of {list(EXTRAS[domain])}")
     for name, value, least in (("n", n, 1), ("seed0", seed0, 0), ("size", size, 32), ("workers", workers, 1)):
         if value < least:
             raise ValueError(f"{name}: got {value}, expected >= {least}")
