@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +24,17 @@ from ldm.checkpoint import save
 from ldm.clip import CLIPTextEncoder
 from ldm.config import CLIPConfig, UNetConfig, VAEConfig
 from ldm.schedule import Schedule
-from ldm.train import finetune
 from ldm.train.diffusion import min_snr_weights
-from ldm.train.finetune import FineTuning, Material, encode_captions, examples, loss_of, validate, validation_examples
+from ldm.train.finetune import Rounds, finetune
+from ldm.train.learner import Learner
+from ldm.train.objective import FineTuning, Material, encode_captions, examples, loss_of
 from ldm.train.state import RunFolder
+from ldm.train.watch import validate, validation_examples
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 from tools import cli
 
-SCHEDULE = Schedule.sd15()
+SCHEDULE, CPU = Schedule.sd15(), torch.device("cpu")
 UNET = UNetConfig(sample_size=8, widths=(32, 64), resnets_per_level=1, attention=(True, False), context_width=32)
 RECIPE = FineTuning(steps=4, batch=2, accumulate=2, lr=1e-3)
 COUNT = 7
@@ -66,7 +69,8 @@ def test_the_defaults_are_the_papers():
     recipe = FineTuning(steps=1)
     assert (recipe.lr, recipe.betas, recipe.eps, recipe.weight_decay) == (1e-5, (0.9, 0.999), 1e-8, 1e-2)
     assert (recipe.batch, recipe.accumulate, recipe.clip, recipe.lr_at(0), recipe.lr_at(10**6)) == (8, 4, 1, 1e-5, 1e-5)
-    assert not any((recipe.ema_decay, recipe.caption_dropout, recipe.min_snr_gamma, recipe.flip, recipe.bf16))
+    assert not any((recipe.ema_decay, recipe.caption_dropout, recipe.min_snr_gamma, recipe.flip))
+    assert recipe.precision == "float32"
 
 
 def test_the_rate_rises_linearly_then_stays():
@@ -147,58 +151,69 @@ def test_the_loss_is_the_weighted_error_of_the_noise(gamma):
             x_t = math.sqrt(abar) * x_0 + math.sqrt(1 - abar) * eps
             weight = min(1.0, gamma * (1 - abar) / abar) if gamma else 1.0
             terms.append(weight * float((unet(x_t[None], int(t), context[None])[0] - eps).square().mean()))
-        loss = float(loss_of(unet, batch, SCHEDULE, recipe))
+        loss = float(loss_of(unet, batch, SCHEDULE, recipe, CPU))
     assert loss == pytest.approx(sum(terms) / 4, rel=1e-5)  # float32, summed in another order
 
 
-def gradients(recipe: FineTuning, folder: Path, recompute: bool = False) -> dict[str, Tensor]:
-    unet = network()
-    if recompute:
-        finetune.recompute_activations(unet)
-    finetune.accumulate(unet, SCHEDULE, material(), recipe, 3, RunFolder(folder, {}, {}))
-    return {name: p.grad for name, p in unet.named_parameters() if p.grad is not None}
+def gradients(recipe: FineTuning) -> dict[str, Tensor]:
+    learner = Learner(network(), recipe)
+    learner.gradients(3, material(), SCHEDULE)
+    return {name: p.grad for name, p in learner.unet.named_parameters() if p.grad is not None}
 
 
-def test_two_batches_of_two_are_one_of_four(tmp_path):
-    cut = gradients(FineTuning(steps=1, batch=2, accumulate=2), tmp_path)
-    whole = gradients(FineTuning(steps=1, batch=4, accumulate=1), tmp_path)
+def test_two_batches_of_two_are_one_of_four():
+    cut = gradients(FineTuning(steps=1, batch=2, accumulate=2))
+    whole = gradients(FineTuning(steps=1, batch=4, accumulate=1))
     assert len(cut) == len(list(network().parameters()))
     for name in whole:  # float32, summed in another order
         torch.testing.assert_close(cut[name], whole[name], rtol=1e-3, atol=1e-6)
 
 
-def test_recomputed_activations_give_the_same_gradients(tmp_path):
-    kept, recomputed = gradients(RECIPE, tmp_path), gradients(RECIPE, tmp_path, recompute=True)
+def test_recomputed_activations_give_the_same_gradients():
+    kept, recomputed = gradients(RECIPE), gradients(replace(RECIPE, checkpoint_gradients=True))
     assert [name for name in kept if not torch.equal(kept[name], recomputed[name])] == []
 
 
 def test_the_validation_loss_is_told_by_time():
     unet, bins = network(), validation_examples(material())
     assert [(int(b.t.min()) // 250, int(b.t.max()) // 250) for b in bins] == [(0, 0), (1, 1), (2, 2), (3, 3)]
-    losses = validate(unet, bins, SCHEDULE, RECIPE)
+    losses = validate(unet, bins, SCHEDULE, RECIPE, CPU)
     assert list(losses) == ["0-249", "250-499", "500-749", "750-999", "mean"]
     with torch.no_grad():
-        assert losses["0-249"] == pytest.approx(float(loss_of(unet, bins[0], SCHEDULE, RECIPE)), rel=1e-5)
-    assert validate(unet, bins, SCHEDULE, RECIPE) == losses
+        assert losses["0-249"] == pytest.approx(float(loss_of(unet, bins[0], SCHEDULE, RECIPE, CPU)), rel=1e-5)
+    assert validate(unet, bins, SCHEDULE, RECIPE, CPU) == losses
 
 
 # ---- the loop --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, FineTuning(steps=4, batch=2, accumulate=1, ema_decay=0.9, warmup=3)])
-def test_a_stopped_run_that_goes_on_equals_one_that_was_not(tmp_path, recipe):
-    def run(folder: Path, stops: Sequence[bool] = ()) -> int:
-        answers = iter(stops)
-        frozen = {"clip": CLIPTextEncoder(CLIPConfig(width=32, layers=1, heads=1, mlp_width=32)), "vae": VAE}
-        state = RunFolder(folder, frozen, recipe.settings())
-        bins = validation_examples(material())
-        return finetune.finetune(
-            network(), SCHEDULE, material(), bins, recipe, state, 3, stop=lambda: next(answers, False)
-        )
+def run(folder: Path, recipe: FineTuning, save_every: int, stops: Sequence[bool] = ()) -> int:
+    """A run on made-up material, told to stop at the first True."""
+    answers = iter(stops)
+    frozen = {"clip": CLIPTextEncoder(CLIPConfig(width=32, layers=1, heads=1, mlp_width=32)), "vae": VAE}
+    rounds = Rounds(save_every, validation_examples(material()))
+    return finetune(
+        Learner(network(), recipe),
+        SCHEDULE,
+        material(),
+        RunFolder(folder, frozen, recipe.settings()),
+        rounds,
+        stop=lambda: next(answers, False),
+    )
 
-    assert run(tmp_path / "straight") == 4
-    assert run(tmp_path / "stopped", [False, False, True]) == 2
-    assert run(tmp_path / "stopped") == 4
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        RECIPE,
+        FineTuning(steps=4, batch=2, accumulate=1, lr=1e-3, ema_decay=0.9, warmup=3),
+        FineTuning(steps=4, batch=1, accumulate=1, lr=1e-3, precision="fp16"),
+    ],
+)
+def test_a_stopped_run_that_goes_on_equals_one_that_was_not(tmp_path, recipe):
+    assert run(tmp_path / "straight", recipe, 3) == 4
+    assert run(tmp_path / "stopped", recipe, 3, [False, False, True]) == 2
+    assert run(tmp_path / "stopped", recipe, 3) == 4
     assert_same_state(tmp_path / "straight", tmp_path / "stopped", 4)
     steps = [json.loads(line)["step"] for line in (tmp_path / "stopped" / "log.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 2, 3, 4]
@@ -207,13 +222,36 @@ def test_a_stopped_run_that_goes_on_equals_one_that_was_not(tmp_path, recipe):
 def test_what_is_not_finite_stops_the_run_before_it_is_learnt(tmp_path):
     broken = material()
     broken.contexts[:] = math.inf
-    unet = network()
-    before = {name: p.clone() for name, p in unet.named_parameters()}
+    learner = Learner(network(), RECIPE)
+    before = {name: p.clone() for name, p in learner.unet.named_parameters()}
     with pytest.raises(
         ValueError, match=r"loss at step 1 is nan, of image\d\.png, image\d\.png; there is no checkpoint"
     ):
-        finetune.finetune(unet, SCHEDULE, broken, [], RECIPE, RunFolder(tmp_path, {}, {}), 1)
-    assert all(torch.equal(p, before[name]) for name, p in unet.named_parameters())
+        finetune(learner, SCHEDULE, broken, RunFolder(tmp_path, {}, {}), Rounds(1))
+    assert all(torch.equal(p, before[name]) for name, p in learner.unet.named_parameters())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_too(tmp_path):
+    learner = Learner(network(), RECIPE)
+    learner.unet.conv_in.weight.register_hook(lambda grad: grad * math.inf)
+    before = {name: p.clone() for name, p in learner.unet.named_parameters()}
+    with pytest.raises(
+        ValueError, match=r"norm at step 1 is (nan|inf), of (image\d\.png, ){3}image\d\.png; there is no"
+    ):
+        finetune(learner, SCHEDULE, material(), RunFolder(tmp_path, {}, {}), Rounds(1))
+    assert all(torch.equal(p, before[name]) for name, p in learner.unet.named_parameters())
+
+
+def test_in_float16_a_gradient_that_overflows_halves_the_scale_and_is_left_out():
+    learner = Learner(network(), replace(RECIPE, precision="fp16"))
+    overflow = learner.unet.conv_in.weight.register_hook(lambda grad: grad * math.inf)
+    before, scale = learner.unet.conv_in.weight.clone(), learner.scaler.get_scale()
+    learner.step(0, material(), SCHEDULE)
+    assert torch.equal(learner.unet.conv_in.weight, before)
+    assert (learner.scaler.get_scale(), learner.counters()["updates"]) == (scale / 2, 0)
+    overflow.remove()
+    learner.step(1, material(), SCHEDULE)
+    assert learner.counters()["updates"] == 1
 
 
 VAE = AutoencoderKL(VAEConfig(widths=(32, 64), resnets_per_level=1))
@@ -280,11 +318,15 @@ def test_what_comes_out_is_what_goes_in_again(tmp_path, weights, data, capsys):
     ("options", "complaint"),
     [
         (["--batch", "20"], "--batch: got 20, more than the"),
-        (["--only", "Gout"], "has no label 'Gout', expected one of"),
+        (["--only", "Gout"], ": got 'Gout'; expected one of No Finding"),
+        (["--only", "fractured"], ": got 'fractured'; did you mean 'Fracture'?"),
         (["--only", "Fracture"], "is left that shows ['Fracture']"),
         (["--steps", "0"], "--steps: got 0, expected more than 0"),
         (["--caption-dropout", "1.5"], "--caption-dropout: got 1.5, expected 0 or more, below 1"),
         (["--size", "15"], "--size: got '15'"),
+        (["--shard"], "--shard: divides the network among processes; start them with torchrun"),
+        (["--shard", "--fp16"], "--shard: not together with --fp16; use --bf16"),
+        (["--measure-cache", "--no-cache"], "--measure-cache: there is no cache to measure"),
         (["--split", "nowhere.csv"], "split: got 'nowhere.csv'"),
     ],
 )

@@ -1,6 +1,5 @@
 """A run's folder: what is there is whole, whenever the process dies."""
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -13,9 +12,9 @@ from torch import nn
 import ldm
 from ldm.checkpoint.loading import build
 from ldm.train import state
-from ldm.train.loop import Ema
-from ldm.train.state import LAST, LOG, RunFolder, stop_on_signals
-from ldm.unet import UNet
+from ldm.train.learner import Learner
+from ldm.train.objective import FineTuning
+from ldm.train.state import LAST, RunFolder, stop_on_signals
 
 SETTINGS = {"lr": 1e-5, "betas": (0.9, 0.999), "data": "abc"}
 
@@ -34,41 +33,40 @@ def run_folder(path: Path, keep: int = 2, **changed: object) -> RunFolder:
     return RunFolder(path, FROZEN, {**SETTINGS, **changed}, keep)
 
 
-def trained(seed: int = 0) -> tuple[UNet, torch.optim.AdamW, Ema]:
+def trained(seed: int = 0, ema_decay: float = 0.9) -> Learner:
     """A network after one step of AdamW, with made-up gradients, and its moving average."""
-    unet = network("unet", seed)
-    optimiser = torch.optim.AdamW(unet.parameters(), lr=0.1)
-    ema = Ema(unet, 0.9)
+    learner = Learner(network("unet", seed), FineTuning(steps=1, lr=0.1, ema_decay=ema_decay))
     generator = torch.Generator().manual_seed(seed)
-    for p in unet.parameters():
+    for p in learner.unet.parameters():
         p.grad = torch.randn(p.shape, generator=generator)
-    optimiser.step()
-    ema.update(unet, 0)
-    return unet, optimiser, ema
+    learner.optimiser.step()
+    if learner.ema is not None:
+        learner.ema.update(learner.unet, 0)
+    return learner
 
 
-def contents(unet: UNet, optimiser: torch.optim.Optimizer, ema: Ema | None) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in state._state(unet, optimiser, ema).items()}
+def contents(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in learner.tensors()}
 
 
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
     saved = trained()
-    run_folder(tmp_path).save(1, *saved)
+    run_folder(tmp_path).save(1, saved)
     other = trained(seed=1)
-    assert run_folder(tmp_path).resume(*other) == 1
-    before, after = contents(*saved), contents(*other)
+    assert run_folder(tmp_path).resume(other) == 1
+    before, after = contents(saved), contents(other)
     assert before.keys() == after.keys()
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
-    assert {float(optimiser_state["step"]) for optimiser_state in other[1].state.values()} == {1.0}
+    assert other.counters() == saved.counters() == {"updates": 1, "scaler": {}}
 
 
-@pytest.mark.parametrize("averaged", [False, True])
-def test_the_newest_checkpoint_is_a_model(tmp_path, averaged):
-    unet, optimiser, ema = trained()
-    path = run_folder(tmp_path).save(1, unet, optimiser, ema if averaged else None)
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_the_newest_checkpoint_is_a_model(tmp_path, ema_decay):
+    learner = trained(ema_decay=ema_decay)
+    path = run_folder(tmp_path).save(1, learner)
     assert path == tmp_path / LAST
     loaded = ldm.load(path)
-    wanted = ema.values if averaged else unet.state_dict()
+    wanted = learner.ema.values if learner.ema else learner.unet.state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in loaded.unet.state_dict().items())
     assert all(torch.equal(t, FROZEN["vae"].state_dict()[name]) for name, t in loaded.vae.state_dict().items())
 
@@ -76,7 +74,7 @@ def test_the_newest_checkpoint_is_a_model(tmp_path, averaged):
 def test_the_newest_few_are_kept(tmp_path):
     folder, run = run_folder(tmp_path, keep=2), trained()
     for step in (5, 10, 15):
-        folder.save(step, *run)
+        folder.save(step, run)
     assert folder.steps() == [10, 15]
     names = {path.name for path in tmp_path.glob("*.safetensors")}
     kept = {f"step-000000{step}{kind}.safetensors" for step in (10, 15) for kind in ("", ".state")}
@@ -88,7 +86,7 @@ def test_whenever_saving_dies_the_run_goes_on(tmp_path, monkeypatch, fatal):
     """Saving forces six times onto the disk: three files, and after each the folder. It dies at one of these."""
     folder = run_folder(tmp_path)
     first = trained()
-    folder.save(1, *first)
+    folder.save(1, first)
     calls = iter(range(100))
     sync = state._sync
 
@@ -101,44 +99,44 @@ def test_whenever_saving_dies_the_run_goes_on(tmp_path, monkeypatch, fatal):
     monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: None)  # a killed process cleans nothing up
     second = trained(seed=1)
     with pytest.raises(KeyboardInterrupt):
-        folder.save(2, *second)
+        folder.save(2, second)
     monkeypatch.undo()
 
     again = run_folder(tmp_path)
     again.check(resume=True)
     assert list(tmp_path.glob("next.*")) == []
     found = trained(seed=2)
-    step = again.resume(*found)
+    step = again.resume(found)
     assert step == (1 if fatal < 3 else 2)
-    wanted = contents(*(first if step == 1 else second))
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in contents(*found).items())
+    wanted = contents(first if step == 1 else second)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in contents(found).items())
     last = ldm.load(tmp_path / LAST).unet.state_dict()
-    average = (first if step == 1 else second)[2].values
+    average = (first if step == 1 else second).ema.values
     assert all(torch.equal(tensor, average[name]) for name, tensor in last.items())
 
 
 def test_an_empty_folder_is_a_run_at_its_start(tmp_path):
     folder = run_folder(tmp_path / "new")
     folder.check(resume=True)
-    assert folder.resume(*trained()) == 0
+    assert folder.resume(trained()) == 0
 
 
 def test_a_run_is_not_overwritten(tmp_path):
-    run_folder(tmp_path).save(7, *trained())
+    run_folder(tmp_path).save(7, trained())
     with pytest.raises(ValueError, match=r"holds a run at step 7; --resume auto"):
         run_folder(tmp_path).check(resume=False)
     run_folder(tmp_path).check(resume=True)
 
 
 def test_a_run_with_other_settings_is_not_continued(tmp_path):
-    run_folder(tmp_path).save(7, *trained())
+    run_folder(tmp_path).save(7, trained())
     with pytest.raises(ValueError, match=r"data \(was abc, is xyz\), lr \(was 1e-05, is 0\.1\)"):
         run_folder(tmp_path, lr=0.1, data="xyz").check(resume=True)
 
 
 def test_a_damaged_state_is_named(tmp_path):
     folder = run_folder(tmp_path)
-    folder.save(7, *trained())
+    folder.save(7, trained())
     os.truncate(folder.state(7), 1000)
     with pytest.raises(ValueError, match=r"step-00000007\.state\.safetensors: damaged"):
         folder.check(resume=True)
@@ -157,14 +155,16 @@ def test_a_disk_too_small_is_found_out_first(tmp_path, monkeypatch):
         folder.require_space(unet, averaged=True)
 
 
-def test_the_log_forgets_what_will_be_done_again(tmp_path):
-    folder = run_folder(tmp_path)
-    for step in (1, 2, 3):
-        folder.note({"step": step})
-    with (tmp_path / LOG).open("a") as file:
-        file.write('{"step": 4, "lo')  # the process died while it wrote
-    folder.forget_after(2)
-    assert [json.loads(line)["step"] for line in (tmp_path / LOG).read_text().splitlines()] == [1, 2]
+def test_only_the_first_of_several_processes_writes(tmp_path):
+    other = RunFolder(tmp_path / "out", FROZEN, SETTINGS, writes=False)
+    assert other.save(1, trained()) == tmp_path / "out" / LAST
+    assert not (tmp_path / "out").exists()
+    first = RunFolder(tmp_path / "out", FROZEN, SETTINGS)
+    first.save(1, trained())
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    other.check(resume=True)
+    assert other.resume(trained(seed=1)) == 1
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -5,12 +5,16 @@
 Letters: B batch, L context tokens, D context width, abar_t = alphas_cumprod[t].
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.schedule import Schedule
 from ldm.unet import UNet
+
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # eps = network(x_t, t, context)
 
 
 def diffusion_loss(unet: UNet, x_0: Tensor, context: Tensor, schedule: Schedule, generator: torch.Generator) -> Tensor:
@@ -25,20 +29,28 @@ def diffusion_loss(unet: UNet, x_0: Tensor, context: Tensor, schedule: Schedule,
     spread = (torch.arange(batch) / batch + torch.rand((), generator=generator)) % 1.0
     t = (spread * count).long().clamp(max=count - 1)
     eps = torch.randn(x_0.shape, generator=generator)
-    return F.mse_loss(predict_noise(unet, x_0, eps, t, context, schedule, bf16=True), eps)
+    return F.mse_loss(predict_noise(unet, x_0, eps, t, context, schedule, autocast=torch.bfloat16), eps)
 
 
 def predict_noise(
-    unet: UNet, x_0: Tensor, eps: Tensor, t: Tensor, context: Tensor, schedule: Schedule, *, bf16: bool
+    network: Network,
+    x_0: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    context: Tensor,
+    schedule: Schedule,
+    *,
+    autocast: torch.dtype | None,
 ) -> Tensor:
     """What the network takes for the noise in x_t, which is x_0 with `eps` added.
 
-    Args:    x_0, eps: (B, 4, h, w).  t: (B,) int64.  context: (B, L, D).  bf16: run in mixed precision.
+    Args:    x_0, eps: (B, 4, h, w).  t: (B,) int64.  context: (B, L, D).
+             autocast: what to compute in where that is safe; None: in the network's own precision.
     Returns: (B, 4, h, w) float32.
     """
     x_t = schedule.add_noise(x_0, eps, t).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16):
-        predicted = unet(x_t, t, context)
+    with torch.autocast(x_t.device.type, autocast, enabled=autocast is not None):
+        predicted = network(x_t, t, context)
     return predicted.float()
 
 

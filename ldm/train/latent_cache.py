@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.data import images
+from ldm.train.distributed import Processes
 from ldm.vae import AutoencoderKL
 
 SHARD = 256  # images; 32 MiB at 512 x 512 pixels
@@ -86,14 +87,16 @@ def build(
     vae: AutoencoderKL,
     workers: int = 1,
     stop: Callable[[], bool] = lambda: False,
+    processes: Processes | None = None,
 ) -> LatentCache:
     """Compute the shards that are not there yet, and map all of them.
 
     Args:    workers: processes that decode images; they do not change the result.
-             stop: asked between images whether to leave off.
+             stop: asked between images whether to leave off.  processes: those that share the work; all wait for all.
     Raises:  ValueError: when the disk cannot hold it, or a file cannot be decoded.  Interrupted: when told to stop.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    processes = processes or Processes()
     side = preprocessing.size // vae.config.downscale
     each = (1 + preprocessing.flip, 2 * vae.config.latent_channels, side, side)
     chunks = [files[start : start + SHARD] for start in range(0, len(files), SHARD)]
@@ -101,24 +104,41 @@ def build(
     paths = [folder / f"{_name(recipe, chunk)}.npy" for chunk in chunks]
     missing = [i for i, path in enumerate(paths) if _mapped(path, (len(chunks[i]), *each)) is None]
 
-    todo = [str(file) for i in missing for file in chunks[i]]
-    require_space(folder, len(todo) * int(np.prod(each)) * 4, "latents", "choose another --cache, or --no-cache")
+    needed = sum(len(chunks[i]) for i in missing) * int(np.prod(each)) * 4
+    require_space(folder, needed, "latents", "choose another --cache, or --no-cache")
+    mine = [(paths[i], chunks[i]) for i in processes.share(len(chunks)) if i in missing]
+    finished = _fill(mine, each, preprocessing, vae, workers, stop)
+    if processes.any(not finished):
+        raise Interrupted
+
+    shards = [_mapped(path, (len(chunk), *each)) for path, chunk in zip(paths, chunks, strict=True)]
+    return LatentCache([shard for shard in shards if shard is not None])
+
+
+def _fill(
+    shards: Sequence[tuple[Path, NDArray[np.str_]]],
+    each: tuple[int, ...],
+    preprocessing: Preprocessing,
+    vae: AutoencoderKL,
+    workers: int,
+    stop: Callable[[], bool],
+) -> bool:
+    """Compute and write some shards. Returns whether all are there: False when told to stop."""
+    todo = [str(file) for _, files in shards for file in files]
     decoded = images.iterate(todo, preprocessing.size, preprocessing.fit, workers)
     with tqdm(total=len(todo), desc="latents", unit="image", mininterval=5, disable=not todo) as bar:
-        for i in missing:
-            shard = np.empty((len(chunks[i]), *each), dtype=np.float32)
+        for path, files in shards:
+            shard = np.empty((len(files), *each), dtype=np.float32)
             for start in range(0, len(shard), BATCH):
                 if stop():
-                    raise Interrupted
+                    return False
                 pixels = [image for _, image in islice(decoded, min(BATCH, len(shard) - start))]
                 shard[start : start + len(pixels), 0] = encode(vae, pixels)
                 if preprocessing.flip:
                     shard[start : start + len(pixels), 1] = encode(vae, [mirror(image) for image in pixels])
                 bar.update(len(pixels))
-            _write(paths[i], shard)
-
-    shards = [_mapped(path, (len(chunk), *each)) for path, chunk in zip(paths, chunks, strict=True)]
-    return LatentCache([shard for shard in shards if shard is not None])
+            _write(path, shard)
+    return True
 
 
 @torch.no_grad()

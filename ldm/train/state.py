@@ -1,13 +1,15 @@
 """A fine-tuning run's folder: checkpoints that any program reads, and beside each what going on needs. No pickle.
 
 OUT/step-00000020.safetensors        the model, in SD1.5's single-file layout
-OUT/step-00000020.state.safetensors  weights, AdamW's moments, moving average; in its metadata the step and the settings
+OUT/step-00000020.state.safetensors  weights, AdamW's moments, moving average; in its metadata the step, the settings,
+                                     how many steps AdamW took, and the scale of the loss
 OUT/last.safetensors                 the newest checkpoint again (a link where the file system has links)
-OUT/log.jsonl                        a line a step
+OUT/log.jsonl ...                    what happened, as of `ldm.train.watch`
 
 A state is whole in itself: with the settings and the step it fixes all that follows, since every step draws its images
-and noise from (seed, step) alone. Each file is written under another name, forced onto the disk, then renamed; the
-state comes last, so that a state that is there has its checkpoint.
+and noise from (seed, step) alone. It does not tell how many processes there were; any number may go on with it. Each
+file is written under another name, forced onto the disk, then renamed; the state comes last, so that a state that is
+there has its checkpoint.
 """
 
 import json
@@ -22,7 +24,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -30,14 +31,13 @@ from ldm.checkpoint import save
 from ldm.checkpoint.container import LazyTensor, write_tensors
 from ldm.checkpoint.loading import build
 from ldm.train.latent_cache import require_space
-from ldm.train.loop import Ema
+from ldm.train.learner import Learner
 from ldm.unet import UNet
 
 log = logging.getLogger(__name__)
 
-LAST, LOG = "last.safetensors", "log.jsonl"
+LAST = "last.safetensors"
 STATE_NAME = re.compile(r"step-(\d+)\.state\.safetensors")
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class RunFolder:
@@ -45,16 +45,23 @@ class RunFolder:
 
     Args:    frozen: "clip" and "vae", which every checkpoint holds unchanged.
              settings: all that decides the weights at a step; a run is continued only with the same ones.
-             keep: how many of the newest checkpoints stay.
+             keep: how many of the newest checkpoints stay.  writes: whether this process is the one that writes.
     """
 
     def __init__(
-        self, path: Path, frozen: Mapping[str, nn.Module], settings: Mapping[str, object], keep: int = 2
+        self,
+        path: Path,
+        frozen: Mapping[str, nn.Module],
+        settings: Mapping[str, object],
+        keep: int = 2,
+        writes: bool = True,
     ) -> None:
-        self.path, self.frozen, self.keep = path, frozen, keep
+        self.path, self.frozen, self.keep, self.writes = path, frozen, keep, writes
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))  # as they read when they come back
-        path.mkdir(parents=True, exist_ok=True)
-        (path / LOG).open("a").close()  # may we write here?
+        if writes:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "next.trial").touch()  # may we write here?
+            (path / "next.trial").unlink()
 
     def steps(self) -> list[int]:
         """The steps that the run can go on from, oldest first."""
@@ -73,8 +80,9 @@ class RunFolder:
 
         Raises:  ValueError: when there is a run and `resume` is False, or it has other settings or is damaged.
         """
-        for leftover in self.path.glob("next.*"):
-            leftover.unlink()
+        if self.writes:
+            for leftover in self.path.glob("next.*"):
+                leftover.unlink()
         if not (steps := self.steps()):
             return
         if not resume:
@@ -96,50 +104,56 @@ class RunFolder:
         missing = max(1, self.keep + 1 - len(self.steps()))
         require_space(self.path, missing * one, "checkpoints", "make room, lower --keep, or choose another --out")
 
-    def save(self, step: int, unet: UNet, optimiser: torch.optim.Optimizer, ema: Ema | None) -> Path:
-        """Write the checkpoint and the state after `step` steps; remove those that are too old. Returns LAST."""
-        self._put(self.checkpoint(step), lambda path: self._write_model(path, unet, ema))
-        metadata = {"step": str(step), "settings": json.dumps(self.settings, sort_keys=True)}
-        tensors = {name: LazyTensor.of(name, tensor) for name, tensor in _state(unet, optimiser, ema).items()}
-        self._put(self.state(step), lambda path: write_tensors(path, tensors, metadata))
+    def save(self, step: int, learner: Learner) -> Path:
+        """Write the checkpoint and the state after `step` steps; remove those that are too old. Returns LAST.
+
+        Every process must call it, since each may hold a part; the first one writes.
+        """
+        tensors = {name: tensor for name, tensor in learner.tensors() if self.writes}
+        if not self.writes:
+            return self.path / LAST
+        self._put(self.checkpoint(step), lambda path: self._write_model(path, learner, tensors))
+        metadata = {
+            "step": str(step),
+            "settings": json.dumps(self.settings, sort_keys=True),
+            "counters": json.dumps(learner.counters(), sort_keys=True),
+        }
+        lazy = {name: LazyTensor.of(name, tensor) for name, tensor in tensors.items()}
+        self._put(self.state(step), lambda path: write_tensors(path, lazy, metadata))
         self._point_last_to(step)
         for old in self.steps()[: -self.keep]:
             self.state(old).unlink()
             self.checkpoint(old).unlink(missing_ok=True)
         return self.path / LAST
 
-    def resume(self, unet: UNet, optimiser: torch.optim.Optimizer, ema: Ema | None) -> int:
+    def resume(self, learner: Learner) -> int:
         """Put the newest state back, where there is one. Returns the steps done."""
         if not (steps := self.steps()):
             return 0
         step = steps[-1]
-        with safe_open(self.state(step), framework="pt") as file, torch.no_grad():
-            for name, p in unet.named_parameters():
-                p.copy_(file.get_tensor(f"model.{name}"))
-                # Copied into memory of torch's own: sums may round differently where a file happens to be mapped
-                moments = {key: torch.empty_like(p).copy_(file.get_tensor(f"{key}.{name}")) for key in MOMENTS}
-                optimiser.state[p] = {"step": torch.tensor(float(step)), **moments}
-                if ema is not None:
-                    ema.values[name].copy_(file.get_tensor(f"ema.{name}"))
-        self._point_last_to(step)
+        with safe_open(self.state(step), framework="pt") as file:
+            learner.restore(file.get_tensor, self._metadata(step)["counters"])
+        if self.writes:
+            self._point_last_to(step)
         log.info("%s: going on from step %d", self.path, step)
         return step
 
     def _metadata(self, step: int) -> dict[str, Any]:
         try:
             with safe_open(self.state(step), framework="pt") as file:
-                return {"settings": json.loads(file.metadata()["settings"])}
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+                return {name: json.loads(text) for name, text in file.metadata().items()}
+        except (SafetensorError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"{self.state(step)}: damaged ({error}); remove it to go on from the one before"
             ) from error
 
-    def _write_model(self, path: Path, unet: UNet, ema: Ema | None) -> None:
+    def _write_model(self, path: Path, learner: Learner, tensors: Mapping[str, Tensor]) -> None:
         """The moving average is the model where one is kept."""
-        network: nn.Module = unet
-        if ema is not None:
-            network = build(unet.config)
-            network.load_state_dict(ema.values, assign=True)
+        kind = "model." if learner.ema is None else "ema."
+        network = build(learner.unet.config)
+        network.load_state_dict(
+            {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}, assign=True
+        )
         save(path, {**self.frozen, "unet": network})
 
     def _put(self, path: Path, write: Callable[[Path], object]) -> None:
@@ -163,40 +177,9 @@ class RunFolder:
 
         self._put(self.path / LAST, link)
 
-    # --- the log ---
-
-    def forget_after(self, step: int) -> None:
-        """Remove from the log the steps that a killed run did after its last checkpoint: they will be done again."""
-        lines = (self.path / LOG).read_text().splitlines()
-        kept = [line for line in lines if _step_of(line) <= step]
-        self._put(self.path / LOG, lambda path: path.write_text("".join(f"{line}\n" for line in kept)))
-
-    def note(self, row: Mapping[str, object]) -> None:
-        """Append a line to the log."""
-        with (self.path / LOG).open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def _state(unet: UNet, optimiser: torch.optim.Optimizer, ema: Ema | None) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, p in unet.named_parameters():
-        tensors[f"model.{name}"] = p
-        tensors |= {f"{key}.{name}": optimiser.state[p][key] for key in MOMENTS}
-        if ema is not None:
-            tensors[f"ema.{name}"] = ema.values[name]
-    return tensors
-
 
 def _bytes(network: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in network.state_dict().values())
-
-
-def _step_of(line: str) -> float:
-    """A log line's step; infinite for a line that was cut short."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
 
 
 def _sync(path: Path) -> None:
