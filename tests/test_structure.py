@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "ldm.vae": {"ldm.blocks", "ldm.ops", "ldm.config", "ldm.taps"},
     "ldm.unet": {"ldm.blocks", "ldm.ops", "ldm.config", "ldm.taps"},
     "ldm.checkpoint": {"ldm.clip", "ldm.vae", "ldm.unet", "ldm.config"},
-    "ldm.surgery": {"ldm.clip", "ldm.vae", "ldm.unet", "ldm.config", "ldm.checkpoint"},
+    "ldm.surgery": {"ldm.blocks", "ldm.clip", "ldm.vae", "ldm.unet", "ldm.config", "ldm.checkpoint"},
     # Sampling: knows noise schedules and contexts, but no network.
     "ldm.samplers": {"ldm.schedule"},
     "ldm.inversion": {"ldm.samplers", "ldm.schedule"},
@@ -57,16 +57,8 @@ MAY_IMPORT = {
         *("ldm.bezier", "ldm.schedule", "ldm.latents", "ldm.report", "ldm.plan"),
     },
     "ldm.real_images": {
-        *(
-            "ldm.pipeline",
-            "ldm.conditioning",
-            "ldm.guidance",
-            "ldm.samplers",
-            "ldm.inversion",
-            "ldm.schedule",
-            "ldm.plan",
-        ),
-        *("ldm.checkpoint", "ldm.data", "ldm.experiment", "ldm.latents", "ldm.report"),
+        *("ldm.pipeline", "ldm.conditioning", "ldm.guidance", "ldm.samplers", "ldm.inversion", "ldm.schedule"),
+        *("ldm.checkpoint", "ldm.data", "ldm.experiment", "ldm.latents", "ldm.report", "ldm.plan"),
     },
     "ldm.evaluation": {
         "ldm.checkpoint",
