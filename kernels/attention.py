@@ -28,26 +28,18 @@ A head's width is cut into two pieces (kernels/heads.py): what reads q below is 
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.configurations import Configuration, run_first_that_fits
-from kernels.heads import LOG2_E, dot, interpreting, load_rows, pieces, readable, store_rows, why_unsupported
+from kernels.configurations import EVERYWHERE, SM80, SM86, SM89, SM90, Configuration, run_first_that_fits
+from kernels.heads import LOG2_E, dot, interpreting, load_rows, pieces, readable, require_heads, scores, store_rows
 from kernels.specs import Spec, signature
 
 # ---- kernels ---------------------------------------------------------------------------------------
-
-
-@triton.jit
-def scores(a0, a1, b0, b1, D1: tl.constexpr, UPCAST: tl.constexpr):
-    """a b^T over both pieces of the head's width: (rows of a, rows of b), fp32."""
-    s = dot(a0, tl.trans(b0), tl.zeros((a0.shape[0], b0.shape[0]), tl.float32), UPCAST)
-    if D1:
-        s = dot(a1, tl.trans(b1), s, UPCAST)
-    return s
 
 
 @triton.jit
@@ -248,23 +240,34 @@ def dkdv_kernel(
 
 # ---- launchers -------------------------------------------------------------------------------------
 
-SM80, SM86, SM89, SM90 = 80, 86, 89, 90
-
-# For each head width and GPU the best guess first: what the compiler made of it (registers, shared memory, programs a
-# multiprocessor), not a clock. The rest is for shapes and GPUs that the first does not fit.
+# For each head width and GPU the best guess first, judged by what the compiler made of it (registers, shared memory,
+# programs a multiprocessor), not by a clock; then what to fall back on. Larger tiles of d = 160 spill registers.
 CONFIGURATIONS = (
-    Configuration(40, "forward", 128, 64, 4, 3, (SM80, SM86, SM89, SM90), "split8"),
-    Configuration(64, "forward", 64, 64, 4, 3, (SM80, SM86, SM89, SM90)),
-    Configuration(80, "forward", 64, 64, 4, 3, (SM80, SM86, SM89, SM90)),
-    Configuration(160, "forward", 64, 64, 4, 2, (SM80, SM86, SM89, SM90)),
-    Configuration(40, "dq", 64, 64, 4, 2, (SM80, SM86, SM89, SM90)),
-    Configuration(64, "dq", 64, 64, 4, 2, (SM80, SM86, SM89, SM90)),
-    Configuration(80, "dq", 64, 32, 4, 2, (SM80, SM86, SM89, SM90)),
-    Configuration(160, "dq", 64, 16, 4, 2, (SM80, SM86, SM89, SM90)),
-    Configuration(40, "dkdv", 64, 64, 4, 2, (SM80, SM86, SM89, SM90)),
-    Configuration(64, "dkdv", 64, 64, 4, 2, (SM80, SM86, SM89, SM90)),
-    Configuration(80, "dkdv", 64, 32, 4, 2, (SM80, SM86, SM89, SM90)),
-    Configuration(160, "dkdv", 64, 16, 4, 2, (SM80, SM86, SM89, SM90)),
+    Configuration(40, "forward", 128, 64, 4, 3, (SM80, SM86, SM89), "split8"),
+    Configuration(40, "forward", 128, 64, 8, 2, (SM80, SM86, SM89), "split8"),
+    Configuration(40, "forward", 64, 128, 4, 2, (SM90,), "split8"),
+    Configuration(40, "forward", 128, 64, 8, 3, (SM90,), "split8"),
+    Configuration(40, "forward", 64, 64, 4, 2, EVERYWHERE, "split8"),
+    Configuration(64, "forward", 128, 64, 4, 3, (SM80, SM86, SM89)),
+    Configuration(64, "forward", 128, 64, 8, 3, (SM90,)),
+    Configuration(64, "forward", 64, 64, 4, 3, EVERYWHERE),
+    Configuration(80, "forward", 64, 64, 4, 3, (SM80,)),
+    Configuration(80, "forward", 128, 64, 4, 2, (SM80, SM86, SM89)),
+    Configuration(80, "forward", 128, 64, 8, 2, (SM90,)),
+    Configuration(80, "forward", 64, 128, 4, 2, (SM90,)),
+    Configuration(80, "forward", 64, 64, 4, 2, (SM86, SM89, SM90)),
+    Configuration(160, "forward", 64, 64, 4, 2, (SM80, SM90)),
+    Configuration(160, "forward", 128, 64, 8, 2, (SM80, SM90)),
+    Configuration(160, "forward", 64, 32, 4, 2, EVERYWHERE),
+    Configuration(40, "dq", 64, 64, 4, 2, EVERYWHERE),
+    Configuration(64, "dq", 64, 64, 4, 2, EVERYWHERE),
+    Configuration(80, "dq", 64, 64, 4, 2, EVERYWHERE),
+    Configuration(160, "dq", 64, 32, 4, 2, EVERYWHERE),
+    Configuration(40, "dkdv", 64, 64, 4, 2, EVERYWHERE),
+    Configuration(64, "dkdv", 64, 64, 4, 2, EVERYWHERE),
+    Configuration(80, "dkdv", 64, 64, 4, 2, EVERYWHERE),
+    Configuration(160, "dkdv", 64, 64, 8, 2, (SM90,)),
+    Configuration(160, "dkdv", 64, 16, 4, 2, EVERYWHERE),
 )
 
 
@@ -278,15 +281,13 @@ def constants(c: Configuration, width: int, causal: bool, even: bool, upcast: bo
     }
 
 
-def launch(kernel, c: Configuration, causal: bool, tensors: Sequence[Tensor], views: Sequence[Tensor]) -> None:
+def launch(kernel: Any, c: Configuration, causal: bool, tensors: Sequence[Tensor], views: Sequence[Tensor]) -> None:
     """One kernel over every tile, head and batch row.
 
     Args:    tensors: the kernel's pointers in its order.  views: q, k, v (and grad_out), whose strides it takes.
     """
     q, k = views[:2]
     (batch, n, heads, width), m = q.shape, k.shape[1]
-    if batch == 0:
-        return
     own, loop = (m, n) if c.kernel == "dkdv" else (n, m)
     even = own % c.own == 0 and loop % c.loop == 0
     upcast = interpreting(kernel) and q.dtype == torch.bfloat16
@@ -298,13 +299,9 @@ def launch(kernel, c: Configuration, causal: bool, tensors: Sequence[Tensor], vi
 
 def require_supported(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
     """Raises ValueError where the kernels cannot run: see `attention`."""
-    why = why_unsupported(q, k, v)
-    if why is None and causal and q.shape[1] != k.shape[1]:
-        why = f"causal: {q.shape[1]} queries and {k.shape[1]} keys, expected as many of both"
-    if why is None and not q.is_cuda and not interpreting(forward_kernel):
-        why = f"q: on {q.device}, expected a CUDA device; kernels run elsewhere only with TRITON_INTERPRET=1"
-    if why is not None:
-        raise ValueError(why)
+    require_heads(forward_kernel, q, k, v)
+    if causal and q.shape[1] != k.shape[1]:
+        raise ValueError(f"causal: {q.shape[1]} queries and {k.shape[1]} keys, expected as many of both")
 
 
 def launch_forward(
@@ -371,14 +368,14 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     q, k, v, ctx.causal = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, out, lse)
 
 
-def _differentiate(ctx, grad_out: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+def _differentiate(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
     return *attention_backward_op(grad_out, *ctx.saved_tensors, ctx.causal), None
 
 
@@ -419,7 +416,7 @@ def compile_spec(c: Configuration, causal: bool = False, even: bool = True) -> S
     return Spec(
         name=f"attention.{c}" + (" causal" if causal else "") + ("" if even else " uneven"),
         fn=fn,
-        signature=signature(fn, constexprs, sizes | strides, {"lse", "delta"}),
+        signature=signature(fn, {"i32": sizes | strides, "*fp32": {"lse", "delta"}, "constexpr": constexprs}),
         constexprs=constexprs,
         divisible=tuple(name for name in fn.arg_names if name in promised),
         num_warps=c.warps,

@@ -12,7 +12,7 @@ from kernels.heads import Layout
 
 logger = logging.getLogger(__name__)
 
-AMPERE = 80  # what is assumed where there is no GPU: in the interpreter
+SM80, SM86, SM89, SM90 = EVERYWHERE = 80, 86, 89, 90  # A100; RTX 30; RTX 40, L4; H100
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Configuration:
 def capability(x: Tensor) -> int:
     """The compute capability of a tensor's GPU, 80 for sm_80; on the CPU, where kernels are interpreted, also 80."""
     if not x.is_cuda:
-        return AMPERE
+        return SM80
     major, minor = torch.cuda.get_device_capability(x.device)
     return 10 * major + minor
 
@@ -75,6 +75,8 @@ def run_first_that_fits(
 
     Raises:  ValueError: when none fits.
     """
+    if x.shape[0] == 0:
+        return None  # an empty batch: the result is empty, and there is no empty grid
     for option in candidates(configurations, kernel, x):
         key = (option, x.dtype, capability(x))
         if key in _too_large:

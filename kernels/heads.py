@@ -86,6 +86,15 @@ def dot(a, b, total, UPCAST: tl.constexpr):
     return tl.dot(a, b, total, input_precision="ieee")
 
 
+@triton.jit
+def scores(a0, a1, b0, b1, D1: tl.constexpr, UPCAST: tl.constexpr):
+    """a b^T over both pieces of the head's width: (rows of a, rows of b), fp32."""
+    s = dot(a0, tl.trans(b0), tl.zeros((a0.shape[0], b0.shape[0]), tl.float32), UPCAST)
+    if D1:
+        s = dot(a1, tl.trans(b1), s, UPCAST)
+    return s
+
+
 # ---- before a launch -------------------------------------------------------------------------------
 
 
@@ -118,6 +127,15 @@ def why_unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return next((why for name, view in (("q", q), ("k", k), ("v", v)) if (why := _bad_layout(name, view))), None)
 
 
+def require_heads(kernel: object, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises ValueError where a kernel cannot take these heads, or these heads are nowhere that a kernel runs."""
+    why = why_unsupported(q, k, v)
+    if why is None and not q.is_cuda and not interpreting(kernel):
+        why = f"q: on {q.device}, expected a CUDA device; kernels run elsewhere only with TRITON_INTERPRET=1"
+    if why is not None:
+        raise ValueError(why)
+
+
 def _bad_layout(name: str, view: Tensor) -> str | None:
     """Why (B, N, H, d) numbers cannot be read where they lie: heads apart, addresses uneven, rows over one another."""
     batch, n, heads, width = view.shape
@@ -129,12 +147,10 @@ def _bad_layout(name: str, view: Tensor) -> str | None:
             f"{name}: strides {view.stride()}, address {view.data_ptr() % ALIGNMENT} beyond a multiple of {ALIGNMENT}; "
             f"expected a multiple of {ALIGNMENT} in both"
         )
-    # An expanded batch (stride 0) is read again and again, on purpose; any other overlap is a mistake upstream.
+    # A batch of stride 0 is one sample read again and again, on purpose; any other overlap is a mistake upstream.
     extent = heads * width
-    for stride, size in sorted([(row_stride, n), (batch_stride, batch)]):
-        if size == 1 or (stride == 0 and size == batch and stride == batch_stride):
-            continue
-        if stride < extent:
+    for stride, size in sorted([(row_stride, n), (batch_stride, batch if batch_stride else 1)]):
+        if size > 1 and stride < extent:
             return f"{name}: strides {view.stride()} of shape {tuple(view.shape)} make rows overlap; make it contiguous"
         extent += stride * (size - 1)
     if n * row_stride >= 2**31:

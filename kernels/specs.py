@@ -35,10 +35,10 @@ class Spec:
     useful_ratio: float | None = None
 
 
-def signature(
-    fn: JITFunction, constexprs: Mapping[str, object], integers: Collection[str], fp32: Collection[str]
-) -> dict[str, str]:
-    """Each argument's type as Triton writes it: what is in none of the collections points to fp16 numbers."""
-    kinds = dict.fromkeys(fn.arg_names, "*fp16")
-    kinds |= dict.fromkeys(fp32, "*fp32") | dict.fromkeys(integers, "i32") | dict.fromkeys(constexprs, "constexpr")
-    return {name: kinds[name] for name in fn.arg_names}
+def signature(fn: JITFunction, kinds: Mapping[str, Collection[str]]) -> dict[str, str]:
+    """Each argument's type, in the kernel's order.
+
+    Args:    kinds: type as Triton writes it -> the arguments that have it; what is in none points to fp16 numbers.
+    """
+    kind_of = {name: kind for kind, names in kinds.items() for name in names}
+    return {name: kind_of.get(name, "*fp16") for name in fn.arg_names}
