@@ -7,7 +7,8 @@
     with sd.unet.edit({"up_blocks.1.skips.0": zero(), "mid_block": scale(0.5).only(timesteps=leading(50)[:20])}):
         for step in ddim(eps_fn, x_T, sd.schedule, 50): ...
 
-A place is the key path of a module, as in the checkpoint, and means the module's output. An attention has further places:
+A place is the key path of a module, as in the checkpoint, and means the module's output. An attention has further
+places:
 
     NAME.probabilities   (B, h, N, M)   how much each position looks at each token, for each head
     NAME.heads           (B, h, N, d)   what each head found, before the heads are mixed
@@ -74,7 +75,7 @@ class Taps:
     def at(self, place: str, t: Tensor) -> Tensor:
         """The activation of the one call that had these timesteps, (B,).
 
-        Raises:  ValueError: no call had, or several did (rows that were split by `max_batch`, a sampler that asks twice).
+        Raises:  ValueError: no call had, or several did: rows split by `max_batch`, a sampler that asks twice.
         """
         found = [i for i, of in enumerate(self.timesteps) if of.shape == t.shape and bool((of.cpu() == t.cpu()).all())]
         if len(found) != 1 or place not in self.runs:

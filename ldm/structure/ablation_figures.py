@@ -1,7 +1,7 @@
 """Figures of an ablation: what each part carries, each head, each layer at each time; and the images themselves.
 
-Drawn from what `ldm ablate` writes to ablation.json, one entry a domain. Colours: cividis, even in lightness and the same
-for all kinds of sight.
+Drawn from what `ldm ablate` writes to ablation.json, one entry a domain. Colours: cividis, even in lightness, the
+same for all kinds of sight.
 """
 
 from collections.abc import Mapping, Sequence

@@ -16,9 +16,7 @@ from ldm.unet import DownBlock, MidBlock, UNet, UpBlock
 class Part:
     """One part, and what removes it."""
 
-    kind: (
-        str  # "block", "skip", "resnet", "self-attention", "cross-attention", "feed-forward" or "cross-attention head"
-    )
+    kind: str  # such as "block" or "skip"; see `parts`
     name: str  # its key path; of a head followed by its number
     edits: Mapping[str, Edit]
 
