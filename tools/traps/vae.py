@@ -15,7 +15,9 @@ from ldm.vae import DiagonalGaussian
 from tools.traps.recipe import Recipe, replaced
 
 
-class _Symmetric(nn.Module):
+class Symmetric(nn.Module):
+    """A downsampler padded on every side."""
+
     def __init__(self, downsample: nn.Module) -> None:
         super().__init__()
         assert isinstance(downsample, Downsample)
@@ -27,7 +29,7 @@ class _Symmetric(nn.Module):
 
 def symmetric_padding(recipe: Recipe) -> Recipe:
     """One pixel on every side in the encoder's downsamplers; SD1.5 pads right and bottom only."""
-    return replace(recipe, vae=replaced(recipe.vae, Downsample, _Symmetric))
+    return replace(recipe, vae=replaced(recipe.vae, Downsample, Symmetric))
 
 
 def epsilon(recipe: Recipe) -> Recipe:
