@@ -111,7 +111,7 @@ def test_the_other_spacings(right):
 
 
 def test_symmetric_padding_looks_one_pixel_up_and_left(right):
-    """On an image cut by a pixel at its upper left the right layer is the wrong one, but for the first row and column."""
+    """On an image cut by a pixel at its upper left the right layer is the wrong one, less a row and a column."""
     layer = next(module for module in right.vae.modules() if isinstance(module, Downsample))
     wrong = next(module for module in vae.symmetric_padding(right).vae.modules() if isinstance(module, vae.Symmetric))
     x = torch.randn(1, layer.conv.in_channels, 9, 9, generator=torch.Generator().manual_seed(0))
