@@ -14,15 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lookalikes import chexpert, picture, radiograph
 from numpy.typing import NDArray
 from safetensors.torch import load_file
+from tiny_run import CLIP, UNET, VAE, command, write_data, write_weights
 from torch import Tensor
 
 import ldm
-from ldm.checkpoint import save
 from ldm.clip import CLIPTextEncoder
-from ldm.config import CLIPConfig, UNetConfig, VAEConfig
 from ldm.schedule import Schedule
 from ldm.train.diffusion import min_snr_weights
 from ldm.train.finetune import Rounds, finetune
@@ -35,7 +33,6 @@ from ldm.vae import AutoencoderKL
 from tools import cli
 
 SCHEDULE, CPU = Schedule.sd15(), torch.device("cpu")
-UNET = UNetConfig(sample_size=8, widths=(32, 64), resnets_per_level=1, attention=(True, False), context_width=32)
 RECIPE = FineTuning(steps=4, batch=2, accumulate=2, lr=1e-3)
 COUNT = 7
 
@@ -190,7 +187,7 @@ def test_the_validation_loss_is_told_by_time():
 def run(folder: Path, recipe: FineTuning, save_every: int, stops: Sequence[bool] = ()) -> int:
     """A run on made-up material, told to stop at the first True."""
     answers = iter(stops)
-    frozen = {"clip": CLIPTextEncoder(CLIPConfig(width=32, layers=1, heads=1, mlp_width=32)), "vae": VAE}
+    frozen = {"clip": CLIPTextEncoder(CLIP), "vae": AutoencoderKL(VAE)}
     rounds = Rounds(save_every, validation_examples(material()))
     return finetune(
         Learner(network(), recipe),
@@ -254,9 +251,6 @@ def test_in_float16_a_gradient_that_overflows_halves_the_scale_and_is_left_out()
     assert learner.counters()["updates"] == 1
 
 
-VAE = AutoencoderKL(VAEConfig(widths=(32, 64), resnets_per_level=1))
-
-
 def assert_same_state(a: Path, b: Path, step: int) -> None:
     name = f"step-{step:08d}.state.safetensors"
     one, other = load_file(a / name), load_file(b / name)
@@ -270,28 +264,12 @@ def assert_same_state(a: Path, b: Path, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 16 x 16 pixels that knows CLIP's whole vocabulary."""
-    torch.manual_seed(0)
-    clip = CLIPTextEncoder(CLIPConfig(width=32, layers=1, heads=1, mlp_width=32))
-    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    save(path, {"clip": clip, "vae": AutoencoderKL(VAE.config), "unet": UNet(UNET)})
-    return path
+    return write_weights(tmp_path_factory.mktemp("weights") / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CheXpert with 12 patients of one grey image each; effusion in every second, nobody has a fracture."""
-    root = tmp_path_factory.mktemp("data") / "CheXpert-v1.0-small"
-    paths = [f"CheXpert-v1.0-small/train/patient{i:05d}/study1/view1_frontal.jpg" for i in range(1, 13)]
-    for i, path in enumerate(paths):
-        picture(root.parent / path, grey=20 * i)
-    chexpert(root, [radiograph(path, pleural_effusion=float(i % 2)) for i, path in enumerate(paths)])
-    return root
-
-
-def command(weights: Path, data: Path, out: Path, *more: str) -> list[str]:
-    common = ["finetune", "--weights", str(weights), "--data", str(data), "--out", str(out), "--workers", "1"]
-    return [*common, "--batch", "2", "--accumulate", "1", "--lr", "1e-3", "--cache", str(out.parent / "latents"), *more]
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def test_what_comes_out_is_what_goes_in_again(tmp_path, weights, data, capsys):
