@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import ExitStack, contextmanager
@@ -284,7 +285,7 @@ class Tapped(nn.Module):
         """
         at_places = {place: edit for name, edit in edits.items() for place in self.find_places(name)}
         # Changed probabilities give new heads, so the two of one attention are edited in one go, that first.
-        taken = {place.removesuffix(".probabilities").removesuffix(".heads") for place in at_places}
+        taken = {re.sub(r"\.probabilities$", ".heads", place) for place in at_places}
         edited: set[str] = vars(self).setdefault("_edited", set())
         if twice := edited & taken:
             raise ValueError(

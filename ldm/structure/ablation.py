@@ -12,7 +12,7 @@ Differences are in grey levels of 255. Letters: A attributes, B seeds, K = 1 + A
 h w of an image, N layers, W windows.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -27,7 +27,7 @@ from ldm.pipeline import StableDiffusion
 from ldm.schedule import leading
 from ldm.structure.domains import Prompts, Settings, decoded, denoise
 from ldm.structure.parts import Part, cross_attentions
-from ldm.taps import put
+from ldm.taps import Edit, put
 
 CHANGED = 0.1  # of the range of 2: a pixel that the intact edit moves by 13 grey levels belongs to its region
 DILATE_PX = 4  # half of a latent pixel: the autoencoder cannot place an edge more finely
@@ -80,18 +80,13 @@ class Bench:
         found = self.classifier.probabilities(images.flatten(0, 1))[:, self.columns]
         return found.unflatten(0, images.shape[:2])
 
-    def effect(self, images: Tensor) -> Tensor:
-        """(K, B, 3, h, w) -> (A, B): of each attribute's prompt on its own probability."""
-        p = self.probabilities(images)
-        return (p[1:] - p[0]).diagonal(dim1=0, dim2=2).T
-
     def intact(self) -> Intact:
         """The network as it is."""
         images = self.draw()
         change = (images[1:] - images[0]).abs().mean(dim=2)  # (A, B, h, w)
         regions = np.stack([dilated(of.cpu().numpy() > CHANGED, DILATE_PX) for of in change])
         mask = torch.from_numpy(regions)
-        return Intact(images, mask, self.effect(images), outside_error(images, mask))
+        return Intact(images, mask, effects(self.probabilities(images)), outside_error(images, mask))
 
     def remove(self, part: Part, intact: Intact) -> Removed:
         """The network without one part."""
@@ -99,24 +94,37 @@ class Bench:
             images = self.draw()
         neutral = GREY * (images[0] - intact.images[0]).square().mean(dim=(1, 2, 3)).sqrt()
         identity = outside_error(images, intact.regions)
-        return Removed(part, self.effect(images), identity, neutral, images[:, 0])
+        return Removed(part, effects(self.probabilities(images)), identity, neutral, images[:, 0])
 
-    def inject(self, layers: Sequence[str], timesteps: Sequence[int]) -> Tensor:
-        """Every seed under the neutral prompt, but some cross-attentions see the style's at some times.
-
-        Args:    layers: names of cross-attentions.  timesteps: training timesteps.
-        Returns: (A, B): how surely the image shows the attribute.
-        """
-        styles, seeds = self.prompts.styles, len(self.settings.seeds)
-        neutral = self.prompts.neutral.expand_as(styles)
-        # Guidance calls the network with the unconditional rows first; at guidance 1 there are none.
-        rows = styles.repeat_interleave(seeds, dim=0)
-        guided_rows = rows if self.settings.guidance == 1 else rows.repeat(2, 1, 1)
-        edit = put(guided_rows).only(timesteps=timesteps)
-        edit = edit if self.settings.guidance == 1 else edit.only(rows="cond")
-        with self.sd.unet.edit({f"{layer}.context": edit for layer in layers}):
-            latents = denoise(self.sd, neutral, self.prompts.empty, self.settings, self.done)
+    def inject(self, layers: Sequence[str], timesteps: Collection[float]) -> Tensor:
+        """(A, B): how surely an image shows the attribute when only some layers see it asked for, at some times."""
+        contexts = self.prompts.neutral.expand_as(self.prompts.styles)
+        with self.sd.unet.edit(injection(self.prompts, self.settings, layers, timesteps)):
+            latents = denoise(self.sd, contexts, self.prompts.empty, self.settings, self.done)
         return self.probabilities(decoded(self.sd, latents)).diagonal(dim1=0, dim2=2).T
+
+
+def injection(
+    prompts: Prompts, settings: Settings, layers: Sequence[str], timesteps: Collection[float]
+) -> dict[str, Edit]:
+    """The edits by which some cross-attentions see the styles at some times, in A B rows under the neutral prompt.
+
+    Args:    layers: names of cross-attentions.  timesteps: training timesteps.
+    """
+    rows = prompts.styles.repeat_interleave(len(settings.seeds), dim=0)
+    edit = put(rows).only(timesteps=timesteps)
+    if settings.guidance != 1:  # then a call's first half are the unconditional rows, which stay as they are
+        edit = put(rows.repeat(2, 1, 1)).only(timesteps=timesteps, rows="cond")
+    return {f"{layer}.context": edit for layer in layers}
+
+
+def effects(p: Tensor) -> Tensor:
+    """What each attribute's prompt does to its own probability.
+
+    Args:    p: (K, B, A), the neutral image first.
+    Returns: (A, B).
+    """
+    return (p[1:] - p[0]).diagonal(dim1=0, dim2=2).T
 
 
 def outside_error(images: Tensor, regions: Tensor) -> Tensor:

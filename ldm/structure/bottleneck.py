@@ -9,8 +9,9 @@ trajectories are looked at in several spaces:
     PLACE, all steps  the activations of all steps, likewise
 
 The first two can be held against each other, and the last two. A bottleneck in which edits are straight lines, one for
-all images, is what Kwon et al. 2023 (arXiv:2210.10960) report of large models, of `mid_block`. Letters: A attributes, n seeds, M swap steps, S steps,
-R = 1 + A M rows of one seed, L tokens, D context width.
+all images, is what Kwon et al. 2023 (arXiv:2210.10960) report of large models, of `mid_block`.
+
+Letters: A attributes, n seeds, M swap steps, S steps, R = 1 + A M rows of one seed, L tokens, D context width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
