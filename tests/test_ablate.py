@@ -133,6 +133,12 @@ def test_all_layers_at_all_times_is_the_style_itself(sd, guidance):
     assert torch.equal(left, denoise(sd, neutral, prompts.empty, settings, lambda rows: None))
 
 
+def test_unknown_kinds_are_refused():
+    assert {part.kind for part in parts(small("unet"), ["skip", "block"])} == {"skip", "block"}
+    with pytest.raises(ValueError, match="kinds: got 'blok', expected some of block, skip"):
+        parts(small("unet"), ["blok"])
+
+
 def test_unknown_domains_are_refused():
     with pytest.raises(ValueError, match="--domains: got 'chets', expected some of chest,skin"):
         chosen_domains("chets")
@@ -185,7 +191,7 @@ def test_the_map_shows_what_is_lost():
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     """A few parts of one domain at one step: everything that it writes."""
-    some = lambda unet: [*parts(unet)[3:4], *parts(unet)[-8:]]  # noqa: E731
+    some = lambda unet, kinds: [*parts(unet)[3:4], *parts(unet)[-8:]]  # noqa: E731
     monkeypatch.setattr(ablate, "parts", some)
     layers = lambda unet: cross_attentions(unet)[:1]  # noqa: E731
     monkeypatch.setattr(ablate, "cross_attentions", layers)

@@ -22,7 +22,7 @@ from ldm.report.plot_style import save_figure
 from ldm.structure import ablation, ablation_figures
 from ldm.structure.ablation import Bench, Intact, Removed
 from ldm.structure.domains import DOMAINS, GUIDANCE, Settings, chosen_domains
-from ldm.structure.parts import cross_attentions, parts, short
+from ldm.structure.parts import HEAD, KINDS, Part, cross_attentions, parts, short
 from tools.options import add_model, load_model
 
 SHOWN_KINDS = ("block", "skip")  # whose images are drawn; all are measured
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("out/ablate"), help="folder to write (default %(default)s)")
     parser.add_argument("--domains", default=",".join(DOMAINS), help="default: %(default)s")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="what to take out (default: %(default)s)")
     parser.add_argument("--seeds", default="0,1", help="which patients, such as 0-7 (default %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="DDIM steps (default %(default)s)")
     parser.add_argument("--windows", type=int, default=5, help="windows of steps to inject in (default %(default)s)")
@@ -51,21 +52,24 @@ def run(args: argparse.Namespace) -> None:
     settings = Settings(parse_integers(args.seeds, "--seeds"), args.steps, args.guidance)
     ablation.windows(settings.steps, args.windows)  # refused before the weights are read
     sd = load_model(args)
+    removable = parts(sd.unet, args.kinds.split(","))
     found, images = {}, defaultdict(list)
     for name, cell in cells.items():
-        found[name], shown = measure(sd, cell, settings, args.windows)
+        found[name], shown = measure(sd, cell, settings, removable, args.windows)
         for row, pixels in shown.items():
             images[row] += pixels
 
     titles = [title for of in found.values() for title in ("neutral", *of["attributes"].values())]
     figures = {
-        "parts": ablation_figures.figure_parts(found),
-        "heads": ablation_figures.figure_heads(found),
         "injection": ablation_figures.figure_injection(found),
         "images": ablation_figures.figure_images([(*row, of) for row, of in images.items()], titles),
     }
-    for figure in figures:
-        save_figure(figures[figure], args.out / figure)
+    if set(args.kinds.split(",")) != {HEAD}:
+        figures["parts"] = ablation_figures.figure_parts(found)
+    if HEAD in args.kinds.split(","):
+        figures["heads"] = ablation_figures.figure_heads(found)
+    for name, figure in figures.items():
+        save_figure(figure, args.out / name)
     write_json(
         args.out / "ablation.json",
         {
@@ -77,14 +81,14 @@ def run(args: argparse.Namespace) -> None:
             "domains": found,
         },
     )
-    print(f"look at {args.out / 'parts.png'}, injection.png, heads.png and images.png")
+    print(f"look at {', '.join(f'{args.out / name}.png' for name in figures)}")
 
 
 def measure(
-    sd: pipeline.StableDiffusion, cell: Cell, settings: Settings, count: int
+    sd: pipeline.StableDiffusion, cell: Cell, settings: Settings, removable: list[Part], count: int
 ) -> tuple[dict[str, Any], dict[tuple[str, str], list[Pixels]]]:
     """One domain: its part of ablation.json, and the first seed's images by (kind, label) of what was removed."""
-    removable, layers, attributes = parts(sd.unet), cross_attentions(sd.unet), list(cell.styles)
+    layers, attributes = cross_attentions(sd.unet), list(cell.styles)
     total = ablation.rows_of_ablation(len(removable), len(attributes), settings)
     total += ablation.rows_of_injections(len(layers), count, len(attributes), settings)
     classifier = classifiers.load(classifiers.PHANTOM_CLASSIFIERS[cell.name])

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from ldm.report.figures import Pixels
 from ldm.report.plot_style import GREY, NORMAL, PAGE_WIDTH, SMALL, new_figure, sheet, styled
+from ldm.structure.parts import HEAD
 
 Found = Mapping[str, Any]  # domain -> its part of ablation.json
 Floats = NDArray[np.float64]
 
 SHARES = colormaps["cividis"].with_extremes(bad="#d9d9d9")
 WRITTEN = 0.05  # smaller values are left blank, so that the map can be read
-HEADS = "cross-attention head"
 
 
 @styled
@@ -58,7 +58,7 @@ def figure_parts(found: Found) -> Figure:
 @styled
 def figure_heads(found: Found) -> Figure:
     """The same for each head of each cross-attention: a panel an attribute, a row a layer, a column a head."""
-    heads = {domain: [part for part in of["parts"] if part["kind"] == HEADS] for domain, of in found.items()}
+    heads = {domain: [part for part in of["parts"] if part["kind"] == HEAD] for domain, of in found.items()}
     panels_of = [
         (_title(of, name), _grid(heads[domain], of["intact"]["effect"][name], name))
         for domain, of in found.items()
@@ -127,7 +127,7 @@ def figure_images(rows: Sequence[tuple[str, str, Sequence[Pixels]]], titles: Seq
 def _rows(found: Found) -> list[tuple[str, str, str]]:
     """Kind, name and label of every part but the heads, which have a figure of their own."""
     parts = next(iter(found.values()))["parts"]
-    return [(part["kind"], part["name"], part["label"]) for part in parts if part["kind"] != HEADS]
+    return [(part["kind"], part["name"], part["label"]) for part in parts if part["kind"] != HEAD]
 
 
 def _lost(found: Found, names: Sequence[str]) -> tuple[Floats, list[str]]:

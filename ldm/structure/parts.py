@@ -4,19 +4,22 @@ A residual branch is removed by zeroing its last layer: what goes past it goes o
 its resampling and the resnets' shortcuts, without which shapes would not fit, stay.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from ldm.blocks import BasicTransformerBlock, ResnetBlock, SpatialTransformer
 from ldm.taps import Edit, MultiHead, zero
 from ldm.unet import DownBlock, MidBlock, UNet, UpBlock
 
+HEAD = "cross-attention head"
+KINDS = ("block", "skip", "resnet", "self-attention", "cross-attention", "feed-forward", HEAD)
+
 
 @dataclass(frozen=True)
 class Part:
     """One part, and what removes it."""
 
-    kind: str  # such as "block" or "skip"; see `parts`
+    kind: str  # one of KINDS
     name: str  # its key path; of a head followed by its number
     edits: Mapping[str, Edit]
 
@@ -26,9 +29,14 @@ class Part:
         return short(self.name)
 
 
-def parts(unet: UNet) -> list[Part]:
-    """Every block, skip, resnet, attention, feed-forward, and head of a cross-attention, in the order of execution."""
-    return [
+def parts(unet: UNet, kinds: Collection[str] = KINDS) -> list[Part]:
+    """The parts of some kinds, each kind in the order of execution.
+
+    Raises:  ValueError: a kind that is none of KINDS.
+    """
+    if unknown := sorted(set(kinds) - set(KINDS)):
+        raise ValueError(f"kinds: got {unknown[0]!r}, expected some of {', '.join(KINDS)}")
+    found = [
         *(Part("block", name, _branches(unet, name)) for name, _ in _of(unet, DownBlock, MidBlock, UpBlock)),
         *(Part("skip", name, {name: zero()}) for name in unet.places() if ".skips." in name),
         *(Part("resnet", name, {f"{name}.conv2": zero()}) for name, _ in _of(unet, ResnetBlock)),
@@ -37,6 +45,7 @@ def parts(unet: UNet) -> list[Part]:
         *_transformer_parts(unet, "feed-forward", "ff"),
         *_heads(unet),
     ]
+    return [part for part in found if part.kind in kinds]
 
 
 def cross_attentions(unet: UNet) -> list[str]:
@@ -72,7 +81,7 @@ def _transformer_parts(unet: UNet, kind: str, branch: str) -> list[Part]:
 
 def _heads(unet: UNet) -> list[Part]:
     return [
-        Part("cross-attention head", f"{name}.{head}", {f"{name}.heads": zero().only(heads=[head])})
+        Part(HEAD, f"{name}.{head}", {f"{name}.heads": zero().only(heads=[head])})
         for name, attention in _of(unet, MultiHead)
         if attention.cross
         for head in range(attention.heads)
