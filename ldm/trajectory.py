@@ -69,7 +69,7 @@ def swaps(
     )
 
 
-def unet_rows(tree: Branch, steps: int, sampler: Sampler = ddim, at_swap: AtSwap = "keep") -> int:
+def unet_rows(tree: Branch, steps: int, sampler: Sampler = ddim, at_swap: AtSwap = "reset") -> int:
     """Network evaluations one seed costs: each branch pays for its own steps only.
 
     Guidance doubles them (its unconditional half); running the branches separately would cost those of a whole run
@@ -124,7 +124,7 @@ def traverse_tree(
     steps: int = 50,
     *,
     sampler: Sampler = ddim,
-    at_swap: AtSwap = "keep",
+    at_swap: AtSwap = "reset",
     noise: Noise | None = None,
     timesteps: Sequence[float] | None = None,
     keep: Sequence[str] = (),
@@ -143,9 +143,19 @@ def traverse_tree(
         guide = partial(guided, sd.unet, guidance_scale=7.5, uncond=empty, max_batch=16)
         result = traverse_tree(guide, initial_noise(seeds, (4, 64, 64)), tree, sd.schedule)
 
-    A multistep sampler looks back at steps of the old prompt after a swap. With `at_swap` "keep" it goes on doing so,
-    and a branch is the very run above; with "reset" it begins anew at every fork, as if the branch's prompt had been
-    handed x_t and nothing else.
+    A multistep sampler looks back at steps of the old prompt after a swap, whose predictions say nothing about the new
+    one's. With `at_swap` "keep" it goes on doing so, and a branch is the very run above; with "reset" it begins anew at
+    every fork. What it looks back at jumps at the swap, by as much as the prompts differ, so keeping it costs one step
+    of order 0 and every method becomes one of order 1; beginning anew costs one step of order 1, or none.
+    Measured on mixtures of Gaussians, whose flow is known, swapped after 40 % of the steps (log_snr spacing), relative
+    error of the result after 10, 20, 40, 80 steps:
+
+                        keep                              reset
+        unipc           0.12   0.052  0.031  0.018        0.020  0.0032  0.00039  0.000041
+        ..._pp_2m       0.12   0.055  0.031  0.018        0.036  0.0094  0.0026   0.00066
+        lms             0.065  0.044  0.030  0.018        0.074  0.017   0.0033   0.00075
+
+    One-step samplers (ddim) remember nothing, and for them it is all the same.
 
     Args:    guide: turns an embedding schedule over n B rows (n live branches, seeds within a branch) into an eps_fn.
              What it adds must fit any number of rows: an uncond of (1, L, D), not of (B, L, D).

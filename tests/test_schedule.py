@@ -7,7 +7,17 @@ import pytest
 import torch
 from reference import golden
 
-from ldm.schedule import Schedule, leading
+from ldm.schedule import (
+    AYS_SD15_SIGMAS,
+    SPACINGS,
+    Schedule,
+    align_your_steps,
+    karras,
+    leading,
+    linspace,
+    log_snr,
+    trailing,
+)
 
 DIVISORS_OF_1000 = (1, 2, 5, 10, 20, 25, 50, 100, 200, 250)
 
@@ -82,3 +92,65 @@ def test_add_noise_refuses_timesteps_it_has_no_alpha_for(t):
 def test_from_betas_refuses_what_is_no_variance(betas):
     with pytest.raises(ValueError, match=r"^betas: expected"):
         Schedule.from_betas(torch.tensor(betas))
+
+
+# ---- spacings ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SPACINGS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 50, 999, 1000])
+def test_every_spacing_gives_n_falling_timesteps_in_range(name, steps):
+    schedule = Schedule.sd15()
+    if name in ("karras", "log_snr", "align_your_steps") or steps < 1000:
+        timesteps = SPACINGS[name](steps, schedule)
+        assert len(timesteps) == steps
+        assert all(a > b for a, b in pairwise(timesteps))
+        assert 0 <= timesteps[-1] <= timesteps[0] <= 999
+    with pytest.raises(ValueError, match=r"^steps: expected 1\.\.1000, got 1001$"):
+        SPACINGS[name](1001, schedule)
+
+
+def test_trailing_and_linspace_by_hand():
+    assert trailing(5) == (999, 799, 599, 399, 199)
+    assert trailing(3) == (999, 666, 332)
+    assert linspace(4) == (999, 749.25, 499.5, 249.75)
+    assert linspace(4, endpoint=True) == (999, 666, 333, 0)
+
+
+def sigmas(timesteps) -> list[float]:
+    schedule = Schedule.sd15()
+    return [((1 - a) / a) ** 0.5 for a in map(schedule.alphas_cumprod_at, timesteps)]
+
+
+def test_karras_log_snr_and_align_your_steps_are_even_in_what_they_say():
+    schedule = Schedule.sd15()
+    roots = np.array(sigmas(karras(10, schedule, endpoint=True))) ** (1 / 7)
+    np.testing.assert_allclose(np.diff(roots), np.diff(roots)[0], rtol=1e-6)
+    logs = np.log(sigmas(log_snr(10, schedule, endpoint=True)))
+    np.testing.assert_allclose(np.diff(logs), np.diff(logs)[0], rtol=1e-6)
+    # The first of the 11 published levels is 14.615 for 14.61465 at t = 999, the last is 0.029 for 0.02917 at t = 0.
+    np.testing.assert_allclose(sigmas(align_your_steps(11, schedule, endpoint=True)), AYS_SD15_SIGMAS, rtol=6e-3)
+    np.testing.assert_allclose(sigmas(align_your_steps(10, schedule)), AYS_SD15_SIGMAS[:-1], rtol=1e-4)
+    for spacing in (karras, log_snr):
+        assert (spacing(10, schedule, endpoint=True)[0], spacing(10, schedule, endpoint=True)[-1]) == (999, 0)
+
+
+def test_without_the_endpoint_the_n_plus_first_level_is_the_end_of_the_run():
+    schedule = Schedule.sd15()
+    for spacing in (karras, log_snr, align_your_steps):
+        assert spacing(10, schedule) == pytest.approx(spacing(11, schedule, endpoint=True)[:10])
+
+
+def test_levels_between_timesteps_lie_on_lambdas_line():
+    schedule = Schedule.sd15()
+    assert schedule.alphas_cumprod_at(500) == float(schedule.alphas_cumprod[500])
+    for t in (0.25, 333.5, 998.75):
+        assert schedule.timestep_at(float(half_log_snr(schedule.alphas_cumprod_at(t)))) == pytest.approx(t)
+        below, above = schedule.lambdas[int(t)], schedule.lambdas[int(t) + 1]
+        share = t - int(t)
+        assert half_log_snr(schedule.alphas_cumprod_at(t)) == pytest.approx(float(below + share * (above - below)))
+    assert (schedule.timestep_at(-100.0), schedule.timestep_at(100.0)) == (999, 0)
+
+
+def half_log_snr(a: float) -> float:
+    return 0.5 * np.log(a / (1 - a))

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ldm.conditioning import EmbeddingSchedule, constant, piecewise, swap
 from ldm.guidance import guided
-from ldm.samplers import Step, ddim, initial_noise, step_noise
-from ldm.schedule import Schedule
-from ldm.trajectory import Branch, swaps, traverse_tree, unet_rows
+from ldm.samplers import SAMPLERS, Noise, Sampler, Step, ddim, initial_noise, step_noise, unipc
+from ldm.schedule import Schedule, linspace
+from ldm.trajectory import AtSwap, Branch, swaps, traverse_tree, unet_rows
 
 SCHEDULE = Schedule.sd15()
 SHAPE = (4, 8, 8)
@@ -74,6 +74,52 @@ def test_every_branch_is_the_run_it_stands_for(max_batch, eta):
         assert torch.equal(result.latents[name], run[-1].x_t), name
         for quantity in ("x_t", "x0_pred", "eps"):
             assert torch.equal(result.path(name, quantity), torch.stack([getattr(step, quantity) for step in run]))
+
+
+def run_of(name: str, sampler: Sampler, x_T: Tensor, at_swap: AtSwap, noise: Noise) -> list[Step]:
+    """A branch of NESTED alone: with "reset" in pieces, of which each but the first knows x_t and nothing else."""
+    schedule, timesteps = NESTED_ALONE[name], linspace(10)
+    eps_fn = toy_guide()(schedule)
+    swaps_at = {"effusion": [2], "effusion+devices": [2, 6], "back": [2, 6], "devices": [6]}.get(name, [])
+    run: list[Step] = []
+    with torch.no_grad():
+        for start, stop in pairwise([0, *swaps_at, 10]):
+            x_t, history = (run[-1].x_t, run[-1].history) if run else (x_T, ())
+            if at_swap == "reset":
+                history = ()
+            rest = sampler(eps_fn, x_t, SCHEDULE, 10, start=start, history=history, noise=noise, timesteps=timesteps)
+            run += [step for step in rest if step.index < stop]
+    return run
+
+
+@pytest.mark.parametrize("at_swap", ["keep", "reset"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_under_every_sampler_a_branch_is_the_run_it_stands_for(name, at_swap):
+    sampler, unet = SAMPLERS[name], ToyUNet()
+    x_T, noise = initial_noise([0, 1], SHAPE), step_noise([0, 1], SHAPE)
+    guide = partial(guided, unet, guidance_scale=1)
+    options = {"at_swap": at_swap, "noise": noise, "timesteps": linspace(10), "keep": ("x_t", "eps")}
+    done: list[int] = []
+    result = traverse_tree(guide, x_T, NESTED, SCHEDULE, 10, sampler=sampler, progress=done.append, **options)
+    result_guided = traverse_tree(toy_guide(), x_T, NESTED, SCHEDULE, 10, sampler=sampler, **options)
+    for branch in NESTED_ALONE:
+        run = run_of(branch, sampler, x_T, at_swap, noise)
+        assert torch.equal(result_guided.latents[branch], run[-1].x_t), branch
+        for quantity in ("x_t", "eps"):
+            alone_path = torch.stack([getattr(step, quantity) for step in run])
+            assert torch.equal(result_guided.path(branch, quantity), alone_path)
+    # What it cost is what was foreseen, and what the network saw.
+    assert result.unet_rows == sum(done) == sum(rows for rows, *_ in unet.calls)
+    assert result.unet_rows == 2 * unet_rows(NESTED, 10, sampler, at_swap)
+
+
+def test_a_multistep_branch_that_keeps_its_history_is_one_run_under_the_swapped_schedule():
+    x_T = initial_noise([0, 1], SHAPE)
+    result = traverse_tree(toy_guide(), x_T, NESTED, SCHEDULE, 10, sampler=unipc, at_swap="keep")
+    for name, schedule in NESTED_ALONE.items():
+        with torch.no_grad():
+            *_, last = unipc(toy_guide()(schedule), x_T, SCHEDULE, 10)
+        assert torch.equal(result.latents[name], last.x_t), name
 
 
 def test_neutral_to_neutral_is_the_neutral_path_bit_for_bit():

@@ -2,7 +2,7 @@
 
 With y = x_t / alpha and kappa = sigma / alpha the flow is
 
-    dy / dkappa = eps(x_t, t),   x_t = alpha y                                               [EDM, eq. 1 and 7]
+    dy / dkappa = eps(x_t, t),   x_t = alpha y                                               [EDM, section 2]
 
 Papers: EDM = Karras et al. 2022, arXiv:2206.00364. The multistep and the ancestral one are Crowson's, k-diffusion.
 """

@@ -133,8 +133,8 @@ def noise_levels(
     if any(past.shape != x_T.shape for past in history):
         shapes = [tuple(past.shape) for past in history]
         raise ValueError(f"history: expected latents like x_T, {tuple(x_T.shape)}, got {shapes}")
-    if len(history) > start:
-        raise ValueError(f"history: {len(history)} entries before step {start}; expected that of the Step before it")
+    if history and not start:
+        raise ValueError(f"history: expected () at the first step, got {len(history)} entries")
     visited = [Level(t, schedule.alphas_cumprod_at(t)) for t in ts]
     return [*visited, final_level(schedule)]
 

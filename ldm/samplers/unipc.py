@@ -30,8 +30,8 @@ def unipc(
     Letters as in `ldm.samplers.dpm_solver`: h is the stride in lambda of the step to come, h_1 that of the step before.
 
     correct   x_t^c = (sigma / sigma_1) x_1^c + alpha int        the parabola through x0_2, x0_1 and x0, integrated over
-                                                                 the step that is over            [UniC-2, eq. 9]
-    predict   x'    = (sigma' / sigma) x_t^c + alpha' (1 - e^-h) (x0 + h / (2 h_1) (x0 - x0_1))   [UniP-2, eq. 3]
+                                                                 the step that is over            [UniPC, UniC-2]
+    predict   x'    = (sigma' / sigma) x_t^c + alpha' (1 - e^-h) (x0 + h / (2 h_1) (x0 - x0_1))   [UniPC, UniP-2]
 
     The prediction is DPM-Solver++(2M)'s. The network saw the predicted x_t; it is not asked again at the corrected
     one. So `Step.x_t` is a prediction, and the corrected latent is part of the history. The last step has no

@@ -1,0 +1,244 @@
+"""How fast each sampler converges where the exact flow is known, and what all of them have in common."""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from mixture import Mixture
+from small_networks import ToyUNet, toy_context
+from torch import Tensor
+
+from ldm.conditioning import constant
+from ldm.guidance import guided
+from ldm.samplers import (
+    RANDOM,
+    SAMPLERS,
+    Sampler,
+    ddim,
+    ddpm,
+    dpm_solver_2s,
+    dpm_solver_pp_2m,
+    dpm_solver_pp_3m,
+    euler,
+    euler_ancestral,
+    heun,
+    initial_noise,
+    lms,
+    plms,
+    step_noise,
+    unipc,
+)
+from ldm.schedule import SPACINGS, Schedule, karras, linspace, log_snr
+
+SCHEDULE = Schedule.sd15()
+MIXTURE = Mixture(SCHEDULE)
+X_T = torch.linspace(-2, 2, 64, dtype=torch.float64).view(1, 4, 4, 4)  # two standard deviations of noise either way
+DETERMINISTIC = [name for name in SAMPLERS if name not in RANDOM]
+HISTORY = {"plms": 3, "lms": 3, "dpm_solver_pp_2m": 1, "dpm_solver_pp_3m": 2, "unipc": 3}
+TWICE = ("heun", "dpm_solver_2s")  # two evaluations a step
+
+
+# ---- order -----------------------------------------------------------------------------------------
+
+
+def order(errors: list[float]) -> float:
+    """From the errors of a run and of one with twice as many steps."""
+    return math.log2(errors[0] / errors[1])
+
+
+def error(result: Tensor, exact: Tensor) -> float:
+    return float((result - exact).norm() / exact.norm())
+
+
+def whole_run_errors(sampler: Sampler, steps: tuple[int, int]) -> list[float]:
+    exact = MIXTURE.flow(X_T, SCHEDULE.alphas_cumprod_at(999), SCHEDULE.final_alpha_cumprod)
+    errors = []
+    for n in steps:
+        *_, last = sampler(MIXTURE.eps, X_T, SCHEDULE, n, timesteps=log_snr(n, SCHEDULE))
+        errors.append(error(last.x_t, exact))
+    return errors
+
+
+@pytest.mark.parametrize(
+    ("sampler", "theory"),
+    [(ddim, 1), (euler, 1), (heun, 2), (dpm_solver_2s, 2), (dpm_solver_pp_2m, 2), (unipc, 3)],
+)
+def test_the_order_of_convergence_is_the_theorys(sampler, theory):
+    assert order(whole_run_errors(sampler, (80, 160))) == pytest.approx(theory, abs=0.2)
+
+
+def test_plms_is_of_order_2_on_even_timesteps():
+    # Down to t = 199: below, where lambda turns steep against t, even timesteps need thousands of steps to show it.
+    schedule = replace(SCHEDULE, final_alpha_cumprod=float(SCHEDULE.alphas_cumprod[199]))
+    exact = MIXTURE.flow(X_T, schedule.alphas_cumprod_at(999), schedule.final_alpha_cumprod)
+    errors = []
+    for n in (80, 160):
+        *_, last = plms(MIXTURE.eps, X_T, schedule, n, timesteps=[999 - 800 * i / n for i in range(n)])
+        errors.append(error(last.x_t, exact))
+    assert order(errors) == pytest.approx(2, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "spacing", "steps", "remembered", "theory"),
+    [(lms, karras, (160, 320), 3, 4), (dpm_solver_pp_3m, log_snr, (80, 160), 2, 3)],
+)
+def test_with_an_exact_past_the_long_multistep_methods_have_their_full_order(
+    sampler, spacing, steps, remembered, theory
+):
+    # From scratch their first steps, which know less, are of order 2, and in the end that is what is left to see.
+    errors = []
+    a_T = SCHEDULE.alphas_cumprod_at(999)
+    exact = MIXTURE.flow(X_T, a_T, SCHEDULE.final_alpha_cumprod)
+    for n in steps:
+        ts = spacing(n, SCHEDULE)
+        x = [MIXTURE.flow(X_T, a_T, SCHEDULE.alphas_cumprod_at(t)) for t in ts[: remembered + 1]]
+        eps = [MIXTURE.eps(x_t, t) for x_t, t in zip(x, ts, strict=False)]
+        past = eps if sampler is lms else [clean(*of) for of in zip(x, eps, ts, strict=False)]
+        history = tuple(reversed(past[:remembered]))
+        *_, last = sampler(MIXTURE.eps, x[-1], SCHEDULE, n, start=remembered, history=history, timesteps=ts)
+        errors.append(error(last.x_t, exact))
+    assert order(errors) == pytest.approx(theory, abs=0.2)
+
+
+def clean(x_t: Tensor, eps: Tensor, t: float) -> Tensor:
+    a_t = SCHEDULE.alphas_cumprod_at(t)
+    return (x_t - math.sqrt(1 - a_t) * eps) / math.sqrt(a_t)
+
+
+def test_the_parabola_of_3m_beats_the_line_of_2m_and_unipc_beats_both_when_steps_are_many():
+    line, parabola, corrected = (
+        whole_run_errors(sampler, (40, 80))[1] for sampler in (dpm_solver_pp_2m, dpm_solver_pp_3m, unipc)
+    )
+    assert corrected < line / 10
+    assert parabola < line / 10
+
+
+def test_the_mixtures_flow_is_what_ddim_converges_to():
+    # By 1000 steps of order 1, so that the flow's own derivation is not taken on trust.
+    *_, last = ddim(MIXTURE.eps, X_T, SCHEDULE, 1000, timesteps=log_snr(1000, SCHEDULE))
+    exact = MIXTURE.flow(X_T, SCHEDULE.alphas_cumprod_at(999), SCHEDULE.final_alpha_cumprod)
+    assert error(last.x_t, exact) < 2e-3
+
+
+# ---- identities ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 20])
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_with_the_exact_eps_every_sampler_recovers_x_0(name, steps):
+    x_0, eps = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    to_zero = replace(SCHEDULE, final_alpha_cumprod=1.0)
+    for schedule, expected in ((SCHEDULE, SCHEDULE.add_noise(x_0, eps, 0)), (to_zero, x_0)):
+        x_T = SCHEDULE.add_noise(x_0, eps, 999)
+        run = list(SAMPLERS[name](lambda x_t, t, step: eps, x_T, schedule, steps, timesteps=linspace(steps)))
+        torch.testing.assert_close(run[-1].x_t, expected)
+        for step in run:
+            torch.testing.assert_close(step.x0_pred, x_0)
+
+
+@pytest.mark.parametrize("name", ["euler_ancestral", "ddpm"])
+def test_with_the_exact_x_0_the_random_samplers_recover_it(name):
+    x_0 = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = step_noise([0], (4, 8, 8))
+
+    def eps_fn(x_t: Tensor, t: float, step: int) -> Tensor:
+        a_t = SCHEDULE.alphas_cumprod_at(t)
+        return (x_t - math.sqrt(a_t) * x_0) / math.sqrt(1 - a_t)
+
+    to_zero = replace(SCHEDULE, final_alpha_cumprod=1.0)
+    *_, last = SAMPLERS[name](eps_fn, initial_noise([1], (4, 8, 8)).double(), to_zero, 10, noise=noise)
+    torch.testing.assert_close(last.x_t, x_0)
+
+
+def toy_run(sampler: Sampler, steps: int = 10, **options) -> list:
+    x_T = initial_noise([0, 1], (4, 8, 8)).double()
+    eps_fn = guided(ToyUNet(), constant(toy_context(0.3).double(), steps), 1)
+    options = {"noise": step_noise([0, 1], (4, 8, 8)), "timesteps": linspace(steps), **options}
+    return list(sampler(eps_fn, options.pop("x_T", x_T), SCHEDULE, steps, **options))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_step_holds_what_happened_and_all_that_the_rest_depends_on(name):
+    run = toy_run(SAMPLERS[name])
+    assert [step.index for step in run] == list(range(10))
+    for step, following in pairwise(run):
+        assert following.x_in is step.x_t
+    for step in run:
+        a_t = SCHEDULE.alphas_cumprod_at(step.t)
+        torch.testing.assert_close(step.x_in, math.sqrt(a_t) * step.x0_pred + math.sqrt(1 - a_t) * step.eps)
+    assert len(run[-1].history) == HISTORY.get(name, 0)
+    for step in run[:-1]:
+        rest = toy_run(SAMPLERS[name], x_T=step.x_t, start=step.index + 1, history=step.history)
+        assert torch.equal(rest[-1].x_t, run[-1].x_t)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_evaluation_of_a_step_asks_for_that_steps_context(name):
+    asked: list[tuple[int, float]] = []
+
+    def eps_fn(x_t: Tensor, t: float, step: int) -> Tensor:
+        asked.append((step, t))
+        return 0.1 * x_t
+
+    x_T, ts = torch.ones(1, 4, 8, 8), linspace(6)
+    run = list(SAMPLERS[name](eps_fn, x_T, SCHEDULE, 6, noise=step_noise([0], (4, 8, 8)), timesteps=ts))
+    counts = [sum(step == index for step, _ in asked) for index in range(6)]
+    assert counts == [step.evaluations for step in run]
+    assert counts == ([2] * 6 if name in TWICE else [2] + [1] * 5 if name == "plms" else [1] * 6)
+    for index in range(6):  # the first at the step's own timestep, a second one later
+        first, *second = [t for step, t in asked if step == index]
+        assert first == ts[index]
+        assert all(t < first for t in second)
+
+
+def test_without_a_past_plms_and_heun_take_the_same_first_step_up_to_the_transfer():
+    # Both average the slope at the two ends; in EDM's coordinates DDIM's transfer is a straight line.
+    torch.testing.assert_close(toy_run(plms)[0].x_t, toy_run(heun)[0].x_t)
+
+
+def test_euler_is_ddim_and_ddpm_is_ddim_at_eta_1():
+    for step, ddim_step in zip(toy_run(euler), toy_run(ddim), strict=True):
+        torch.testing.assert_close(step.x_t, ddim_step.x_t)
+    for step, ddim_step in zip(toy_run(ddpm), toy_run(ddim, eta=1.0), strict=True):
+        torch.testing.assert_close(step.x_t, ddim_step.x_t)
+
+
+def test_ancestral_euler_is_ddpm():
+    # The same posterior in other coordinates: y = x_t / alpha.
+    for step, other in zip(toy_run(euler_ancestral), toy_run(ddpm), strict=True):
+        torch.testing.assert_close(step.x_t, other.x_t)
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_a_run_that_ends_where_it_is_takes_no_step(name):
+    # leading(1000) visits t = 0, whose level is also the one that SD1's runs end at.
+    run = list(SAMPLERS[name](MIXTURE.eps, X_T, SCHEDULE, 2, timesteps=(20, 0)))
+    if name == "unipc":  # takes none either, from where it has corrected the step before
+        assert torch.equal(run[-1].x_t, run[-1].history[0])
+    else:
+        torch.testing.assert_close(run[-1].x_t, run[0].x_t)
+
+
+# ---- errors ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_samplers_ask_for_noise(name):
+    with pytest.raises(ValueError, match=f"noise: expected a callable because {name} is random, got None"):
+        toy_run(SAMPLERS[name], noise=None)
+
+
+@pytest.mark.parametrize("spacing", ["karras", "log_snr", "align_your_steps"])
+def test_plms_refuses_uneven_timesteps(spacing):
+    with pytest.raises(ValueError, match="timesteps: plms expects evenly spaced ones"):
+        toy_run(plms, timesteps=SPACINGS[spacing](10, SCHEDULE))
+
+
+def test_a_past_that_cannot_be_one_is_refused():
+    past = torch.zeros(2, 4, 8, 8, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"history: expected \(\) at the first step, got 1 entries"):
+        toy_run(dpm_solver_pp_2m, history=(past,))
+    with pytest.raises(ValueError, match=r"history: expected latents like x_T, \(2, 4, 8, 8\), got \[\(1, 4, 8, 8\)\]"):
+        toy_run(dpm_solver_pp_2m, start=3, history=(past[:1],))
