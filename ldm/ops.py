@@ -28,6 +28,7 @@ WIDEST_HEAD = 160
 PROMPT_TOKENS = range(64, 81)  # that one block of the cross-attention kernel holds
 
 _backend: Backend = "auto"
+_TRITON = find_spec("triton") is not None  # asked, not imported: the CPU has no need of it
 
 
 # ---- the switch ------------------------------------------------------------------------------------
@@ -57,31 +58,28 @@ def resolved(device: torch.device) -> Backend:
 
     Raises:  ValueError: "triton" was chosen, and cannot be there.
     """
-    why_not = _why_not(str(device))
+    why_not = _why_not(device)
     if _backend == "triton" and why_not:
         raise ValueError(f"backend: triton was asked for, but {why_not}")
     return "triton" if _backend == "triton" or (_backend == "auto" and device.type == "cuda" and not why_not) else "torch"
 
 
-@torch.compiler.assume_constant_result
-def _why_not(device: str) -> str | None:
-    """Why no kernel can run on a device; None where they can."""
-    kind = torch.device(device).type
-    if find_spec("triton") is None:
+def _why_not(device: torch.device) -> str | None:
+    """Why no kernel can run on a device; None where they can. torch.compile reads it as a constant."""
+    if not _TRITON:
         return "triton is not installed here"
-    if kind == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    if kind != "cuda":
+    if device.type != "cuda":
         return f"the tensors are on {device}; expected a CUDA GPU, or TRITON_INTERPRET=1 to interpret kernels on the CPU"
-    if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
-        return f"{device} has compute capability {'.'.join(map(str, capability))}, expected 8.0 or newer"
-    return None
+    gpu = torch.cuda.get_device_properties(device)
+    return None if gpu.major >= 8 else f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}, expected 8.0 or newer"
 
 
 def _fused(x: Tensor, made_for: bool = True) -> bool:
     """Whether to run a kernel on x. made_for: whether "auto" should; forced, the kernel itself says what it cannot."""
     if _backend == "auto":
-        return x.is_cuda and made_for and x.numel() > 0 and not _why_not(str(x.device))
+        return x.is_cuda and made_for and x.numel() > 0 and not _why_not(x.device)
     return _backend == "triton" and resolved(x.device) == "triton"
 
 
