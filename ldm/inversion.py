@@ -21,7 +21,7 @@ EDICT = Wallace et al. 2022, arXiv:2211.12446.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from math import sqrt
 
@@ -109,42 +109,35 @@ def fixed_point_inversion(
     x_prev = x_0
     for index, level, prev in _upwards(eps_fn, x_0, schedule, steps, timesteps):
         c, d = _coefficients(prev, level)
-        calls = 0
-
-        def eps_at(x: Tensor, t: float = level.t, index: int = index) -> Tensor:
-            nonlocal calls
-            calls += 1
-            return eps_fn(x, t, index).to(x.dtype)
-
-        eps = _settled_eps(eps_at, x_prev, c, d, tolerance, iterations)
+        eps, evaluations = _settled_eps(eps_fn, level.t, index, x_prev, c, d, tolerance, iterations)
         x_t = c * x_prev + d * eps
         x0_pred = (x_prev - prev.sigma * eps) / prev.alpha
-        yield Step(index, level.t, x_t, x0_pred, eps, x_in=x_prev, evaluations=calls)
+        yield Step(index, level.t, x_t, x0_pred, eps, x_in=x_prev, evaluations=evaluations)
         x_prev = x_t
 
 
 def _settled_eps(
-    eps_at: Callable[[Tensor], Tensor], x_prev: Tensor, c: float, d: float, tolerance: float, iterations: int
-) -> Tensor:
-    """eps(x) where x = c x_prev + d eps(x), as nearly as the iteration comes; see `fixed_point_inversion`."""
+    eps_fn: EpsFn, t: float, index: int, x_prev: Tensor, c: float, d: float, tolerance: float, iterations: int
+) -> tuple[Tensor, int]:
+    """eps(x) where x = c x_prev + d eps(x), as nearly as the iteration comes, and how often the network was asked."""
     x = eps = image = change = x_prev
     least = x_prev.new_full((len(x_prev), 1, 1, 1), float("inf"))  # the smallest change so far, of each sample
     idle = torch.zeros_like(least)  # iterations since
     settling = least > tolerance
-    for iteration in range(iterations):
-        eps_x = eps_at(x)
+    for evaluations in range(1, iterations + 1):
+        eps_x = eps_fn(x, t, index).to(x.dtype)
         last_image, last_change = image, change
         image = c * x_prev + d * eps_x
         change = image - x
         size = _norm(change) / _norm(image)
         better = settling & (size < least)
-        eps = torch.where(better, eps_x, eps) if iteration else eps_x
+        eps = eps_x if evaluations == 1 else torch.where(better, eps_x, eps)
         least, idle = torch.where(better, size, least), torch.where(better, 0, idle + 1)
         settling = settling & (least > tolerance) & (idle < PATIENCE)
         if not bool(settling.any()):
             break
-        x = image if iteration == 0 else image - _secant(change, change - last_change) * (image - last_image)
-    return eps
+        x = image if evaluations == 1 else image - _secant(change, change - last_change) * (image - last_image)
+    return eps, evaluations
 
 
 def _secant(change: Tensor, turn: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,13 +39,17 @@ from ldm.latents import load_seed, run_seeds
 from ldm.pipeline import StableDiffusion
 from ldm.plan import Traversal
 from ldm.report import figures
-from ldm.samplers import ddim
+from ldm.samplers import Step, ddim
 from ldm.schedule import SPACINGS, TRAIN_STEPS
 
 log = logging.getLogger(__name__)
 
 Method = Literal["naive", "fixed-point", "edict"]
-METHODS: tuple[Method, ...] = ("naive", "fixed-point", "edict")
+METHODS: dict[Method, Callable[..., Iterator[Step]]] = {
+    "naive": ddim_inversion,
+    "fixed-point": fixed_point_inversion,
+    "edict": edict_inversion,
+}
 LOST = 0.05  # relative error of a latent from which on its round trip is worth a warning: it can be seen
 
 
@@ -130,9 +134,8 @@ def bind(sd: StableDiffusion, how: Inversion, max_batch: int | None = None) -> G
 @torch.no_grad()
 def invert(sd: StableDiffusion, how: Inversion, eps_fn: GuidedEps, x_0: Tensor, progress: Progress = int) -> Noise:
     """Latents (B, C, H, W), float32, to noise by the chosen method; eps_fn: see `bind`."""
-    way_up = {"naive": ddim_inversion, "fixed-point": fixed_point_inversion, "edict": edict_inversion}[how.method]
     timesteps = SPACINGS[how.spacing](how.steps, sd.schedule)
-    for step in way_up(eps_fn, x_0, sd.schedule, how.steps, timesteps=timesteps):
+    for step in METHODS[how.method](eps_fn, x_0, sd.schedule, how.steps, timesteps=timesteps):
         progress(len(step.x_t))
     return Noise(step.x_t, *step.history)
 
@@ -153,6 +156,11 @@ def retrace(sd: StableDiffusion, how: Inversion, eps_fn: GuidedEps, noise: Noise
 def relative_error(x: Tensor, reference: Tensor) -> float:
     """|x - reference| / |reference|"""
     return float((x - reference).norm() / reference.norm())
+
+
+def finite(value: float | Tensor) -> float | None:
+    """A number as JSON can hold it: None for infinity and NaN, where a latent was lost."""
+    return float(value) if math.isfinite(value) else None
 
 
 class Originals:
@@ -191,14 +199,14 @@ class Originals:
                 )
             of = load_seed(latents, seed)
             error = relative_error(of[retraced], of["encoded"])
-            entry = {"seed": seed, "file": str(image.file), "sha256": image.sha256, "round_trip_error": error}
-            entry["noise_std"] = float(of["x_T"].std())  # of a sampler's noise: 1
+            entry = {"seed": seed, "file": str(image.file), "sha256": image.sha256, "round_trip_error": finite(error)}
+            entry["noise_std"] = finite(of["x_T"].std())  # of a sampler's noise: 1
             if image_path(out, seed, retraced).exists():
                 original = self.pixels[seed]
                 figures.save_image(image_path(out, seed, "original"), original)
                 encoded, back = (load_pixels(image_path(out, seed, name)) for name in ("encoded", retraced))
-                entry["psnr_db"] = float(peak_signal_noise_ratio(original, back))
-                entry["autoencoder_psnr_db"] = float(peak_signal_noise_ratio(original, encoded))
+                entry["psnr_db"] = finite(peak_signal_noise_ratio(original, back))
+                entry["autoencoder_psnr_db"] = finite(peak_signal_noise_ratio(original, encoded))
                 rows.append([original, encoded, back, figures.difference(back, original)])
             if not error < LOST:  # NaN too
                 log.warning("%s: lost, its latent comes back with a relative error of %.2g", image.file, error)
@@ -301,6 +309,7 @@ class ImageStart:
         self.how = Inversion(prompt=plan.neutral, method=method, steps=plan.steps, spacing=plan.spacing, fit=fit)
         self.originals = Originals(sd, images, shape, fit)
         self.sd, self.max_batch = sd, default_max_batch(shape) if max_batch is None else max_batch
+        self.rows = 0  # U-Net rows evaluated
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -313,8 +322,10 @@ class ImageStart:
         x_0 = self.originals.encoded(seeds).to(self.sd.device)
         with tqdm(total=self.how.steps, desc="invert: steps", unit="step", leave=False, mininterval=1) as bar:
             noise = invert(self.sd, self.how, eps_fn, x_0, lambda _: bar.update(1))
+        self.rows += eps_fn.rows
         return {**noise.latents(), "encoded": x_0}
 
     def record(self, latents: Path, out: Path, earlier: Mapping[str, Any]) -> dict[str, Any]:
         """The settings, and what became of each image."""
-        return {**self.settings, "images": self.originals.finish(latents, out, "neutral", earlier)}
+        images = self.originals.finish(latents, out, "neutral", earlier)
+        return {**self.settings, "images": images, "inversion_rows_this_run": self.rows}

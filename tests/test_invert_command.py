@@ -10,43 +10,25 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from skimage.metrics import peak_signal_noise_ratio
+from tiny_model import write_tiny_model
 
 import ldm
-from ldm import checkpoint, experiment, real_images
-from ldm.clip import CLIPTextEncoder
+from ldm import experiment, real_images
 from ldm.conditioning import constant
-from ldm.config import CLIPConfig, UNetConfig, VAEConfig
 from ldm.guidance import guided
 from ldm.inversion import fixed_point_inversion
 from ldm.samplers import ddim
-from ldm.unet import UNet
-from ldm.vae import AutoencoderKL
 from tools.cli import main
 
 PROMPT = "a chest"
+# A random network in a few large steps hardly contracts, so a change of 1e-5 can be a hundred times that from the fixed
+# point; the naive inversion is off by 1.
+SETTLED = 1e-2
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole model of random weights, 16 x 16 pixels, in the single-file layout."""
-    torch.manual_seed(0)
-    unet = UNetConfig(
-        sample_size=8,
-        widths=(16, 16),
-        resnets_per_level=1,
-        attention=(True, False),
-        heads=2,
-        context_width=16,
-        norm_groups=8,
-    )
-    parts = {
-        "clip": CLIPTextEncoder(CLIPConfig(width=16, layers=1, heads=2, mlp_width=32)),
-        "vae": AutoencoderKL(VAEConfig(widths=(8, 8), resnets_per_level=1, norm_groups=4)),
-        "unet": UNet(unet),
-    }
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    checkpoint.save(path, parts)
-    return path
+    return write_tiny_model(tmp_path_factory.mktemp("weights") / "tiny.safetensors")
 
 
 def picture(path: Path, seed: int, size: tuple[int, int] = (16, 16)) -> Path:
@@ -122,7 +104,7 @@ def test_the_noise_is_that_of_the_library_and_leads_back(weights: Path, tmp_path
         *_, down = ddim(eps_fn, up.x_t, sd.schedule, 4)
     assert torch.equal(latents[f"{name(image)}/x_T"], up.x_t[0])
     assert torch.equal(latents[f"{name(image)}/retraced"], down.x_t[0])
-    assert record(tmp_path / "out")["images"][0]["round_trip_error"] < 4 * 1e-4  # 4 steps, settled to 1e-5 each
+    assert record(tmp_path / "out")["images"][0]["round_trip_error"] < SETTLED
 
 
 @pytest.mark.parametrize("method", ["fixed-point", "edict"])
@@ -260,8 +242,7 @@ def test_a_traversal_starts_from_the_inverted_image_and_retraces_it(weights: Pat
     for entry, image in zip(found["images"], sorted(images, key=number), strict=True):
         assert entry["sha256"] == hashlib.sha256(image.read_bytes()).hexdigest()
         x_0, neutral = latents[f"{name(image)}/encoded"], latents[f"{name(image)}/neutral"]
-        # Settled to 1e-5 a step; guidance of 7.5 multiplies the rounding of two equal predictions.
-        assert (neutral - x_0).norm() / x_0.norm() < 6 * 1e-4
+        assert (neutral - x_0).norm() / x_0.norm() < SETTLED
         assert not torch.allclose(latents[f"{name(image)}/effusion/s02"], x_0, atol=1e-2)
         for of in ("original", "encoded", "neutral", "effusion/s02", "effusion/bezier_02"):
             assert (out / "images" / name(image) / f"{of}.png").exists()
@@ -304,7 +285,7 @@ def test_without_images_latents_alone_are_measured(weights: Path, tmp_path: Path
     assert traverse(weights, tmp_path / "out", "--image", image, "--no-images", "--guidance", "1") == 0
     (entry,) = record(tmp_path / "out")["images"]
     assert "psnr_db" not in entry
-    assert entry["round_trip_error"] < 6 * 1e-4
+    assert entry["round_trip_error"] < SETTLED
 
 
 def test_another_negative_prompt_is_allowed_and_its_loss_said(

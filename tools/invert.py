@@ -4,11 +4,15 @@ ldm invert patient1.jpg patient2.png --prompt "Normal chest X-ray with no signif
 """
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ldm.real_images import FITS, METHODS, Inversion, open_images, run_inversion
 from ldm.schedule import SPACINGS
 from tools.options import add_model, latent_size, load_model, max_batch
+
+MEASURED = ("round_trip_error", "psnr_db", "autoencoder_psnr_db")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,8 +73,14 @@ def run(args: argparse.Namespace) -> None:
     sd = load_model(args)
     record = run_inversion(sd, how, images, args.out, latent_size=latent_size(args.size, sd), max_batch=batch)
     for entry in record["images"]:
-        print(
-            f"{entry['file']} (seed{entry['seed']:04d}): latent back to {entry['round_trip_error']:.1e}, "
-            f"{entry['psnr_db']:.2f} dB; the autoencoder alone {entry['autoencoder_psnr_db']:.2f} dB"
-        )
+        print(round_trip(entry))
     print(f"{record['unet_rows_this_run']} U-Net rows, {record['seconds']} s; see {args.out / 'comparison.png'}")
+
+
+def round_trip(entry: Mapping[str, Any]) -> str:
+    """What run.json says of an image, in a line."""
+    number = {name: "lost" if of is None else f"{of:.4g}" for name, of in entry.items() if name in MEASURED}
+    line = f"{entry['file']} (seed{entry['seed']:04d}): relative error of the latent {number['round_trip_error']}"
+    if "psnr_db" not in entry:
+        return line
+    return f"{line}, {number['psnr_db']} dB where the autoencoder alone reaches {number['autoencoder_psnr_db']} dB"

@@ -11,6 +11,7 @@ from pathlib import Path
 from ldm.experiment import run_traversal, write_figures
 from ldm.plan import SWAP_STEPS, Traversal, parse_integers
 from ldm.real_images import FITS, ImageStart, open_images
+from tools.invert import round_trip
 from tools.options import add_model, add_sampling, latent_size, load_model, max_batch
 
 
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.no_images:
         write_figures(args.out, plan)
     for entry in record.get("images", []):
-        print(f"{entry['file']} is seed{entry['seed']:04d}, retraced to {entry['round_trip_error']:.1e}")
+        print(round_trip(entry))
     print(
         f"{len(plan.seeds)} seeds, {len(styles)} styles, {len(plan.swap_steps)} swap steps: {record['unet_rows']} "
         f"U-Net rows where separate runs cost {record['unet_rows_separate']}; {record['seconds']} s; see {args.out}"

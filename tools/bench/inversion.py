@@ -11,6 +11,7 @@ from ldm.bench import harness, inversion
 from ldm.data.images import load_image
 from ldm.experiment import write_json
 from ldm.plan import parse_integers
+from ldm.real_images import finite
 from ldm.report.plot_style import save_figure
 from tools.options import add_model, load_model
 
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image", nargs="+", type=Path, default=[], metavar="FILE", help="these instead; with --prompt"
     )
     parser.add_argument("--prompt", help="what they show")
-    parser.add_argument("--steps", default="10,20,50", help="default: %(default)s")
+    parser.add_argument("--steps", default="10,50", help="default: %(default)s")
     parser.add_argument("--guidance", default="1,7.5", help="scales, the same both ways (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of the timing (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/bench/inversion"), help="folder (default %(default)s)")
@@ -56,11 +57,12 @@ def run(args: argparse.Namespace) -> None:
         dtype: inversion.timings(models[dtype], subjects[0], min(steps), args.rounds) for dtype in dtypes
     }  # fmt: skip
     floor = {subject.name: inversion.psnr_db(sd, subject, inversion.encode(sd, subject)) for subject in subjects}
+    target = inversion.target_of(rows)
     args.out.mkdir(parents=True, exist_ok=True)
     result = {
-        "rows": rows,
-        "target": inversion.target_of(rows),
-        "autoencoder_psnr_db": floor,
+        "rows": [{name: finite(of) if isinstance(of, float) else of for name, of in row.items()} for row in rows],
+        "target": target,
+        "autoencoder_psnr_db": {name: finite(of) for name, of in floor.items()},
         "timing_steps": min(steps),
         "timings": {dtype: {name: asdict(of) for name, of in found.items()} for dtype, found in timings.items()},
         "weights_sha256": sd.weights_sha256(),
@@ -74,7 +76,6 @@ def run(args: argparse.Namespace) -> None:
     for dtype, found in timings.items():
         spent = ", ".join(f"{name} {of.median_ms:.0f} ms ({of.ratio:.2f} x)" for name, of in found.items())
         print(f"{min(steps)} steps up, {dtype}: {spent}")
-    target = result["target"]
     errors = ", ".join(f"{name} {error:.1e}" for name, error in target["errors"].items())
     print(f"within {target['limit']:g} at guidance 1, {max(steps)} steps, float32: {target['reached']} ({errors})")
     print(f"see {args.out / 'inversion.png'}")
