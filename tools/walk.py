@@ -7,7 +7,7 @@ python -m tools.walk links          # makes the walk's links point at the lines 
 import ast
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -137,7 +137,7 @@ def as_colours(latents: Tensor) -> NDArray[np.uint8]:
     return to_uint8(latents[:, :3] / 2)[0]
 
 
-def picture_grid(rows: dict[str, Sequence[NDArray[np.uint8]]], heads: Sequence[str]) -> Figure:
+def picture_grid(rows: Mapping[str, Sequence[NDArray[np.uint8]] | NDArray[np.uint8]], heads: Sequence[str]) -> Figure:
     """Rows of images with a name each, under heads."""
     columns = len(heads)
     figure = new_figure(PAGE_WIDTH, 0.25 + len(rows) * (PAGE_WIDTH - 0.6) / columns)
@@ -146,6 +146,7 @@ def picture_grid(rows: dict[str, Sequence[NDArray[np.uint8]]], heads: Sequence[s
         for panel, image in zip(line, images, strict=True):
             panel.imshow(image, interpolation="nearest")
             panel.set(xticks=[], yticks=[])
+            panel.spines[:].set_visible(False)
         line[0].set_ylabel(name)
     for panel, head in zip(panels[0], heads, strict=True):
         panel.set_title(head)

@@ -42,7 +42,9 @@ def add_lora(unet: UNet, rank: int = 4, scale: float = 4.0) -> list[nn.Parameter
     layers = []
     for attention in [module for module in unet.modules() if isinstance(module, Attention) and module.cross]:
         for name in ("to_q", "to_k", "to_v", "to_out.0"):
-            layers.append(LoRA(attention.get_submodule(name), rank, scale))
+            linear = attention.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            layers.append(LoRA(linear, rank, scale))
             attention.set_submodule(name, layers[-1])
     return [parameter for layer in layers for parameter in (layer.a, layer.b)]
 

@@ -30,7 +30,7 @@ class DeepCached:
         kind = "attentions" if last.attentions else "resnets"
         self.place = f"up_blocks.{len(unet.up_blocks) - 1}.{kind}.{len(last.resnets) - 2}"  # below the last resnet
 
-    def __call__(self, x_t: Tensor, t: int, context: Tensor) -> Tensor:
+    def __call__(self, x_t: Tensor, t: float, context: Tensor) -> Tensor:
         self.calls += 1
         if (self.calls - 1) % self.interval:
             return self.shallow(x_t, t, context)
@@ -39,7 +39,7 @@ class DeepCached:
         self.deep = taps[self.place]
         return eps
 
-    def shallow(self, x_t: Tensor, t: int, context: Tensor) -> Tensor:
+    def shallow(self, x_t: Tensor, t: float, context: Tensor) -> Tensor:
         """eps from the kept features and this step's x_t."""
         unet, last = self.unet, self.last
         time_features = timestep_embedding(torch.full((len(x_t),), t, device=x_t.device), unet.config.widths[0])

@@ -11,6 +11,7 @@ python -m tools.examples.free_u
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -50,8 +51,8 @@ def free_u(unet: UNet, stages: Mapping[int, tuple[float, float]] = SD15_STAGES) 
         below = "mid_block" if i == 0 else f"up_blocks.{i - 1}"
         for j in range(len(block.resnets)):
             backbone = f"up_blocks.{i}.{kind}.{j - 1}" if j else below
-            edits[backbone] = apply(lambda x, b=b: louder(x, b))
-            edits[f"up_blocks.{i}.skips.{j}"] = apply(lambda x, s=s: quieter(x, s))
+            edits[backbone] = apply(partial(louder, b=b))
+            edits[f"up_blocks.{i}.skips.{j}"] = apply(partial(quieter, s=s))
     return unet.edit(edits)
 
 
