@@ -8,6 +8,7 @@ import importlib
 
 # subject: (module, one line of help). Imported only when called.
 SUBJECTS: dict[str, tuple[str, str]] = {
+    "samplers": ("tools.bench.samplers", "which sampler and spacing follow the flow, for how many evaluations"),
     "inversion": ("tools.bench.inversion", "how exactly images come back from their noise"),
 }
 
