@@ -259,6 +259,20 @@ def assert_same_state(a: Path, b: Path, step: int) -> None:
     assert (a / "last.safetensors").read_bytes() == (b / "last.safetensors").read_bytes()
 
 
+def test_a_compiled_network_keeps_its_names():
+    plain, compiled = Learner(network(), RECIPE), Learner(network(), replace(RECIPE, compile=True))
+    assert [name for name, _ in plain.tensors()] == [name for name, _ in compiled.tensors()]
+
+
+@pytest.mark.slow
+def test_a_compiled_network_learns_the_same():
+    losses = []
+    for recipe in (RECIPE, replace(RECIPE, compile=True)):
+        learner = Learner(network(), recipe)
+        losses.append([learner.step(step, material(), SCHEDULE).loss for step in range(2)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # float32, fused and summed in another order
+
+
 # ---- the command -----------------------------------------------------------------------------------
 
 
@@ -290,6 +304,22 @@ def test_what_comes_out_is_what_goes_in_again(tmp_path, weights, data, capsys):
     assert cli.main(command(weights, data, out, "--steps", "3", "--caption-dropout", "0.1", "--resume", "auto")) == 0
     assert cli.main(command(weights, data, out, "--steps", "3")) == 2
     assert "holds a run at step 3; --resume auto" in capsys.readouterr().err
+
+
+def test_a_run_draws_what_it_is_asked_for_and_times_its_cache(tmp_path, weights, data):
+    out = tmp_path / "out"
+    arguments = command(weights, data, out, "--steps", "2", "--sample-every", "2", "--measure-cache")
+    assert cli.main(arguments) == 0
+    assert [path.name for path in (out / "samples").iterdir()] == ["step-00000002.png"]
+    assert list((out / "tensorboard").iterdir())
+    record = json.loads((out / "run.json").read_text())
+    speed = record["speed"]
+    assert speed["ratio"] == pytest.approx(speed["images_per_s_cached"] / speed["images_per_s_uncached"])
+    assert 0 < speed["outside_cached"] < 1
+    assert (record["processes"], record["images"]) == (1, 9)
+    before = (out / "last.safetensors").read_bytes()
+    assert cli.main([*arguments, "--resume", "auto"]) == 0  # timing it again does not change the model
+    assert (out / "last.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize(

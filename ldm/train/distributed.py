@@ -98,7 +98,8 @@ def shard(unet: UNet, processes: Processes) -> None:
     for module in unet.modules():
         if isinstance(module, ResnetBlock | SpatialTransformer):
             fully_shard(module, mesh=mesh)
-    fully_shard(unet, mesh=mesh)
+    # Else what is in no block would stay together after a forward pass alone, and could not be saved in parts
+    fully_shard(unet, mesh=mesh, reshard_after_forward=True)
 
 
 def replicated(unet: UNet, processes: Processes) -> Network:

@@ -9,6 +9,7 @@ accumulates gradients, is shared by processes, can be stopped at any step, and w
 
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from PIL import Image
@@ -50,42 +51,36 @@ def finetune(
     """
     recipe, processes = learner.recipe, learner.processes
     done = start = folder.resume(learner)
-    log = Log(folder.path, start, processes.first)
-    images = recipe.batch * recipe.accumulate
-    seconds = 0.0
-    try:
+    images, seconds = recipe.batch * recipe.accumulate, 0.0
+    progress = tqdm(total=recipe.steps, initial=start, desc="fine-tuning", unit="step", disable=not processes.first)
+    with closing(Log(folder.path, start, processes.first)) as log, progress:
         if rounds.held_out and not start:
             log.note(0, {"validation": _validation(learner, schedule, rounds)})
-        with tqdm(
-            total=recipe.steps, initial=start, desc="fine-tuning", unit="step", mininterval=1, disable=not folder.writes
-        ) as bar:
-            stopping = processes.any(stop())
-            while done < recipe.steps and not stopping:
-                taken = _step(learner, done, material, schedule, folder)
-                done += 1
-                seconds += taken.seconds
-                row: dict[str, float | dict[str, float]] = {
-                    "epoch": done * images / len(material),
-                    "loss": taken.loss,
-                    "grad_norm": taken.grad_norm,
-                    "lr": recipe.lr_at(done - 1),
-                    "images_per_s": images * (done - start) / seconds,
-                    "outside": taken.outside,
-                }
-                bar.update()
-                bar.set_postfix_str(f"{row['images_per_s']:.1f} images/s, loss {taken.loss:.4f}")
-                stopping = processes.any(stop())  # asked once a step: who leaves has saved
-                due = done % rounds.save_every == 0 or done == recipe.steps
-                if due and rounds.held_out and not stopping:
-                    row["validation"] = _validation(learner, schedule, rounds)
-                log.note(done, row)
-                if due or stopping:
-                    folder.save(done, learner)
-                if rounds.sample is not None and rounds.sample_every and done % rounds.sample_every == 0:
-                    with learner.as_saved() as unet:
-                        log.picture(done, rounds.sample(unet))
-    finally:
-        log.close()
+        stopping = processes.any(stop())
+        while done < recipe.steps and not stopping:
+            taken = _step(learner, done, material, schedule, folder)
+            done, seconds = done + 1, seconds + taken.seconds
+            rate = images * (done - start) / seconds
+            progress.update()
+            progress.set_postfix_str(f"{rate:.1f} images/s, loss {taken.loss:.4f}")
+            stopping = processes.any(stop())  # asked once a step: who leaves has saved
+            due = done % rounds.save_every == 0 or done == recipe.steps
+            row: dict[str, float | dict[str, float]] = {
+                "epoch": done * images / len(material),
+                "loss": taken.loss,
+                "grad_norm": taken.grad_norm,
+                "lr": recipe.lr_at(done - 1),
+                "images_per_s": rate,
+                "outside": taken.outside,
+            }
+            if due and rounds.held_out and not stopping:
+                row["validation"] = _validation(learner, schedule, rounds)
+            log.note(done, row)
+            if due or stopping:
+                folder.save(done, learner)
+            if rounds.sample is not None and rounds.sample_every and done % rounds.sample_every == 0:
+                with learner.as_saved() as unet:
+                    log.picture(done, rounds.sample(unet))
     return done
 
 

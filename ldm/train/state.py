@@ -121,9 +121,9 @@ class RunFolder:
         lazy = {name: LazyTensor.of(name, tensor) for name, tensor in tensors.items()}
         self._put(self.state(step), lambda path: write_tensors(path, lazy, metadata))
         self._point_last_to(step)
-        for old in self.steps()[: -self.keep]:
-            self.state(old).unlink()
+        for old in self.steps()[: -self.keep]:  # the state last: what is left of it after a kill is found next time
             self.checkpoint(old).unlink(missing_ok=True)
+            self.state(old).unlink()
         return self.path / LAST
 
     def resume(self, learner: Learner) -> int:
