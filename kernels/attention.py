@@ -308,8 +308,8 @@ def launch_forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, options: Sequence[Configuration] = CONFIGURATIONS
 ) -> tuple[Tensor, Tensor]:
     """out (B, N, H, d) and lse (B, H, N) fp32, the natural logarithm of each query's sum of exponentials."""
-    batch, n, heads, _ = q.shape
     require_supported(q, k, v, causal)
+    batch, n, heads, _ = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((batch, heads, n), dtype=torch.float32)
     pointers, views = (q, k, v, out, lse), (q, k, v)

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.configurations import EVERYWHERE, Configuration, run_first_that_fits
+from kernels.configurations import EVERYWHERE, SM80, SM90, Configuration, run_first_that_fits
 from kernels.heads import LOG2_E, dot, interpreting, load_rows, pieces, readable, require_heads, scores, store_rows
 from kernels.specs import Spec, signature
 
@@ -55,7 +55,8 @@ def weights(q0, q1, k00, k01, k10, k11, M, TO_LOG2: tl.constexpr, D1: tl.constex
     top = tl.maximum(tl.max(s0, 1), tl.max(s1, 1))
     e0, e1 = tl.exp2(s0 - top[:, None]), tl.exp2(s1 - top[:, None])
     total = tl.sum(e0, 1) + tl.sum(e1, 1)
-    return e0 / total[:, None], e1 / total[:, None], top + tl.log2(total)
+    share = 1 / total
+    return e0 * share[:, None], e1 * share[:, None], top + tl.log2(total)
 
 
 @triton.jit
@@ -259,21 +260,22 @@ CONFIGURATIONS = (
     Configuration(40, "dq", 80, 64, 4, 2, EVERYWHERE),
     Configuration(64, "dq", 80, 64, 4, 2, EVERYWHERE),
     Configuration(80, "dq", 80, 64, 4, 2, EVERYWHERE),
-    Configuration(160, "dq", 80, 64, 4, 2, EVERYWHERE),
-    Configuration(40, "dkdv", 16, 64, 4, 2, EVERYWHERE),
+    Configuration(160, "dq", 80, 64, 4, 2, (SM80, SM90)),
+    Configuration(160, "dq", 80, 16, 4, 2, EVERYWHERE),
+    # Where d has a piece of 16 columns, several warps would all compute the same 16 x 16 results: one warp does.
+    Configuration(40, "dkdv", 16, 64, 1, 2, EVERYWHERE),
     Configuration(64, "dkdv", 16, 64, 4, 2, EVERYWHERE),
-    Configuration(80, "dkdv", 16, 64, 4, 2, EVERYWHERE),
-    Configuration(160, "dkdv", 16, 64, 4, 2, EVERYWHERE),
+    Configuration(80, "dkdv", 16, 32, 1, 2, EVERYWHERE),
+    Configuration(160, "dkdv", 16, 32, 4, 2, EVERYWHERE),
 )
 
-# Programs to spread the queries over: two or three for each multiprocessor of an A100 or H100.
-PROGRAMS = 256
+WARPS = 1024  # to spread the queries over: about ten for each multiprocessor of an A100 or H100
 
 
-def spread(n: int, tile: int, rows: int) -> tuple[int, int]:
+def spread(n: int, rows: int, c: Configuration) -> tuple[int, int]:
     """(stripes, rounds): among how many programs each of `rows` heads' queries go, and how many tiles each takes."""
-    tiles = triton.cdiv(n, tile)
-    rounds = max(1, min(tiles, tiles * rows // PROGRAMS))
+    tiles = triton.cdiv(n, c.loop)
+    rounds = max(1, min(tiles, tiles * rows * c.warps // WARPS))
     return triton.cdiv(tiles, rounds), rounds
 
 
@@ -306,7 +308,7 @@ def launch(
     q, k = views[:2]
     (batch, n, heads, width), m = q.shape, k.shape[1]
     key_tiles = triton.cdiv(m, c.own)
-    stripes, rounds = spread(n, c.loop, batch * heads * key_tiles)
+    stripes, rounds = spread(n, batch * heads * key_tiles, c)
     upcast = interpreting(kernel) and q.dtype == torch.bfloat16
     even = n % (c.loop * rounds) == 0
     strides = [stride for view in views for stride in view.stride()[:2]]
@@ -357,7 +359,7 @@ def launch_backward(
     run_first_that_fits(options, "dq", q, lambda c: launch(dq_kernel, c, (*given, dq, lse, delta), views, chosen))
 
     def sum_stripes(c: Configuration) -> None:
-        stripes, _ = spread(n, c.loop, batch * heads * triton.cdiv(k.shape[1], c.own))
+        stripes, _ = spread(n, batch * heads * triton.cdiv(k.shape[1], c.own), c)
         parts = q.new_empty((2, stripes, *k.shape), dtype=torch.float32)
         launch(dkdv_kernel, c, (*given, lse, delta, *parts), views, chosen)
         dk.copy_(parts[0].sum(0))

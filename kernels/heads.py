@@ -17,6 +17,8 @@ NARROWEST, WIDEST = 8, 160
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ALIGNMENT = 16  # bytes of an address, elements of a stride: below it, a load moves two bytes instead of sixteen
 
+MOST_BLOCKS = 65535  # in the second and third dimension of a launch's grid
+
 
 class Pieces(NamedTuple):
     """A head's width in tiles: `first` columns, then `second` (0: none). What exceeds the width is zeros.
@@ -124,6 +126,8 @@ def why_unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"q: heads {width} wide, expected a multiple of 8 from {NARROWEST} to {WIDEST}"
     if 0 in (n, m, heads):
         return f"q, k: {n} queries, {m} keys, {heads} heads; expected at least one of each"
+    if max(batch, heads) > MOST_BLOCKS:
+        return f"q: a batch of {batch} with {heads} heads, expected at most {MOST_BLOCKS} of each; split the batch"
     return next((why for name, view in (("q", q), ("k", k), ("v", v)) if (why := _bad_layout(name, view))), None)
 
 
