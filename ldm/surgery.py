@@ -4,6 +4,7 @@
     config = replace(sd.config.unet, transformer_depth=2)                        # depth, widths, heads, attention ...
     unet, transplant = surgery.rebuild(sd.unet, config, UNetBlocks(norm=MyNorm))     # a new block: a class and one line
     print(transplant)
+    sd = replace(sd, unet=unet, config=replace(sd.config, unet=unet.config))
 
 Nothing is skipped in silence: every tensor of the new network is carried over, resized, zero or new, and every tensor
 of the donor that found no place is named. New branches end in zeros, as in ControlNet [Zhang et al. 2023, section 3.1],

@@ -2,7 +2,7 @@
 
 The network runs on the meta device, which computes shapes and nothing else: SD1.5 at 2048 x 2048 pixels takes no memory
 and a second. FLOPs are those of convolutions and matrix products, two for each multiplication and its addition, as
-torch.utils.flop_counter counts them; norms and activations, a percent or so, are not counted.
+torch.utils.flop_counter counts them; norms and activations are not counted.
 """
 
 from __future__ import annotations

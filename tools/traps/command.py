@@ -40,7 +40,7 @@ class Known:
 
     @property
     def what(self) -> str:
-        """The first sentence of its docstring."""
+        """Its docstring, in one line."""
         return " ".join((inspect.getdoc(self.trap) or "").split())
 
 
