@@ -95,7 +95,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
     Returns: (B, N, h*d), the heads side by side.
     """
     width = q.shape[-1] // heads
-    if _fused(q, made_for=q.dtype in HALF and width % 8 == 0 and width <= WIDEST_HEAD):
+    if _fused(q, made_for=q.dtype in HALF and q.shape[-1] % 16 == 0 and width % 8 == 0 and width <= WIDEST_HEAD):
         from kernels.attention import attention as self_attention
         from kernels.cross_attention import cross_attention
 

@@ -10,6 +10,7 @@ import importlib
 SUBJECTS: dict[str, tuple[str, str]] = {
     "samplers": ("tools.bench.samplers", "which sampler and spacing follow the flow, for how many evaluations"),
     "inversion": ("tools.bench.inversion", "how exactly images come back from their noise"),
+    "kernels": ("tools.bench.kernels", "the fused kernels: compiled, predicted, and on a GPU timed"),
 }
 
 

@@ -1,0 +1,123 @@
+"""Where SD1.5's U-Net meets a fused kernel: which shapes, how often a step, and what each costs at the very least.
+
+Letters: B batch, N query positions, M key positions, h heads of width d, C channels, H W height and width.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ldm import ops
+from ldm.blocks import GEGLU, Attention, BasicTransformerBlock, GroupNorm, GroupNormSiLU
+from ldm.config import CONTEXT_TOKENS, SD15, UNetConfig
+from ldm.unet import UNet
+
+HALF_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Site:
+    """One operation at one shape. sizes: what its name calls for, without the batch."""
+
+    op: str  # "attention", "cross_attention", "group_norm", "group_norm_silu", "geglu", "add_layer_norm"
+    sizes: tuple[int, ...]  # (N, M, h, d) of an attention, (C, H, W) of a group norm, else (N, C)
+    count: int  # a step of the U-Net
+
+    @property
+    def name(self) -> str:
+        """ "attention 4096x4096 8x40"."""
+        if self.op in ("attention", "cross_attention"):
+            n, m, heads, width = self.sizes
+            return f"{self.op} {n}x{m} {heads}x{width}"
+        return f"{self.op} {'x'.join(map(str, self.sizes))}"
+
+    def flops(self, batch: int) -> int:
+        """Of its matrix products, forward; the backward takes two and a half times as many."""
+        if self.op not in ("attention", "cross_attention"):
+            return 0
+        n, m, heads, width = self.sizes
+        return 4 * batch * heads * n * m * width
+
+    def bytes(self, batch: int) -> int:
+        """That have to be read and written in half precision, each once, forward."""
+        if self.op in ("attention", "cross_attention"):
+            n, m, heads, width = self.sizes
+            return HALF_BYTES * batch * heads * width * (2 * n + 2 * m)
+        passes = {"geglu": 3, "add_layer_norm": 4}.get(self.op, 2)
+        return HALF_BYTES * batch * passes * torch.Size(self.sizes).numel()
+
+
+def sites(config: UNetConfig = SD15.unet) -> list[Site]:
+    """Every site of one step, found by running the network without numbers; the most costly shapes first."""
+    found: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    with torch.device("meta"):
+        unet = UNet(config)
+        for module in unet.modules():
+            if watch := _watcher(module):
+                module.register_forward_pre_hook(lambda m, args, watch=watch: found.update(watch(args)))
+        size = config.sample_size
+        with torch.no_grad():
+            unet(
+                torch.empty(1, config.latent_channels, size, size), 0, torch.empty(1, CONTEXT_TOKENS, config.context_width)
+            )
+    all_sites = [Site(op, sizes, count) for (op, sizes), count in found.items()]
+    return sorted(all_sites, key=lambda site: (-site.flops(1), -site.bytes(1), site.name))
+
+
+def _watcher(module: nn.Module) -> Callable[[tuple[Tensor, ...]], list[tuple[str, tuple[int, ...]]]] | None:
+    """What a module's arguments say about the sites in it; None where it has none."""
+    if isinstance(module, Attention):
+        heads = module.heads
+
+        def attention(args: tuple[Tensor, ...]) -> list[tuple[str, tuple[int, ...]]]:
+            op, source = ("attention", args[0]) if len(args) == 1 else ("cross_attention", args[1])
+            return [(op, (args[0].shape[1], source.shape[1], heads, args[0].shape[2] // heads))]
+
+        return attention
+    if isinstance(module, GroupNormSiLU):
+        return lambda args: [("group_norm_silu", tuple(args[0].shape[1:]))]
+    if isinstance(module, GroupNorm):
+        return lambda args: [("group_norm", tuple(args[0].shape[1:]))]
+    if isinstance(module, GEGLU):
+        out_width = module.proj.out_features // 2
+        return lambda args: [("geglu", (args[0].shape[1], out_width))]
+    if isinstance(module, BasicTransformerBlock):
+        return lambda args: 2 * [("add_layer_norm", tuple(args[0].shape[1:]))]
+    return None
+
+
+@dataclass(frozen=True)
+class Call:
+    """A site made ready to run: its operation as `ldm.ops` has it, and leaves to differentiate with respect to."""
+
+    run: Callable[[], Tensor]
+    leaves: tuple[Tensor, ...]
+
+
+def prepare(site: Site, batch: int, device: str, dtype: torch.dtype) -> Call:
+    """Seeded inputs, laid out as the network lays them out."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    if site.op in ("attention", "cross_attention"):
+        n, m, heads, width = site.sizes
+        q, k, v = (randn(batch, length, heads * width).requires_grad_() for length in (n, m, m))
+        return Call(lambda: ops.attention(q, k, v, heads), (q, k, v))
+    x = randn(batch, *site.sizes)
+    if site.op.startswith("group_norm"):
+        x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+        norm = nn.GroupNorm(SD15.unet.norm_groups, site.sizes[0]).to(device, dtype)
+        return Call(lambda: ops.group_norm(x, norm, silu=site.op.endswith("silu")), (x, *norm.parameters()))
+    if site.op == "geglu":
+        both = randn(batch, site.sizes[0], 2 * site.sizes[1]).requires_grad_()
+        return Call(lambda: ops.geglu(both), (both,))
+    branch, layer_norm = randn(batch, *site.sizes).requires_grad_(), nn.LayerNorm(site.sizes[1]).to(device, dtype)
+    x.requires_grad_()
+    return Call(lambda: ops.add_layer_norm(x, branch, layer_norm)[1], (x, branch, *layer_norm.parameters()))
