@@ -170,7 +170,7 @@ class UpBlock(nn.Module):
         blocks: UNetBlocks,
     ) -> None:
         super().__init__()
-        self.skips = nn.ModuleList([nn.Identity() for _ in skip_channels])  # a name for each, see ldm/taps.py
+        self.skips = nn.ModuleList([nn.Identity() for _ in skip_channels])  # a name for each, see ldm/taps
         inputs = [in_channels] + [channels] * (len(skip_channels) - 1)
         self.resnets = nn.ModuleList(
             [_resnet(a + skip, channels, config, blocks) for a, skip in zip(inputs, skip_channels, strict=True)]

@@ -1,7 +1,7 @@
 """`ldm hspace`: are directions straighter at the network's bottleneck than in the latents?
 
 ldm hspace --out out/hspace                            the middle block, both domains
-ldm hspace --places mid_block,up_blocks.1 --steps 50   any places; see ldm/taps.py
+ldm hspace --places mid_block,up_blocks.1 --steps 50   any places; see ldm/taps
 """
 
 import argparse
