@@ -86,6 +86,8 @@ def test_short_names():
     assert short("up_blocks.1.attentions.0.transformer_blocks.0.attn2") == "up 1.0"
     assert short("down_blocks.2.resnets.1") == "down 2.1"
     assert short("mid_block") == "mid"
+    assert short("mid_block.attentions.0.transformer_blocks.0.attn2") == "mid 0"
+    assert short("up_blocks.3") == "up 3"
 
 
 # ---- measures --------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def test_the_command(tmp_path, capsys):
     }
     effusion = json.loads((tmp_path / "attention.json").read_text())["attributes"]["pleural_effusion"]
     assert effusion["attribute_words"] == ["pleural", "effusion"]
-    assert sum(effusion["share"]["mid.0"]) == pytest.approx(1.0, abs=1e-5)
+    assert sum(effusion["share"]["mid 0"]) == pytest.approx(1.0, abs=1e-5)
     assert len(effusion["overlap"]["own"]["all layers"]) == 2
     assert 0 < effusion["chance"] < effusion["ceiling"] <= 1
     assert main(["attend", "--domains", "chest", "--seeds", "x", "--out", str(tmp_path)]) == 2

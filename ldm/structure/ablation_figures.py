@@ -73,6 +73,7 @@ def figure_heads(found: Found) -> Figure:
         panel.set_yticks(range(len(layers)), layers if i % 4 == 0 else [""] * len(layers))
         panel.set_xlabel("head")
     figure.colorbar(image, ax=panels, label="effect lost without the head (probability)", shrink=0.8)
+    figure.suptitle("one head (column) of one cross-attention (row) taken out", fontsize=NORMAL)
     return figure
 
 
@@ -98,8 +99,9 @@ def figure_injection(found: Found) -> Figure:
         panel.axhline(len(layers) - 1.5, color="white", linewidth=1.5)
         panel.axvline(len(windows) - 1.5, color="white", linewidth=1.5)
         panel.set_xlabel("steps with the style")
-    bar = "probability of the attribute"
-    figure.colorbar(image, ax=panels, label=bar, shrink=0.8)
+    figure.colorbar(image, ax=panels, label="probability of the attribute", shrink=0.8)
+    title = "the style's prompt in one cross-attention (row) during some steps (column), the neutral prompt elsewhere"
+    figure.suptitle(title, fontsize=NORMAL)
     return figure
 
 

@@ -32,7 +32,7 @@ Floats = NDArray[np.float64]
 
 HEAT = colormaps["inferno"]
 GROUPS = {"own": "the attribute's words", "[start]": "start", "[end]": "end", "[padding]": "padding"}
-GAP, LABEL, WORD = 0.03, 0.78, 0.50  # inches: between images, room for a row's name, room for slanted words
+GAP, LABEL, WORD, TITLE = 0.03, 0.78, 0.50, 0.20  # inches: between images; room for a row's name, slanted words, title
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +56,13 @@ def figure_words(shown: Sequence[Shown]) -> Figure:
     columns = 1 + max(len(of.words) for of in shown)
     side = (PAGE_WIDTH - LABEL - 0.25) / columns - GAP  # the last word slants beyond its image
     line = WORD + side + 0.13
-    figure, axes = sheet(PAGE_WIDTH, line * len(shown) + 0.05)
+    figure, axes = sheet(PAGE_WIDTH, TITLE + line * len(shown) + 0.05)
+    title = (
+        "where each word looks, mean over layers, heads and steps; its share of all attention; outlined, the true mask"
+    )
+    axes.text(PAGE_WIDTH / 2, 0.15, title, fontsize=NORMAL, ha="center")
     for r, of in enumerate(shown):
-        y = r * line + WORD
+        y = TITLE + r * line + WORD
         _row_title(axes, of.title, y + side / 2)
         _picture(axes, of.image, of.mask, LABEL, y, side)
         for c, (text, share, looked) in enumerate(of.words, start=1):
@@ -75,13 +79,15 @@ def figure_depth_and_time(shown: Sequence[Shown]) -> Figure:
     layers, steps = len(shown[0].layers), len(shown[0].steps)
     gap = 0.14
     side = (PAGE_WIDTH - LABEL - 2 * gap) / (1 + layers + steps) - GAP
-    top = 0.42
+    top = 0.42 + TITLE
     figure, axes = sheet(PAGE_WIDTH, top + len(shown) * (side + GAP) + 0.02)
     xs = [LABEL + c * (side + GAP) + (c > 0) * gap + (c > layers) * gap for c in range(1 + layers + steps)]
     for x, (label, _) in zip(xs[1:], [*shown[0].layers, *shown[0].steps], strict=True):
         axes.text(x + side / 2, top - 0.05, label, fontsize=6, ha="center")
     for first, last, text in ((1, layers, "layer, all steps"), (1 + layers, layers + steps, "step, all layers")):
-        axes.text((xs[first] + xs[last] + side) / 2, 0.15, text, fontsize=NORMAL, ha="center")
+        axes.text((xs[first] + xs[last] + side) / 2, TITLE + 0.17, text, fontsize=SMALL, ha="center")
+    title = "where the words that name the attribute look; outlined, the true mask"
+    axes.text(PAGE_WIDTH / 2, 0.15, title, fontsize=NORMAL, ha="center")
     for r, of in enumerate(shown):
         y = top + r * (side + GAP)
         _row_title(axes, of.title, y + side / 2)

@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ldm.report.plot_style import COLOURS, GREY, MARKERS, PAGE_WIDTH, SMALL, add_legend, new_figure, styled
+from ldm.report.plot_style import COLOURS, GREY, MARKERS, NORMAL, PAGE_WIDTH, SMALL, add_legend, new_figure, styled
 
 COSINES = colormaps["RdBu"].with_extremes(bad="#d9d9d9")
 
@@ -30,7 +30,7 @@ def figure_directions(found: Mapping[str, Any]) -> Figure:
     Late swaps first, as in the paper's figure 5. The number is the mean over pairs of different swap steps.
     """
     spaces = list(next(iter(found.values()))["spaces"])
-    figure = new_figure(PAGE_WIDTH, 1.12 * len(spaces) + 0.75)
+    figure = new_figure(PAGE_WIDTH, 0.92 * len(spaces) + 0.85)
     panels = figure.subplots(len(spaces), len(found), squeeze=False, sharex=True, sharey=True)
     for row, space in zip(panels, spaces, strict=True):
         for panel, of in zip(row, found.values(), strict=True):
@@ -51,6 +51,8 @@ def figure_directions(found: Mapping[str, Any]) -> Figure:
     for panel in panels[-1]:
         panel.set_xlabel("swap step s", fontsize=SMALL)
     figure.colorbar(image, ax=panels, label="cosine of the two directions", shrink=0.6, aspect=30)
+    title = "directions from the neutral image to the swaps, in several spaces; above each panel the mean of its pairs"
+    figure.suptitle(title, fontsize=NORMAL)
     return figure
 
 
@@ -88,7 +90,8 @@ def figure_straightness(found: Mapping[str, Any]) -> Figure:
         Line2D([], [], color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], linestyle="", label=space)
         for i, space in enumerate(spaces)
     ]
-    add_legend(figure, [*marks, Line2D([], [], color=GREY, linestyle="--", label="a straight line; one for all")])
+    straight_line = Line2D([], [], color=GREY, linestyle="--", label="a straight line; one direction for all")
+    add_legend(figure, [*marks, straight_line])
     return figure
 
 

@@ -54,10 +54,10 @@ def cross_attentions(unet: UNet) -> list[str]:
 
 
 def short(name: str) -> str:
-    """ "up_blocks.1.attentions.0.transformer_blocks.0.attn2" -> "up 1.0"; "mid_block" -> "mid"."""
-    block, *rest = name.replace("_blocks.", " ").replace("_block", "").split(".")
+    """ "up_blocks.1.attentions.0.transformer_blocks.0.attn2" -> "up 1.0"; "mid_block.resnets.1" -> "mid 1"."""
+    side, *rest = name.replace("_blocks", "").replace("_block", "").split(".")
     numbers = [part for part in rest if part.isdigit()]
-    return ".".join([block, *numbers[:1]])
+    return " ".join([side, ".".join(numbers[: 1 if side == "mid" else 2])]).strip()
 
 
 def _of(unet: UNet, *kinds: type) -> Iterator[tuple[str, MultiHead]]:
