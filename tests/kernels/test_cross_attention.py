@@ -65,7 +65,7 @@ def assert_as_good_as_torch(qkv: list[Tensor], options: list[Configuration]) -> 
         (1, 63, 77, 2, 80),  # one short of whole tiles
         (1, 64, 64, 1, 64),  # whole tiles, and no key in the second piece
         (1, 130, 80, 1, 160),  # the widest head, every key there is room for
-        (18, 16, 77, 1, 16),  # nine branches with guidance, less than a tile
+        (3, 16, 77, 1, 16),  # less than a tile
         (1, 101, 78, 1, 32),
     ],
 )
@@ -160,11 +160,11 @@ def test_the_gradient_of_the_weights_alone():
 
 def test_a_view_gives_the_bits_of_its_copy():
     """One context for the whole batch, its keys and values side by side in one projection."""
-    k, v = heads(1, 77, 2 * 2, 40).unflatten(2, (2, 2)).expand(3, -1, -1, -1, -1).unbind(2)
-    q = heads(20, 3, 2, 40).transpose(0, 1)
-    grad = heads(3, 20, 2, 40, seed=1)
+    k, v = heads(1, 77, 2 * 2, 40).unflatten(2, (2, 2)).expand(2, -1, -1, -1, -1).unbind(2)
+    q = heads(20, 2, 2, 40).transpose(0, 1)
+    grad = heads(2, 20, 2, 40, seed=1)
     views, copies = [q, k, v], [x.contiguous() for x in (q, k, v)]
-    none = grad.new_empty(3, 0, 20, 0)
+    none = grad.new_empty(2, 0, 20, 0)
     for mine, theirs in (
         (kernel.launch_forward(*views)[0], kernel.launch_forward(*copies)[0]),
         *zip(kernel.launch_backward(grad, none, *views), kernel.launch_backward(grad, none, *copies), strict=True),
