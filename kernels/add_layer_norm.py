@@ -153,9 +153,7 @@ def add_layer_norm_op(
 
 
 @add_layer_norm_op.register_fake
-def _(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = x.numel() // x.shape[-1]
     statistics = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     return x.new_empty(x.shape), x.new_empty(x.shape), *statistics

@@ -1,6 +1,6 @@
 """What the elementwise and norm kernels ask of their tensors, before a launch that would read whatever lies there."""
 
-from torch import Tensor, float16, float32, bfloat16
+from torch import Tensor, bfloat16, float16, float32
 
 DTYPES = (float16, bfloat16, float32)
 MOST_ELEMENTS = 2**31  # of what a kernel addresses with 32-bit offsets

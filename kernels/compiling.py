@@ -1,9 +1,9 @@
 """Compiles every shipped configuration for GPUs that are not there, and holds what comes out to bounds.
 
-What a GPU will do with a kernel is in its machine code: registers, numbers spilled to memory, shared memory, how wide the
-loads are, whether the matrix products reach the tensor cores, how long the loop is. `ptxas` and `cuobjdump`, which come
-with Triton, say all of it on any Linux machine. What code may not be is in `complaints`; what it was when it was last
-looked at is in compiled.json, and code that has become more than 5 % worse than that is refused as well.
+What a GPU will do with a kernel is in its machine code: registers, numbers spilled to memory, shared memory, how wide
+the loads are, whether the matrix products reach the tensor cores, how long the loop is. `ptxas` and `cuobjdump`, which
+come with Triton, say all of it on any Linux machine. What code may not be is in `complaints`; what it was when it was
+last looked at is in compiled.json, and code that has become more than 5 % worse than that is refused as well.
 
 This file may be imported anywhere; Triton is imported in the processes that compile.
 """

@@ -5,20 +5,20 @@
 mean and var are those of a group: some channels, all positions.               [Wu and He 2018; Elfwing et al. 2017]
 
 Letters: B batch, N = H*W positions, C channels, G groups of C/G channels.
-In memory, channels_last is (B, N, C), so a group is a narrow stripe; a tile cuts across groups and is read 16 bytes at a
-time all the same:
+In memory, channels_last is (B, N, C), so a group is a narrow stripe; a tile cuts across groups and is read 16 bytes at
+a time all the same:
 
               C                       1. statistics: a program takes COLUMNS channels of a chunk of positions and keeps
-        +----+----+----+                 each channel's mean and squared deviations, tile after tile [Chan et al. 1983]
+        +----+----+----+                 each channel's mean and squared deviations, tile by tile [Chan et al. 1983]
       N |    |tile|    |  chunk 0     2. combine: a program takes the chunks and channels of one group and merges them
-        |    |tile|    |                 in the same manner. The time moves a channel's mean and leaves its deviations.
+        |    |tile|    |                 likewise. The time moves a channel's mean and leaves its deviations.
         +----+----+----+              3. apply: tile by tile, normalise and write.
         |    |    |    |  chunk 1
         +----+----+----+              x is read twice, the second time mostly from the L2 cache, and written once. Torch's
                                       own GroupNorm makes the image NCHW first: two copies more, and a pass for SiLU.
 
-Deviations are taken from a mean that is known, never as E[x^2] - E[x]^2, which loses every digit where the mean is large
-against the spread. Backward, with g the gradient of u:
+Deviations are taken from a mean that is known, never as E[x^2] - E[x]^2, which loses every digit where the mean is
+large against the spread. Backward, with g the gradient of u:
 
     grad_x = rstd (g weight - s1 - n s2),      s1 = mean over the group of g weight,  s2 = that of g weight n
 
@@ -44,7 +44,7 @@ from kernels.specs import Spec
 def load_tile(x, rows, columns, end, C, EVEN: tl.constexpr):
     """x[rows, columns] in fp32; rows from `end` on are zeros."""
     at = x + rows[:, None] * C + columns[None, :]
-    if EVEN:
+    if EVEN:  # noqa: SIM108  decided when the kernel is compiled, as the `if` of every other kernel
         tile = tl.load(at)
     else:
         tile = tl.load(at, mask=rows[:, None] < end, other=0.0)

@@ -3,9 +3,9 @@
     ops.use("triton")               for the whole process, like torch's own backend flags
     with ops.using("torch"): ...    while it is open
 
-"auto": the kernels of `kernels/` on CUDA GPUs of compute capability 8.0 and newer, wherever dtype and shape are what they
-were made for; plain torch everywhere else. "torch": never a kernel. "triton": always, and a ValueError that says why
-where it cannot be; in Triton's interpreter (TRITON_INTERPRET=1) on the CPU too, slowly. Kernels hold no parameters.
+"auto": the kernels of `kernels/` on CUDA GPUs of compute capability 8.0 and newer, wherever dtype and shape are what
+they were made for; plain torch everywhere else. "torch": never a kernel. "triton": always, and a ValueError that says
+why where it cannot be; in Triton's interpreter (TRITON_INTERPRET=1) on the CPU too, slowly. Kernels hold no parameters.
 
 Letters: B batch, N query positions, M key positions, h heads of width d, C channels.
 """
@@ -61,7 +61,9 @@ def resolved(device: torch.device) -> Backend:
     why_not = _why_not(device)
     if _backend == "triton" and why_not:
         raise ValueError(f"backend: triton was asked for, but {why_not}")
-    return "triton" if _backend == "triton" or (_backend == "auto" and device.type == "cuda" and not why_not) else "torch"
+    if _backend == "auto" and device.type == "cuda" and not why_not:
+        return "triton"
+    return "triton" if _backend == "triton" else "torch"
 
 
 def _why_not(device: torch.device) -> str | None:
@@ -71,9 +73,11 @@ def _why_not(device: torch.device) -> str | None:
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if device.type != "cuda":
-        return f"the tensors are on {device}; expected a CUDA GPU, or TRITON_INTERPRET=1 to interpret kernels on the CPU"
+        return f"the tensors are on {device}; expected a CUDA GPU, or TRITON_INTERPRET=1 and patience"
     gpu = torch.cuda.get_device_properties(device)
-    return None if gpu.major >= 8 else f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}, expected 8.0 or newer"
+    if gpu.major < 8:
+        return f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}, expected 8.0 or newer"
+    return None
 
 
 def _fused(x: Tensor, made_for: bool = True) -> bool:

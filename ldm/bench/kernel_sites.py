@@ -63,7 +63,9 @@ def sites(config: UNetConfig = SD15.unet) -> list[Site]:
         size = config.sample_size
         with torch.no_grad():
             unet(
-                torch.empty(1, config.latent_channels, size, size), 0, torch.empty(1, CONTEXT_TOKENS, config.context_width)
+                torch.empty(1, config.latent_channels, size, size),
+                0,
+                torch.empty(1, CONTEXT_TOKENS, config.context_width),
             )
     all_sites = [Site(op, sizes, count) for (op, sizes), count in found.items()]
     return sorted(all_sites, key=lambda site: (-site.flops(1), -site.bytes(1), site.name))

@@ -127,7 +127,9 @@ def _code_for(site: Site, gpu: Gpu) -> dict[str, Any] | None:
     _, rows = compiling.recorded()
     found = [row for row in rows if (row.name, row.capability) == (name, gpu.capability)]
     if not found:
-        raise ValueError(f"kernels/compiled.json: no {name!r} for sm_{gpu.capability}; record it with --compile-only --record")
+        raise ValueError(
+            f"kernels/compiled.json: no {name!r} for sm_{gpu.capability}; record it with --compile-only --record"
+        )
     return {**asdict(found[0]), "own": chosen.own, "loop": chosen.loop, "warps": chosen.warps}
 
 

@@ -1,4 +1,4 @@
-"""How wrong a kernel may be: at most twice as wrong as torch's own operation in the same dtype, both against float64."""
+"""How wrong a kernel may be: at most twice as wrong as torch's own operation in its dtype, both against float64."""
 
 from collections.abc import Callable, Sequence
 

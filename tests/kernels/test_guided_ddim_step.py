@@ -47,7 +47,7 @@ def test_the_op_keeps_torchs_rules():
 
 def test_a_gradient_is_refused_before_anything_is_computed():
     x = randn(2, 4).requires_grad_()
-    with pytest.raises(ValueError, match="has no backward; call it under torch.no_grad"):
+    with pytest.raises(ValueError, match="has no backward; call it under"):
         guided_ddim_step(x, x, x, 7.5, 0.3, 0.4)
     with torch.no_grad():
         guided_ddim_step(x, x, x, 7.5, 0.3, 0.4)

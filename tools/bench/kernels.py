@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile-only", action="store_true", help="compile for sm_80, 86, 89 and 90; exit 2 where a bound is broken"
     )
     what.add_argument("--predict", action="store_true", help="least times from compiled code and data sheets")
-    parser.add_argument("--record", action="store_true", help="with --compile-only: keep the table as the one to hold to")
+    parser.add_argument("--record", action="store_true", help="with --compile-only: keep this to compare with later")
     parser.add_argument("--only", default="", metavar="TEXT", help="with --compile-only: names that begin like this")
     parser.add_argument("--processes", type=int, help="with --compile-only: at a time (default: one a core)")
     parser.add_argument("--rounds", type=int, default=30, help="of the timing (default: %(default)s)")

@@ -1,0 +1,110 @@
+"""The kernels' benchmark, where there is no GPU: which sites, what they cost at least, what is checked and printed."""
+
+import argparse
+
+import pytest
+import torch
+
+from ldm import ops
+from ldm.bench import kernels
+from ldm.bench.kernel_sites import Site, prepare, sites
+from ldm.bench.kernels import A100, predict, table
+from tools.bench import kernels as command
+
+SELF = Site("attention", (4096, 4096, 8, 40), 5)
+
+
+def test_the_sites_are_those_of_the_network():
+    found = sites()
+    counts = {op: sum(site.count for site in found if site.op == op) for op in {site.op for site in found}}
+    assert counts == {
+        "attention": 16,  # a transformer each
+        "cross_attention": 16,
+        "geglu": 16,
+        "add_layer_norm": 32,
+        "group_norm": 16,
+        "group_norm_silu": 2 * 22 + 1,
+    }
+    assert found[0] == SELF
+    # 0.245 and 0.007 TFLOP a step at batch 2, counted by hand from the shapes.
+    flops = {op: sum(site.count * site.flops(2) for site in found if site.op == op) for op in counts}
+    assert flops["attention"] == pytest.approx(0.245e12, rel=0.005)
+    assert flops["cross_attention"] == pytest.approx(0.007e12, rel=0.1)
+
+
+def test_the_least_traffic_is_every_number_once():
+    assert SELF.bytes(1) == 2 * 4 * 4096 * 320  # q, k, v, out
+    assert Site("geglu", (4096, 1280), 5).bytes(2) == 2 * 2 * 3 * 4096 * 1280
+    assert Site("group_norm_silu", (320, 64, 64), 1).bytes(1) == 2 * 2 * 320 * 64 * 64
+    assert Site("add_layer_norm", (64, 1280), 1).bytes(1) == 2 * 4 * 64 * 1280
+
+
+@pytest.mark.parametrize("site", [SELF, *(site for site in sites() if site.sizes[0] <= 64 or site.sizes[-1] == 8)])
+def test_a_site_is_prepared_as_the_network_would_call_it(site):
+    if site is SELF:
+        site = Site("attention", (16, 16, 8, 40), 1)
+    call = prepare(site, 1, "cpu", torch.float32)
+    with ops.using("torch"):
+        out = call.run()
+    torch.autograd.grad(out.sum(), call.leaves)
+    assert out.isfinite().all()
+
+
+def test_a_prediction_is_the_slowest_of_what_is_needed():
+    code = {"useful_ratio": 1.1, "own": 128, "loop": 64, "warps": 4, "loop_instructions": 500}
+    found = predict(SELF, 2, A100, code)
+    # 4 B h N M d = 42.9 GFLOP at 312 TFLOP/s.
+    assert found["floor_us"] == pytest.approx(137.7, abs=0.1)
+    # 2 x 8 x 32 x 64 rounds of 500 instructions on 4 warps; 108 multiprocessors issue 4 at 1.41 GHz.
+    assert found["predicted_us"] == pytest.approx(2 * 8 * 32 * 64 * 500 * 4 / 4 / (108 * 1410), rel=1e-6)
+    # 2 x 8 x 4096 x 4096 exponentials, 16 a cycle, take 110 us: not the bound.
+    assert found["bound_by"] == "exponentials" if found["predicted_us"] < 110 else "issue"
+    assert predict(Site("geglu", (64, 5120), 1), 2, A100, None)["bound_by"] == "bandwidth"
+
+
+def test_the_check_before_the_clock_refuses_a_wrong_kernel(monkeypatch):
+    site = Site("geglu", (4, 8), 1)
+
+    def with_error(wrong):
+        exact = kernels._results
+
+        def results(site, dtype, device, backend):
+            return [x + wrong * (backend == "triton") for x in exact(site, dtype, device, "torch")]
+
+        return results
+
+    monkeypatch.setattr(kernels, "_results", with_error(0.0))
+    kernels.check(site, torch.float16, "cpu")
+    monkeypatch.undo()
+    monkeypatch.setattr(kernels, "_results", with_error(0.1))
+    with pytest.raises(ValueError, match=r"geglu 4x8: error .*; not timed"):
+        kernels.check(site, torch.float16, "cpu")
+
+
+def test_a_table_is_markdown():
+    assert table([{"a": 1.23456, "b": None}, {"a": "x", "b": 2}]) == "| a | b |\n| --- | --- |\n| 1.23 | - |\n| x | 2 |"
+
+
+def parse(*options):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(options)
+
+
+def test_without_a_gpu_it_says_so_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    command.run(parse())
+    assert capsys.readouterr().out == "no CUDA GPU here: nothing to time (see --compile-only and --predict)\n"
+
+
+def test_a_prediction_says_that_it_is_one(capsys):
+    command.run(parse("--predict"))
+    out = capsys.readouterr().out
+    assert out.startswith("A PREDICTION")
+    assert out.count("| A100 |") == out.count("| H100 |") == 2 * len(sites())
+
+
+@pytest.mark.parametrize("options", [["--record"], ["--compile-only", "--record", "--only", "geglu"]])
+def test_a_record_is_of_everything(options):
+    with pytest.raises(ValueError, match="--record: expected with --compile-only and without --only"):
+        command.run(parse(*options))
