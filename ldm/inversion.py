@@ -7,10 +7,10 @@ edict, edict_inversion   a sampler of its own on a pair of latents, whose every 
 Guidance. A step back asks for eps at a latent not yet known, and takes eps of the neighbour that is. The error of that
 grows with how fast eps changes from one latent to the next, and guidance multiplies the change: under scale g the
 difference of two predictions counts g times. At g = 1 neighbours agree and a few iterations settle every step; at
-SD1's usual 7.5 the iteration need no longer contract, and the noise found leads elsewhere. So invert at guidance 1,
-under a prompt that describes the image. To sample at a larger scale from there, give that prompt as the negative one
-too: eps + g (eps - eps) = eps, so the image is retraced at any scale, and guidance acts on what a swapped prompt
-changes.
+SD1's usual 7.5 it takes more of them, and need not contract at all. What surely leads elsewhere is to invert at one
+scale and to sample at another. So invert at guidance 1, under a prompt that describes the image; and to sample at a
+larger scale from there, give that prompt as the negative one too: eps + g (eps - eps) = eps, so the image is retraced
+at any scale, and guidance acts on what a swapped prompt changes. `ldm bench inversion` measures all of this.
 
 Steps come in reverse: the first has index S - 1, the last 0, so that an embedding schedule and `Step.index` keep their
 meaning. `x_in` is the latent before (less noise), `x_t` the latent after (more noise); the last `x_t` is x_T.

@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance",
         type=float,
         default=1.0,
-        help="both ways. Larger scales spoil naive and fixed-point inversions: a step back guesses at eps of a latent "
-        "not yet known, and guidance multiplies what the guess is off by (default %(default)s)",
+        help="both ways. A larger scale costs accuracy: a step back guesses at eps of a latent not yet known, and "
+        "guidance multiplies what the guess is off by; run.json says how much was lost (default %(default)s)",
     )
     parser.add_argument(
         "--negative",
