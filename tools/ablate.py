@@ -34,14 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Take every part of the U-Net out in turn, and give the style's prompt to one cross-attention during one "
         "window of steps, and measure on phantoms what becomes of each attribute (by the shipped classifiers), of "
         "everything around it, and of the neutral image. Writes ablation.json and the figures parts, heads, injection "
-        "and images (PNG, PDF). About four minutes on two free CPU cores."
+        "and images (PNG, PDF). Some minutes on two free CPU cores."
     )
     parser.add_argument("--out", type=Path, default=Path("out/ablate"), help="folder to write (default %(default)s)")
     parser.add_argument("--domains", default=",".join(DOMAINS), help="default: %(default)s")
     parser.add_argument("--kinds", default=",".join(KINDS), help="what to take out (default: %(default)s)")
     parser.add_argument("--seeds", default="0,1", help="which patients, such as 0-7 (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=10, help="DDIM steps (default %(default)s)")
-    parser.add_argument("--windows", type=int, default=5, help="windows of steps to inject in (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=6, help="DDIM steps (default %(default)s)")
+    parser.add_argument("--windows", type=int, default=3, help="windows of steps to inject in (default %(default)s)")
     parser.add_argument("--guidance", type=float, default=GUIDANCE, help="guidance scale (default %(default)s)")
     add_model(parser)
 

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Draw every seed under the neutral prompt and with each style swapped in at nine steps, and compare the "
         "directions and paths of the final latents with those of the network's own activations: cosine matrices, "
         "measures of straightness, and how alike the directions of different seeds are. Writes hspace.json and the "
-        "figures directions and straightness (PNG, PDF). About two minutes on two free CPU cores."
+        "figures directions and straightness (PNG, PDF). A few minutes on two free CPU cores."
     )
     parser.add_argument("--out", type=Path, default=Path("out/hspace"), help="folder to write (default %(default)s)")
     parser.add_argument("--domains", default=",".join(DOMAINS), help="default: %(default)s")

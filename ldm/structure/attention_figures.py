@@ -57,9 +57,7 @@ def figure_words(shown: Sequence[Shown]) -> Figure:
     side = (PAGE_WIDTH - LABEL - 0.25) / columns - GAP  # the last word slants beyond its image
     line = WORD + side + 0.13
     figure, axes = sheet(PAGE_WIDTH, TITLE + line * len(shown) + 0.05)
-    title = (
-        "where each word looks, mean over layers, heads and steps; its share of all attention; outlined, the true mask"
-    )
+    title = "where each word looks (mean over layers, heads, steps), its share of attention; outlined, the true mask"
     axes.text(PAGE_WIDTH / 2, 0.15, title, fontsize=NORMAL, ha="center")
     for r, of in enumerate(shown):
         y = TITLE + r * line + WORD
