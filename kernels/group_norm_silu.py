@@ -14,8 +14,8 @@ a time all the same:
         |    |tile|    |                 likewise. The time moves a channel's mean and leaves its deviations.
         +----+----+----+              3. apply: tile by tile, normalise and write.
         |    |    |    |  chunk 1
-        +----+----+----+              x is read twice, the second time mostly from the L2 cache, and written once. Torch's
-                                      own GroupNorm makes the image NCHW first: two copies more, and a pass for SiLU.
+        +----+----+----+              x is read twice, the second time mostly from the L2 cache, and written once.
+                                      Torch's GroupNorm makes the image NCHW first: two copies more, one pass for SiLU.
 
 Deviations are taken from a mean that is known, never as E[x^2] - E[x]^2, which loses every digit where the mean is
 large against the spread. Backward, with g the gradient of u:
