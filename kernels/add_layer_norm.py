@@ -15,6 +15,7 @@ Plain torch writes the sum, reads it back to normalise, and reads both again in 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -155,8 +156,8 @@ def add_layer_norm_op(
 @add_layer_norm_op.register_fake
 def _(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = x.numel() // x.shape[-1]
-    statistics = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    return x.new_empty(x.shape), x.new_empty(x.shape), *statistics
+    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape), x.new_empty(x.shape), mean, rstd
 
 
 @torch.library.custom_op("ldm::add_layer_norm_backward", mutates_args=())
@@ -173,7 +174,7 @@ def _(
     return total.new_empty(total.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple, output: Any) -> None:
     _, _, weight, _, _ = inputs
     total, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
@@ -181,7 +182,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(
-    ctx, grad_total: Tensor, grad_out: Tensor, _mean: Tensor, _rstd: Tensor
+    ctx: Any, grad_total: Tensor, grad_out: Tensor, _mean: Tensor, _rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
     grad_x, grad_weight, grad_bias = add_layer_norm_backward_op(grad_total, grad_out, *ctx.saved_tensors)
     return grad_x, grad_x, grad_weight, grad_bias, None

@@ -14,6 +14,7 @@ Nothing is summed over, so there is nothing to save for the backward but the inp
 
 from collections.abc import Iterator
 from math import pi, sqrt
+from typing import Any
 
 import torch
 import triton
@@ -114,11 +115,11 @@ def _(grad_out: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple, output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _differentiate(ctx, grad_out: Tensor) -> Tensor:
+def _differentiate(ctx: Any, grad_out: Tensor) -> Tensor:
     return geglu_backward_op(grad_out, *ctx.saved_tensors)
 
 

@@ -27,7 +27,7 @@ No atomics: the same bits every time.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -352,8 +352,8 @@ def group_norm_silu_op(
 def _(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, time: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    statistics = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
-    return torch.empty_like(x, memory_format=torch.channels_last), *statistics
+    mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(x, memory_format=torch.channels_last), mean, rstd
 
 
 @torch.library.custom_op("ldm::group_norm_silu_backward", mutates_args=())
@@ -386,7 +386,7 @@ def _(
     return grad_x, weight.new_empty(weight.shape), bias.new_empty(bias.shape), grad_time
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple, output: Any) -> None:
     x, weight, bias, _, _, time, ctx.silu = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
@@ -394,7 +394,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(
-    ctx, grad_out: Tensor, _mean: Tensor, _rstd: Tensor
+    ctx: Any, grad_out: Tensor, _mean: Tensor, _rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, None, None, Tensor | None, None]:
     time = ctx.saved_tensors[3]
     grad_x, grad_weight, grad_bias, grad_time = group_norm_silu_backward_op(grad_out, *ctx.saved_tensors, ctx.silu)
