@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> None:
     ablation.windows(settings.steps, args.windows)  # refused before the weights are read
     sd = load_model(args)
     removable = parts(sd.unet, args.kinds.split(","))
-    found, images = {}, defaultdict(list)
+    found: dict[str, Any] = {}
+    images: dict[tuple[str, str], list[Pixels]] = defaultdict(list)
     for name, cell in cells.items():
         found[name], shown = measure(sd, cell, settings, removable, args.windows)
         for row, pixels in shown.items():

@@ -182,7 +182,7 @@ def _map(axes: Axes, values: Floats, colours: Any, low: float, high: float, digi
     axes.spines[:].set_visible(False)
     for (r, c), value in np.ndenumerate(values):
         if np.isfinite(value) and abs(value) >= (WRITTEN if digits else 0.5):
-            red, green, blue, _ = image.cmap(image.norm(value))
+            red, green, blue, _ = image.to_rgba(np.array([value]))[0]
             dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
             text = f"{value:.{digits}f}".replace("0.", ".", 1) if digits else f"{value:.0f}"
             text = text.replace("1.00", "1").replace("-", "\N{MINUS SIGN}")

@@ -133,16 +133,14 @@ class Tapped(nn.Module):
         name, _, inside = place.rpartition(".")
         owner = self.get_submodule(name)
         if not isinstance(owner, MultiHead) or inside not in ("probabilities", "heads", "context"):
-            module, before = self.get_submodule(place), None
-        elif inside == "context":
-            module, before = owner, lambda args: (args[0], shown(args[1]))
-        else:
-            module = owner.get_submodule(owner.projections[3])
-            before = _heads_seen(owner, shown) if inside == "heads" else _probabilities_seen(hooks, owner, shown)
-        if before is None:
+            module = self.get_submodule(place)
             hook = module.register_forward_hook(lambda m, args, output: _output_seen(output, shown), prepend=first)
+        elif inside == "context":
+            hook = owner.register_forward_pre_hook(lambda m, args: (args[0], shown(args[1])), prepend=first)
         else:
-            hook = module.register_forward_pre_hook(lambda m, args: before(args), prepend=first)
+            mixing = owner.get_submodule(owner.projections[3])
+            before = _heads_seen(owner, shown) if inside == "heads" else _probabilities_seen(hooks, owner, shown)
+            hook = mixing.register_forward_pre_hook(lambda m, args: before(args), prepend=first)
         hooks.callback(hook.remove)
 
 
