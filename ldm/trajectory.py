@@ -155,6 +155,8 @@ def traverse_tree(
         ..._pp_2m       0.12   0.055  0.031  0.018        0.036  0.0094  0.0026   0.00066
         lms             0.065  0.044  0.030  0.018        0.074  0.017   0.0033   0.00075
 
+    On the shipped phantom model (one seed, guidance 1, log_snr, 20 steps): unipc 0.0041 kept, 0.0020 begun anew.
+
     One-step samplers (ddim) remember nothing, and for them it is all the same.
 
     Args:    guide: turns an embedding schedule over n B rows (n live branches, seeds within a branch) into an eps_fn.

@@ -66,7 +66,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 def figure(rows: Sequence[Row], orders: Sequence[Row]) -> Figure:
     """Error against evaluations, both logarithmic: a row of panels a guidance, a panel a spacing, a line a sampler.
 
-    Grey lines fall with slopes 1, 2 and 3. In brackets, the steepest slope of each sampler.
+    Grey lines fall with slopes 1, 2 and 3. In brackets, the steepest slope seen of each sampler.
     """
     guidances = list(dict.fromkeys(row["guidance"] for row in rows))
     spacings = list(dict.fromkeys(row["spacing"] for row in rows))
@@ -80,14 +80,14 @@ def figure(rows: Sequence[Row], orders: Sequence[Row]) -> Figure:
             for k, sampler in enumerate(samplers):
                 of = [row for row in here if row["sampler"] == sampler]
                 axes.loglog([r["evaluations"] for r in of], [r["error"] for r in of], **_look(k))
-            axes.set(title=f"{spacing}, guidance {guidance:g}".replace("_", " "))
             axes.grid(visible=True)
             axes.minorticks_off()
             ticks = sorted({row["budget"] for row in rows})
             axes.set_xticks(ticks, [str(budget) for budget in ticks])
-        line[0].set_ylabel("relative error")
-    for axes in panels[-1]:
-        axes.set_xlabel("evaluations")
+        line[0].set_ylabel(f"relative error, guidance {guidance:g}")
+    for spacing, above, below in zip(spacings, panels[0], panels[-1], strict=True):
+        above.set_title(spacing.replace("_", " "))
+        below.set_xlabel("evaluations")
     add_legend(drawn, [Line2D([], [], label=_legend(name, orders), **_look(k)) for k, name in enumerate(samplers)])
     return drawn
 
@@ -101,9 +101,10 @@ def _slope_guides(axes: Axes, evaluations: Sequence[int], top: float) -> None:
 
 
 def _look(k: int) -> dict[str, Any]:
-    """Colour and marker; past the seventh the line is dashed and the colours come again."""
-    dash = "-" if k < len(COLOURS) else "--"
-    return {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "linestyle": dash}
+    """Colour and marker; past the seventh the line is dashed, and colours come again with other markers."""
+    again = k // len(COLOURS)
+    marker = MARKERS[(k + again) % len(MARKERS)]
+    return {"color": COLOURS[k % len(COLOURS)], "marker": marker, "linestyle": "--" if again else "-"}
 
 
 def _legend(sampler: str, orders: Sequence[Row]) -> str:
