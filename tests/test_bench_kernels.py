@@ -64,10 +64,15 @@ def test_a_prediction_is_the_slowest_of_what_is_needed():
     found = predict(SELF, 2, A100, code)
     # 4 B h N M d = 42.9 GFLOP at 312 TFLOP/s.
     assert found["floor_us"] == pytest.approx(137.7, abs=0.1)
-    # 2 x 8 x 32 x 64 rounds of 500 instructions on 4 warps; 108 multiprocessors issue 4 at 1.41 GHz.
-    assert found["predicted_us"] == pytest.approx(2 * 8 * 32 * 64 * 500 * 4 / 4 / (108 * 1410), rel=1e-6)
-    # 2 x 8 x 4096 x 4096 exponentials, 16 a cycle, take 110 us: not the bound.
-    assert found["bound_by"] == "exponentials" if found["predicted_us"] < 110 else "issue"
+    assert (found["predicted_us"], found["bound_by"]) == (pytest.approx(1.1 * 137.7, abs=0.1), "tensor cores")
+    # 2 x 8 x 32 x 64 rounds of 900 instructions on 4 warps; 108 multiprocessors issue 4 at 1.41 GHz.
+    found = predict(SELF, 2, A100, {**code, "loop_instructions": 900})
+    expected = 2 * 8 * 32 * 64 * 900 * 4 / 4 / (108 * 1410)
+    assert (found["predicted_us"], found["bound_by"]) == (pytest.approx(expected), "issue")
+    # 2 x 8 x 4096 x 4096 exponentials, 16 a cycle and multiprocessor, when nothing else costs anything.
+    found = predict(SELF, 2, A100, {**code, "loop_instructions": 0, "useful_ratio": 0.0})
+    assert found["predicted_us"] == pytest.approx(2 * 8 * 4096**2 / 16 / (108 * 1410))
+    assert found["bound_by"] == "exponentials"
     assert predict(Site("geglu", (64, 5120), 1), 2, A100, None)["bound_by"] == "bandwidth"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,8 @@ class Site:
         return HALF_BYTES * batch * passes * torch.Size(self.sizes).numel()
 
 
-def sites(config: UNetConfig = SD15.unet) -> list[Site]:
+@cache
+def sites(config: UNetConfig = SD15.unet) -> tuple[Site, ...]:
     """Every site of one step, found by running the network without numbers; the most costly shapes first."""
     found: Counter[tuple[str, tuple[int, ...]]] = Counter()
     with torch.device("meta"):
@@ -68,7 +70,7 @@ def sites(config: UNetConfig = SD15.unet) -> list[Site]:
                 torch.empty(1, CONTEXT_TOKENS, config.context_width),
             )
     all_sites = [Site(op, sizes, count) for (op, sizes), count in found.items()]
-    return sorted(all_sites, key=lambda site: (-site.flops(1), -site.bytes(1), site.name))
+    return tuple(sorted(all_sites, key=lambda site: (-site.flops(1), -site.bytes(1), site.name)))
 
 
 def _watcher(module: nn.Module) -> Callable[[tuple[Tensor, ...]], list[tuple[str, tuple[int, ...]]]] | None:

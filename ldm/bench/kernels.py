@@ -107,9 +107,8 @@ def predict(site: Site, batch: int, gpu: Gpu, code: Mapping[str, Any] | None) ->
 
 def predictions() -> list[dict[str, Any]]:
     """Every site at both batches on A100 and H100, from what is recorded of the compiled code."""
-    found = sites()
     return [
-        predict(site, batch, gpu, _code_for(site, gpu)) for gpu in (A100, H100) for batch in BATCHES for site in found
+        predict(site, batch, gpu, _code_for(site, gpu)) for gpu in (A100, H100) for batch in BATCHES for site in sites()
     ]
 
 
