@@ -216,18 +216,18 @@ class UNet(Tapped):
         self.conv_norm_out = blocks.norm(config.norm_groups, widths[0], config.resnet_norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.latent_channels, 3, padding=1)
 
-    def forward(self, x_t: Tensor, t: int | Tensor, context: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: float | Tensor, context: Tensor) -> Tensor:
         """The noise that the network sees in x_t.
 
         Args:    x_t: (B, 4, H, W) scaled latents, H and W multiples of 2^(levels-1).
-                 t: training timestep in [0, 999], one int or (B,) int64.  context: (B, L, D).
+                 t: training timestep in [0, 999], one number or (B,); samplers may ask between two.  context: (B, L, D).
         Returns: (B, 4, H, W), dtype and device of x_t.
         Raises:  ValueError: when shapes or batch sizes do not fit.
         """
         batch = self._check(x_t, context)
         t = torch.as_tensor(t, device=x_t.device)
         if t.ndim > 1 or (t.ndim == 1 and t.shape[0] != batch):
-            raise ValueError(f"t: shape {tuple(t.shape)}, expected one int or (B,) = ({batch},)")
+            raise ValueError(f"t: shape {tuple(t.shape)}, expected one number or (B,) = ({batch},)")
         time = self.time_embedding(timestep_embedding(t.expand(batch), self.config.widths[0]).to(x_t.dtype))
 
         x = self.conv_in(x_t)

@@ -204,8 +204,8 @@ def test_the_inputs_are_left_as_they_were(unet, x, context):
         ((2, 4, 16, 16), 1, (2, 77, 768), r"context: shape \(2, 77, 768\), expected \(B, L, D\) = \(2, any, 64\)"),
         ((2, 4, 16, 16), 1, (77, 64), r"context: shape \(77, 64\), expected \(B, L, D\)"),
         ((2, 4, 16, 16), 1, (1, 77, 64), r"context: shape \(1, 77, 64\), expected \(B, L, D\) = \(2, any, 64\)"),
-        ((2, 4, 16, 16), [1, 2, 3], (2, 77, 64), r"t: shape \(3,\), expected one int or \(B,\) = \(2,\)"),
-        ((2, 4, 16, 16), [[1, 2]], (2, 77, 64), r"t: shape \(1, 2\), expected one int or \(B,\) = \(2,\)"),
+        ((2, 4, 16, 16), [1, 2, 3], (2, 77, 64), r"t: shape \(3,\), expected one number or \(B,\) = \(2,\)"),
+        ((2, 4, 16, 16), [[1, 2]], (2, 77, 64), r"t: shape \(1, 2\), expected one number or \(B,\) = \(2,\)"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(unet, x_shape, t, context_shape, message):

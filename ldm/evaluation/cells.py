@@ -78,6 +78,8 @@ def cell_of_run(folder: Path) -> tuple[Cell, Traversal]:
         guidance=record["guidance"],
         negative=record["negative"],
         eta=record["eta"],
+        sampler=record.get("sampler", "ddim"),
+        spacing=record.get("spacing", "leading"),
         latent_size=tuple(record["latent_size"]),
         neutral=record["neutral"],
         styles=record["styles"],

@@ -113,9 +113,8 @@ def dpm_solver_pp_3m(
     x'  = (sigma' / sigma) x_t + alpha' (w_0 x0 + w_1 d_1 + (w_2 + h_1 w_1) d_2)
     w_k = int_0^h e^(l - h) l^k dl:   w_0 = 1 - e^-h,   w_1 = h - w_0,   w_2 = h^2 - 2 w_1
 
-    The parabola is integrated exactly. The third-order updates in the DPM-Solver repository, diffusers and k-diffusion
-    weigh its second derivative with half the difference that they should (2 d_2 is the derivative, d_2 what they
-    take), which leaves a method of order 2.
+    The parabola is integrated exactly: its second derivative is 2 d_2. With d_2 in its place, an easy mistake, the
+    method would be of order 2.
 
     The first two steps are those of DDIM and of the line through two; where their error is not small it is what
     remains, of order 2. Without noise at its end (h infinite) a step is DDIM's.
