@@ -50,7 +50,7 @@ def test_a_row_is_the_trajectory_that_it_is_called(sd):
     # Rows of a batch of another size are summed in another order: float32's last digits over three steps.
     torch.testing.assert_close(spaces["z"][row], run[-1].x_t[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
-        spaces["x_t, all steps"][row], torch.stack([step.x_in[0] for step in run]), rtol=1e-4, atol=1e-4
+        spaces["x_t, all steps"][row], torch.stack([step.x_t[0] for step in run]), rtol=1e-4, atol=1e-4
     )
     # The rows with the prompt, not those without: eps of the prompt alone, by the last call's second half.
     with sd.unet.capture("conv_out") as seen:

@@ -5,7 +5,7 @@ trajectories are looked at in several spaces:
 
     z                 the final latents, where the paper measures directions
     PLACE, last step  the activation of a place at the last step: what the network makes of those latents
-    x_t, all steps    the latents of all steps, one after the other, as one long vector
+    x_t, all steps    the latents after each step, one after the other, as one long vector
     PLACE, all steps  the activations of all steps, likewise
 
 The first two can be held against each other, and the last two. A bottleneck in which edits are straight lines, one for
@@ -79,7 +79,7 @@ def trajectories(
     # Of a guided call the second half are the rows with the prompt.
     with sd.unet.capture(*places, keep=lambda x: x[-len(styles) :].float().cpu()) as seen, torch.no_grad():
         for step in ddim(eps_fn, x_T, sd.schedule, steps):
-            latents.append(step.x_in.cpu())
+            latents.append(step.x_t.cpu())
             done(len(styles))
     spaces = {"z": step.x_t.cpu()} | {f"{place}, last step": seen[place] for place in seen.runs}
     spaces["x_t, all steps"] = torch.stack(latents, dim=1)
