@@ -24,27 +24,40 @@ PROMPTS = {
     "support_devices": "Chest X-ray of a subject with Support Devices",
     "cardiomegaly": "Chest X-ray of a subject with Cardiomegaly",
 }
-IMAGES, FIRST_SEED = 1200, 4_000_000  # seeds that neither the shipped model nor its classifiers have seen
+IMAGES, FIRST_SEED = 2000, 4_000_000  # seeds that neither the shipped model nor its classifiers have seen
 # Higher rate and smaller batches than the paper's: the model is small, and minutes on a CPU must do
-RECIPE = ("--steps", "240", "--batch", "16", "--accumulate", "1", "--lr", "4e-4", "--warmup", "20", "--bf16")
+RECIPE = (
+    "--steps",
+    "200",
+    "--batch",
+    "8",
+    "--accumulate",
+    "1",
+    "--lr",
+    "4e-4",
+    "--warmup",
+    "10",
+    "--ema-decay",
+    "0.98",
+)
 DROPOUT = ("--caption-dropout", "0.1")  # guidance also needs to know these images without a caption
 
 
 def finetune(data: Path, out: Path) -> Path:
     """Returns the model."""
-    arguments = ["finetune", "--data", str(data), "--out", str(out), *RECIPE, *DROPOUT, "--sample-every", "0"]
-    assert cli.main([*arguments, "--validate", "32", "--save-every", "120", "--keep", "1"]) == 0
+    arguments = ["finetune", "--data", str(data), "--out", str(out), *RECIPE, *DROPOUT, "--bf16", "--sample-every", "0"]
+    assert cli.main([*arguments, "--validate", "32", "--save-every", "40", "--keep", "1"]) == 0
     return out / "last.safetensors"
 
 
 @torch.no_grad()
-def sampled(sd: StableDiffusion, prompt: str, seeds: range, steps: int = 25, guidance: float = 3.0) -> Tensor:
+def sampled(sd: StableDiffusion, prompt: str, seeds: range, steps: int = 20, guidance: float = 3.0) -> Tensor:
     """(B, 3, 128, 128) in [-1, 1]."""
     context, empty = sd.encode_prompts([prompt, ""])[:, None]
     eps_fn = ldm.guidance.guided(sd.unet, ldm.conditioning.constant(context, steps), guidance, empty, max_batch=16)
     noise = ldm.samplers.initial_noise(list(seeds), sd.latent_shape)
     *_, last = ldm.samplers.ddim(eps_fn, noise, sd.schedule, steps)
-    return torch.cat([sd.decode_latents(part) for part in last.x_t.split(8)]).clamp(-1, 1)
+    return torch.cat([sd.decode_latents(part) for part in last.x_t.split(8)]).float().clamp(-1, 1)
 
 
 def features(images: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -81,8 +94,8 @@ def test_a_new_attribute_appears_on_demand_and_the_others_stay(tmp_path):
     data = write_chexpert(tmp_path / "data", IMAGES, FIRST_SEED, extras=("cardiomegaly",))
     probe = heart_probe(data)
     assert held_out_accuracy(probe, range(5_000_000, 5_000_040)) > 0.95
-    before = ldm.load(PHANTOM_WEIGHTS)
-    after = ldm.load(finetune(data, tmp_path / "out"))
+    before = ldm.load(PHANTOM_WEIGHTS, dtype=torch.bfloat16)
+    after = ldm.load(finetune(data, tmp_path / "out"), dtype=torch.bfloat16)
 
     seeds = range(32)
     assert shown(sampled(before, PROMPTS["cardiomegaly"], seeds), probe)["cardiomegaly"] < 0.5
