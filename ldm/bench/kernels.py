@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,35 +19,28 @@ from ldm import ops
 from ldm.bench.harness import matmul_gflops
 from ldm.bench.kernel_sites import Site, prepare, sites
 
-if TYPE_CHECKING:
-    from kernels.compiling import Compiled
-
 BATCHES = (2, 18)  # an image with guidance; nine branches of a prompt tree with guidance
 
 # ---- the compiler ----------------------------------------------------------------------------------
 
 
-def compile_all(prefix: str, processes: int | None, compare: bool) -> tuple[list[Compiled], list[str]]:
+def compile_all(prefix: str, processes: int | None, record: bool) -> tuple[list[dict[str, Any]], list[str]]:
     """Compile the configurations whose names begin so, for the four GPUs.
 
-    Args:    compare: with what is recorded too, if that came from the Triton that is installed.
+    Args:    record: keep the result as what later ones are compared with, if it is within bounds; otherwise it is
+             compared with what is recorded, if that came from the Triton that is installed.
     Returns: a line each, and what is wrong with them.
     """
     from kernels import compiling
 
     rows = compiling.compile_all(only=lambda name, _: name.startswith(prefix), processes=processes)
     wrong = [line for row in rows for line in compiling.complaints(row)]
-    if compare:
+    if not record:
         by, before = compiling.recorded()
         wrong += compiling.regressions(rows, before) if by == version("triton") else []
-    return rows, wrong
-
-
-def record(rows: Sequence[Compiled]) -> None:
-    """Keep the lines as what later ones are compared with."""
-    from kernels import compiling
-
-    compiling.record(rows)
+    elif not wrong:
+        compiling.record(rows)
+    return [asdict(row) for row in rows], wrong
 
 
 # ---- the prediction --------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ ldm bench kernels --predict                 anywhere: what each site should take
 """
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -52,9 +51,9 @@ def run(args: argparse.Namespace) -> None:
 
 def compile_only(args: argparse.Namespace) -> None:
     """Compile, print the table, and raise ValueError for what is out of bounds or worse than recorded."""
-    compiled, wrong = kernels.compile_all(args.only, args.processes, compare=not args.record)
-    print(kernels.table([asdict(row) for row in compiled]))
+    rows, wrong = kernels.compile_all(args.only, args.processes, args.record)
+    if not rows:
+        raise ValueError(f"--only: no configuration's name begins like {args.only!r}")
+    print(kernels.table(rows))
     if wrong:
         raise ValueError(f"{len(wrong)} complaints: {'; '.join(wrong)}")
-    if args.record:
-        kernels.record(compiled)
