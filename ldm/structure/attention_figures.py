@@ -136,11 +136,15 @@ def figure_layers(found: Mapping[str, Any]) -> Figure:
     """The same by layer, mean over steps: the attribute's words, and the tokens around the prompt."""
     titles = [of["title"] for of in found.values()]
     layers = [name for name in next(iter(found.values()))["overlap"]["own"] if name != "all layers"]
+    tables = {
+        label: np.array([[np.mean(of["overlap"][group][layer]) for layer in layers] for of in found.values()])
+        for group, label in GROUPS.items()
+    }
+    highest = max(table.max() for table in tables.values())
     figure = new_figure(PAGE_WIDTH, 0.2 * len(titles) + 1.1)
     panels = figure.subplots(1, len(GROUPS), sharey=True, squeeze=False)[0]
-    for panel, (group, label) in zip(panels, GROUPS.items(), strict=True):
-        values = np.array([[np.mean(of["overlap"][group][layer]) for layer in layers] for of in found.values()])
-        image = panel.imshow(values, cmap=colormaps["cividis"], vmin=0, vmax=0.6, aspect="auto")
+    for panel, (label, values) in zip(panels, tables.items(), strict=True):
+        image = panel.imshow(values, cmap=colormaps["cividis"], vmin=0, vmax=highest, aspect="auto")
         panel.set_title(label)
         panel.set_xticks(range(len(layers)), layers, rotation=50, ha="right", rotation_mode="anchor")
         panel.set_yticks(range(len(titles)), titles)
@@ -148,7 +152,8 @@ def figure_layers(found: Mapping[str, Any]) -> Figure:
         panel.spines[:].set_visible(False)
         for (r, c), value in np.ndenumerate(values):
             text = f"{value:.2f}".replace("0.", ".", 1)
-            panel.text(c, r, text, ha="center", va="center", fontsize=5.5, color="white" if value < 0.33 else "black")
+            colour = "white" if value < 0.55 * highest else "black"
+            panel.text(c, r, text, ha="center", va="center", fontsize=5.5, color=colour)
     figure.colorbar(image, ax=list(panels), label="IoU with the mask", shrink=0.9)
     return figure
 
