@@ -187,6 +187,7 @@ def test_the_validation_loss_is_told_by_time():
 def run(folder: Path, recipe: FineTuning, save_every: int, stops: Sequence[bool] = ()) -> int:
     """A run on made-up material, told to stop at the first True."""
     answers = iter(stops)
+    torch.manual_seed(1)  # of the frozen networks
     frozen = {"clip": CLIPTextEncoder(CLIP), "vae": AutoencoderKL(VAE)}
     rounds = Rounds(save_every, validation_examples(material()))
     return finetune(
@@ -316,7 +317,7 @@ def test_a_run_draws_what_it_is_asked_for_and_times_its_cache(tmp_path, weights,
     speed = record["speed"]
     assert speed["ratio"] == pytest.approx(speed["images_per_s_cached"] / speed["images_per_s_uncached"])
     assert 0 < speed["outside_cached"] < 1
-    assert (record["processes"], record["images"]) == (1, 9)
+    assert (record["processes"], record["images"]) == (1, 8)
     before = (out / "last.safetensors").read_bytes()
     assert cli.main([*arguments, "--resume", "auto"]) == 0  # timing it again does not change the model
     assert (out / "last.safetensors").read_bytes() == before
