@@ -35,8 +35,8 @@ def figure_parts(found: Found) -> Figure:
     rows = _rows(found)
     lost, titles = _lost(found, [name for _, name, _ in rows])
     side = {
-        "spill-over of the edit": _per_domain(found, [name for _, name, _ in rows], "identity"),
-        "change of the neutral image": _per_domain(found, [name for _, name, _ in rows], "neutral"),
+        "spill-over\nof the edit": _per_domain(found, [name for _, name, _ in rows], "identity"),
+        "change of\nneutral image": _per_domain(found, [name for _, name, _ in rows], "neutral"),
     }
     figure = new_figure(PAGE_WIDTH, 0.135 * len(rows) + 1.6)
     widths = [len(titles), *(len(found) for _ in side)]
@@ -48,7 +48,7 @@ def figure_parts(found: Found) -> Figure:
     for panel, (title, values) in zip(panels[1:], side.items(), strict=True):
         greys = _map(panel, values, colormaps["Greys"], 0.0, max(20.0, float(np.nanmax(values))), digits=0)
         panel.set_xticks(range(len(found)), list(found), rotation=40, ha="right", rotation_mode="anchor")
-        panel.set_title(title.replace(" of the ", "\nof the "))
+        panel.set_title(title)
     _kinds(panels, [kind for kind, *_ in rows])
     figure.colorbar(image, ax=panels[0], orientation="horizontal", label="probability", aspect=40, pad=0.02)
     figure.colorbar(greys, ax=list(panels[1:]), orientation="horizontal", label="grey levels", aspect=16, pad=0.02)
