@@ -7,6 +7,7 @@ turn with its peers, round after round in one process, and is read as a ratio to
 from __future__ import annotations
 
 import platform
+import resource
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -77,6 +78,13 @@ def matmul_gflops(size: int = 2048, dtype: torch.dtype = torch.float32, device: 
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     timing = time_in_turn({"matmul": lambda: a @ b}, rounds, warmup=2)["matmul"]
     return 2 * size**3 / timing.median_ms / 1e6
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory that this process has held; on a GPU, that torch has allocated there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts in KiB
 
 
 def environment() -> dict[str, Any]:

@@ -19,7 +19,6 @@ Letters: B seeds.
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -372,10 +371,3 @@ def latents_remembered(sampler: str) -> int:
     zero = torch.zeros(1, 1, 1, 1)
     run = SAMPLERS[sampler](lambda x_t, t, step: x_t, zero, Schedule.sd15(), 5, noise=lambda step: zero)
     return max(len(step.history) for step in run)
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """The most memory that this process has held; on a GPU, that torch has allocated there."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts in KiB

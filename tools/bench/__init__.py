@@ -10,6 +10,10 @@ import importlib
 SUBJECTS: dict[str, tuple[str, str]] = {
     "samplers": ("tools.bench.samplers", "which sampler and spacing follow the flow, for how many evaluations"),
     "inversion": ("tools.bench.inversion", "how exactly images come back from their noise"),
+    "unet": ("tools.bench.unet", "one evaluation against the rate of a matrix product, and where its time goes"),
+    "vae": ("tools.bench.vae", "the same of decoding an image"),
+    "traverse": ("tools.bench.traverse", "the prompt tree against every branch run alone"),
+    "load": ("tools.bench.load", "from disk to the first step, against reading the file"),
     "kernels": ("tools.bench.kernels", "the fused kernels: compiled, predicted, and on a GPU timed"),
 }
 

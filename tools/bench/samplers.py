@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         "cfrt": flips,
         "checks": checks,
         "timings": timed,
-        "peak_memory_mib": round(samplers.peak_memory_mib(sd.device)),
+        "peak_memory_mib": round(harness.peak_memory_mib(sd.device)),
         "prompts": {"neutral": comparison.neutral, **comparison.styles},
         "seeds": list(comparison.seeds),
         "at_swap": comparison.at_swap,

@@ -1,0 +1,124 @@
+"""What one call of a network costs: its arithmetic, its rate beside a matrix product's, and where the time goes.
+
+Two numbers frame everything: how many operations a call needs, and how many a second this machine reaches in a large
+matrix product of the same precision. Their quotient is the floor; what is measured is read as a share of that rate.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from ldm.bench.harness import Timing, matmul_gflops, time_in_turn
+
+Json = dict[str, Any]
+Call = Callable[[], Tensor]
+
+# What a profiler calls the work -> what a reader does. The first that a name contains; all else is "other".
+OPERATIONS = {
+    "conv": "convolution",
+    "attention": "attention",
+    "addmm": "linear",
+    "::mm": "linear",
+    "::bmm": "linear",
+    "group_norm": "normalisation",
+    "batch_norm": "normalisation",  # what group_norm calls for its moments
+    "layer_norm": "normalisation",
+    "silu": "activation",
+    "gelu": "activation",
+    "cat": "copies",
+    "copy_": "copies",
+    "upsample": "copies",
+}
+# How far another memory layout or a compiler may be from eager: sums in another order. A wrong weight is off by 1.
+AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+def measure(calls: Mapping[str, Call], dtype: torch.dtype, device: str, rounds: int, label: str) -> Json:
+    """Time some ways to make one call, which must agree; the first is the peer of the others.
+
+    Args:    calls: name -> the call. It returns its result, which is compared with the first one's.
+             dtype: that all compute in, also of the matrix product beside them.
+    Returns: gflop of a call, matmul_gflops, and for each way its timing, gflops and share of the matrix product's rate.
+    Raises:  ValueError: two ways disagree.
+    """
+    first = next(iter(calls.values()))
+    with torch.inference_mode():
+        gflop = count_gflop(first)
+        timings = time_in_turn(calls, rounds, check=lambda: _agree(calls, AGREEMENT[dtype]), label=label)
+        reachable = matmul_gflops(dtype=dtype, device=device)
+        return {
+            "gflop": gflop,
+            "matmul_gflops": reachable,
+            "floor_ms": 1000 * gflop / reachable,
+            "ways": {name: cost(timing, gflop, reachable) for name, timing in timings.items()},
+            "profile": by_operation(first) if device == "cpu" else {},
+        }
+
+
+def cost(timing: Timing, gflop: float, reachable: float) -> Json:
+    """A timing with the rate that it means."""
+    gflops = 1000 * gflop / timing.median_ms
+    return {**asdict(timing), "gflops": gflops, "share_of_matmul": gflops / reachable}
+
+
+def count_gflop(call: Call) -> float:
+    """Operations of one call in units of 1e9, a multiplication and its addition as two, of all products there are."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops() / 1e9
+
+
+def by_operation(call: Call) -> dict[str, float]:
+    """The share of one call's time that each kind of operation takes on the CPU; they add up to 1."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        call()
+    totals: dict[str, float] = {}
+    for event in profiler.key_averages():
+        kind = next((kind for part, kind in OPERATIONS.items() if part in event.key), "other")
+        totals[kind] = totals.get(kind, 0.0) + event.self_cpu_time_total
+    whole = sum(totals.values())
+    return {kind: taken / whole for kind, taken in sorted(totals.items(), key=lambda item: -item[1])}
+
+
+def by_block(blocks: Mapping[str, nn.Module], call: Call) -> dict[str, float]:
+    """The share of one call's time that some parts of a network take, and "rest".
+
+    Args:    blocks: name -> a module of the network, none inside another.
+    """
+    began: dict[str, float] = {}
+    taken = dict.fromkeys(blocks, 0.0)
+    hooks = []
+    for name, block in blocks.items():
+
+        def before(module: nn.Module, args: object, name: str = name) -> None:
+            began[name] = time.perf_counter()
+
+        def after(module: nn.Module, args: object, out: object, name: str = name) -> None:
+            taken[name] += time.perf_counter() - began[name]
+
+        hooks += [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
+    start = time.perf_counter()
+    with torch.inference_mode():
+        call()
+    whole = time.perf_counter() - start
+    for hook in hooks:
+        hook.remove()
+    return {name: seconds / whole for name, seconds in taken.items()} | {"rest": 1 - sum(taken.values()) / whole}
+
+
+def _agree(calls: Mapping[str, Call], tolerance: float) -> None:
+    """Raises ValueError where a result is further than that from the first one, l2 of the difference over l2."""
+    (name, first), *others = calls.items()
+    expected = first().float()
+    for other, call in others:
+        error = float((call().float() - expected).norm() / expected.norm())
+        if not error <= tolerance:
+            raise ValueError(f"{other}: {error:.1e} away from {name}, expected at most {tolerance:.0e}; not timed")

@@ -1,0 +1,100 @@
+"""What the prompt tree saves against running every branch alone, and what loading costs against reading the file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm import pipeline
+from ldm.bench.harness import time_in_turn
+from ldm.conditioning import swap
+from ldm.experiment import default_max_batch, latent_shape, prompt_tree, sample
+from ldm.guidance import guided
+from ldm.pipeline import StableDiffusion
+from ldm.plan import Traversal
+from ldm.samplers import ddim, initial_noise
+from ldm.trajectory import Branch, unet_rows
+
+Json = dict[str, Any]
+# Between the tree and the branches alone: batches of other sizes add up in another order, over all steps of a run.
+AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
+
+
+def tree_against_separate(sd: StableDiffusion, plan: Traversal, max_batch: int | None, rounds: int) -> Json:
+    """The traversal as one tree and as runs of their own, by the same code, to the final latents.
+
+    Returns: rows and timings of both; `ratio` is how many times faster the tree is, beside that of the rows.
+    Raises:  ValueError: their latents differ.
+    """
+    tree = prompt_tree(sd, plan)
+    batch = max_batch or default_max_batch(latent_shape(sd, plan))
+
+    def together() -> Mapping[str, Tensor]:
+        return sample(sd, plan, tree, plan.seeds, batch).latents
+
+    def one_by_one() -> Mapping[str, Tensor]:
+        return {branch.name: run_alone(sd, plan, tree, branch, batch) for branch in (tree, *tree.children)}
+
+    def check() -> None:
+        expected, found = one_by_one(), together()
+        for name, latents in found.items():
+            error = float((latents - expected[name]).norm() / expected[name].norm())
+            if not error <= AGREEMENT[sd.dtype]:
+                raise ValueError(f"tree: {name!r} is {error:.1e} away from the branch run alone; not timed")
+
+    timings = time_in_turn({"separate runs": one_by_one, "tree": together}, rounds, 0, check, label="traversal")
+    rows = len(plan.seeds) * unet_rows(tree, plan.steps)
+    rows_separate = len(plan.seeds) * plan.steps * (1 + len(tree.children))
+    return {
+        "unet_rows": rows,
+        "unet_rows_separate": rows_separate,
+        "rows_ratio": rows_separate / rows,
+        "max_batch": batch,
+        "timings": {name: asdict(timing) for name, timing in timings.items()},
+    }
+
+
+@torch.no_grad()
+def run_alone(sd: StableDiffusion, plan: Traversal, tree: Branch, branch: Branch, max_batch: int) -> Tensor:
+    """One branch for every seed from noise, neutral steps included: (B, C, H, W)."""
+    contexts = swap(tree.context, branch.context, at=branch.at, steps=plan.steps)
+    eps_fn = guided(sd.unet, contexts, plan.guidance, sd.encode_prompts([plan.negative]), max_batch=max_batch)
+    x_T = initial_noise(plan.seeds, latent_shape(sd, plan)).to(sd.device)
+    *_, last = ddim(eps_fn, x_T, sd.schedule, plan.steps)
+    return last.x_t
+
+
+def load_against_read(path: Path, device: torch.device, dtype: torch.dtype, rounds: int) -> Json:
+    """Reading a checkpoint's bytes, loading it, and loading it to its first step's end; files out of the page cache."""
+
+    def read() -> None:
+        forget(path)
+        with path.open("rb", buffering=0) as file:
+            while file.read(1 << 24):
+                pass
+
+    def load() -> StableDiffusion:
+        forget(path)
+        return pipeline.load(path, device, dtype)
+
+    def first_step() -> None:
+        sd = load()
+        context = sd.encode_prompts([""])
+        with torch.inference_mode():
+            sd.unet(torch.zeros(1, *sd.latent_shape, device=device, dtype=dtype), 981, context)
+
+    timings = time_in_turn({"read": read, "load": load, "first step": first_step}, rounds, 0, label="load")
+    return {"bytes": path.stat().st_size, "timings": {name: asdict(timing) for name, timing in timings.items()}}
+
+
+def forget(path: Path) -> None:
+    """Ask the system to drop the file from its cache, so that it is read from the disk; where it can be asked."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
