@@ -1,4 +1,4 @@
-"""`ldm bench unet` and `ldm bench vae`: one call of a network against the rate of a matrix product, and where time goes.
+"""`ldm bench unet` and `ldm bench vae`: a network's call against the rate of a matrix product, and where time goes.
 
 ldm bench unet                                            the shipped phantom model
 ldm bench unet --random-sd15 --batch 2                    SD1.5's size, where no file is at hand
