@@ -220,7 +220,7 @@ class UNet(Tapped):
         """The noise that the network sees in x_t.
 
         Args:    x_t: (B, 4, H, W) scaled latents, H and W multiples of 2^(levels-1).
-                 t: training timestep in [0, 999], one number or (B,); samplers may ask between two.  context: (B, L, D).
+                 t: training timestep in [0, 999], one number or (B,); it may lie between two.  context: (B, L, D).
         Returns: (B, 4, H, W), dtype and device of x_t.
         Raises:  ValueError: when shapes or batch sizes do not fit.
         """

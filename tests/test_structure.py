@@ -45,7 +45,8 @@ MAY_IMPORT = {
     "ldm.plan": {"ldm.conditioning", "ldm.samplers", "ldm.schedule", "ldm.trajectory"},
     # Where the two meet.
     "ldm.pipeline": {
-        *("ldm.ops", "ldm.config", "ldm.tokenizer", "ldm.clip", "ldm.vae", "ldm.unet", "ldm.checkpoint", "ldm.schedule"),
+        "ldm.ops",
+        *("ldm.config", "ldm.tokenizer", "ldm.clip", "ldm.vae", "ldm.unet", "ldm.checkpoint", "ldm.schedule"),
         *("ldm.conditioning", "ldm.guidance", "ldm.samplers", "ldm.inversion", "ldm.trajectory", "ldm.bezier"),
     },
     "ldm.train": {
