@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -243,5 +243,5 @@ def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], dtypes: Sequence[str])
     axes.grid(True)
 
 
-def _style(dtypes: Sequence[str], dtype: str) -> str:
+def _style(dtypes: Sequence[str], dtype: str) -> Literal["-", "--"]:
     return "-" if dtype == dtypes[0] else "--"
