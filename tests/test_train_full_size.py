@@ -47,12 +47,12 @@ def test_a_step_at_full_size(unet: UNet) -> None:
     contexts = torch.randn(2, 77, 768, generator=torch.Generator().manual_seed(1))
     material = Material(np.array(["made-up"]), Stored(), torch.zeros(1, dtype=torch.int64), contexts, 0.18215)
     recipe = FineTuning(steps=1, batch=1, accumulate=1, checkpoint_gradients=True)
-    before = {name: p[:1].clone() for name, p in unet.named_parameters()}
+    before = {name: p[:1].detach().clone() for name, p in unet.named_parameters()}
     began = time.monotonic()
     taken = Learner(unet, recipe).step(0, material, Schedule.sd15())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     log.warning("loss %.3f, %.0f s, peak %.1f GB", taken.loss, time.monotonic() - began, peak)
     assert 0.1 < taken.loss < 100  # weights that are no model: it misses the noise, by no more than it is large
-    moved = {name: float((p[:1] - before[name]).abs().max()) for name, p in unet.named_parameters()}
+    moved = {name: float((p[:1] - before[name]).detach().abs().max()) for name, p in unet.named_parameters()}
     # AdamW's first step is lr in each direction, plus the decay, lr * 1e-2 of the weight; float32 rounds 1e-7 of it
     assert [name for name, by in moved.items() if not 0 < by < 2e-5] == []
