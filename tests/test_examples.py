@@ -14,6 +14,7 @@ from ldm.blocks import Attention
 from ldm.config import PHANTOM
 from ldm.guidance import guided
 from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion
+from ldm.real_images import relative_error
 from ldm.unet import UNet
 from tools.examples import cross_attention_lora, deep_cache, free_u, linear_attention, measure
 
@@ -44,7 +45,7 @@ def test_free_u_with_ones_is_nothing(unet, inputs):
     # There and back through a Fourier transform, twelve times.
     torch.testing.assert_close(same, plain, rtol=1e-4, atol=1e-5)
     with free_u.free_u(unet):
-        assert measure.relative(unet(*inputs), plain) > 0.01
+        assert relative_error(unet(*inputs), plain) > 0.01
     assert torch.equal(unet(*inputs), plain)
 
 
@@ -90,7 +91,7 @@ def test_deep_features_are_computed_at_every_nth_step(sd):
     with sd.unet.capture("mid_block") as taps:
         drawn = measure.sample(sd, cached, seeds=(0,), steps=6)
     assert len(taps.runs["mid_block"]) == 2
-    assert 0 < measure.relative(drawn, plain) < 0.5
+    assert 0 < relative_error(drawn, plain) < 0.5
     exact = measure.sample(sd, deep_cache.DeepCached(sd.unet, interval=1), seeds=(0,), steps=6)
     assert torch.equal(exact, plain)
 
@@ -157,10 +158,10 @@ def test_the_student_learns_from_the_teacher():
     student.load_state_dict(teacher.state_dict())
     shown = torch.randn(32, 10, 8)
     with torch.no_grad():
-        before = measure.relative(student(shown), teacher(shown))
+        before = relative_error(student(shown), teacher(shown))
     linear_attention.distil(teacher, student, shown, steps=300)
     with torch.no_grad():
-        assert measure.relative(student(shown), teacher(shown)) < 0.5 * before
+        assert relative_error(student(shown), teacher(shown)) < 0.5 * before
 
 
 @torch.no_grad()

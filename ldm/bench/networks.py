@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.bench.harness import Timing, matmul_gflops, time_in_turn
+from ldm.real_images import relative_error
 
 Json = dict[str, Any]
 Call = Callable[[], Tensor]
@@ -119,6 +120,6 @@ def _agree(calls: Mapping[str, Call], tolerance: float) -> None:
     (name, first), *others = calls.items()
     expected = first().float()
     for other, call in others:
-        error = float((call().float() - expected).norm() / expected.norm())
+        error = relative_error(call().float(), expected)
         if not error <= tolerance:
             raise ValueError(f"{other}: {error:.1e} away from {name}, expected at most {tolerance:.0e}; not timed")

@@ -18,6 +18,7 @@ from ldm.experiment import default_max_batch, latent_shape, prompt_tree, sample
 from ldm.guidance import guided
 from ldm.pipeline import StableDiffusion
 from ldm.plan import Traversal
+from ldm.real_images import relative_error
 from ldm.samplers import ddim, initial_noise
 from ldm.trajectory import Branch, unet_rows
 
@@ -44,7 +45,7 @@ def tree_against_separate(sd: StableDiffusion, plan: Traversal, max_batch: int |
     def check() -> None:
         expected, found = one_by_one(), together()
         for name, latents in found.items():
-            error = float((latents - expected[name]).norm() / expected[name].norm())
+            error = relative_error(latents, expected[name])
             if not error <= AGREEMENT[sd.dtype]:
                 raise ValueError(f"tree: {name!r} is {error:.1e} away from the branch run alone; not timed")
 

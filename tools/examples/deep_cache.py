@@ -16,8 +16,9 @@ from torch import Tensor
 
 import ldm
 from ldm.pipeline import PHANTOM_WEIGHTS
+from ldm.real_images import relative_error
 from ldm.unet import UNet, UpBlock, timestep_embedding
-from tools.examples.measure import greys, relative, sample
+from tools.examples.measure import greys, sample
 
 
 class DeepCached:
@@ -61,7 +62,7 @@ def main(intervals: tuple[int, ...] = (2, 3, 5), repeats: int = 3) -> None:
             latents[interval] = sample(sd, DeepCached(sd.unet, interval))
             taken.append(time.perf_counter() - began)
     for interval in intervals:
-        error = relative(latents[interval], latents[1])
+        error = relative_error(latents[interval], latents[1])
         ratio = median(a / b for a, b in zip(seconds[1], seconds[interval], strict=True))
         change = greys(sd, latents[interval], latents[1])
         print(

@@ -16,7 +16,8 @@ import ldm
 from ldm.blocks import Attention
 from ldm.data.phantom import render, sample_attributes
 from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion
-from tools.examples.measure import PROMPTS, greys, relative, sample
+from ldm.real_images import relative_error
+from tools.examples.measure import PROMPTS, greys, sample
 
 PLACE = "up_blocks.1.attentions.1.transformer_blocks.0"  # the largest map that the phantom model attends to
 
@@ -83,10 +84,10 @@ def main(count: int = 128, steps: int = 600) -> None:
     teacher, student = replace(sd)
     for when in ("same weights", "distilled"):
         with torch.no_grad():
-            error = relative(student(unseen), teacher(unseen))
+            error = relative_error(student(unseen), teacher(unseen))
         changed = sample(sd, sd.unet)
         print(
-            f"{when}: attention off by {error:.3f}, latents by {relative(changed, plain):.3f}, "
+            f"{when}: attention off by {error:.3f}, latents by {relative_error(changed, plain):.3f}, "
             f"images by {greys(sd, changed, plain):.2f} grey levels"
         )
         if when == "same weights":

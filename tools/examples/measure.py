@@ -31,11 +31,6 @@ def sample(
     return x_t
 
 
-def relative(changed: Tensor, plain: Tensor) -> float:
-    """The l2 of the difference over the l2."""
-    return float((changed - plain).norm() / plain.norm())
-
-
 def greys(sd: StableDiffusion, changed: Tensor, plain: Tensor) -> float:
     """The mean absolute difference of the decoded images, of 255 grey levels."""
     images = [to_uint8(sd.decode_latents(latents)).astype(float) for latents in (changed, plain)]

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ldm.experiment import write_json
 from ldm.pipeline import PHANTOM_WEIGHTS
 from ldm.plan import parse_integers
+from ldm.real_images import relative_error
 from ldm.report import table_formats
 from ldm.report.plot_style import PAGE_WIDTH, SMALL, new_figure, save_figure
 from tools.demo import GUIDANCE, PROMPTS
@@ -111,15 +112,11 @@ class Drift:
     @classmethod
     def between(cls, wrong: Result, right: Result) -> "Drift":
         return cls(
-            _relative(wrong.latents, right.latents),
+            relative_error(wrong.latents, right.latents),
             _greys(wrong.images, right.images),
-            _relative(wrong.encoded, right.encoded),
+            relative_error(wrong.encoded, right.encoded),
             _greys(wrong.returned, right.returned),
         )
-
-
-def _relative(wrong: Tensor, right: Tensor) -> float:
-    return float((wrong - right).norm() / right.norm())
 
 
 def _greys(wrong: NDArray[np.uint8], right: NDArray[np.uint8]) -> float:
