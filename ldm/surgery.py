@@ -3,7 +3,7 @@
     sd = ldm.load("v1-5-pruned-emaonly.safetensors")
     config = replace(sd.config.unet, transformer_depth=2)                        # depth, widths, heads, attention ...
     unet, transplant = surgery.rebuild(sd.unet, config, UNetBlocks(norm=MyNorm))     # a new block: a class and one line
-    print(transplant)
+    str(transplant)                                                              # what came along, and what is new
     sd = replace(sd, unet=unet, config=replace(sd.config, unet=unet.config))
 
 Nothing is skipped in silence: every tensor of the new network is carried over, resized, zero or new, and every tensor

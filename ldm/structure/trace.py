@@ -196,7 +196,3 @@ class _AttentionShapes(torch.autograd.Function):
         out = q.new_empty(batch, positions, heads, v.shape[-1]).transpose(1, 2)  # so laid out that heads join by a view
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise NotImplementedError("a trace has no backward pass")
