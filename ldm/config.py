@@ -104,7 +104,7 @@ class Config:
 SD15 = Config(CLIPConfig(), VAEConfig(), UNetConfig())
 
 # The model that is trained on drawn phantoms and shipped in weights/: the same code, sized so that two CPU cores
-# train it in about three hours. 128 x 128 images, 16 x 16 latents.
+# train it in about two hours and a half. 128 x 128 images, 16 x 16 latents.
 PHANTOM = Config(
     CLIPConfig(width=64, layers=2, heads=4, mlp_width=256),
     VAEConfig(widths=(16, 32, 64, 96), resnets_per_level=1, norm_groups=8),

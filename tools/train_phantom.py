@@ -1,7 +1,7 @@
 """`ldm train-phantom`: the recipe of the shipped model, from rendering its training set to the checkpoint.
 
 Each stage restarts where it stopped: render, autoencoder, text encoder, U-Net, and the U-Net three times again
-on more of what it finds hard. Three hours on two cores.
+on more of what it finds hard. About two hours and a half on two cores.
 """
 
 import argparse
@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command to `parser`."""
     parser.description = (
         "Train the model in weights/ anew: render 24,000 phantoms, train the autoencoder, the text encoder and the "
-        "U-Net one after the other, write one checkpoint in the single-file layout of SD1.5. Three hours on "
-        "two cores; run it again with the same --work to go on after a stop."
+        "U-Net one after the other, write one checkpoint in the single-file layout of SD1.5. About two hours "
+        "and a half on two cores; run it again with the same --work to go on after a stop."
     )
     parser.add_argument(
         "--work", type=Path, default=Path("out/train-phantom"), help="folder of images, checkpoints and logs"
