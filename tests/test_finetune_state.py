@@ -150,9 +150,9 @@ def test_a_disk_too_small_is_found_out_first(tmp_path, monkeypatch):
         free = 3 * one
 
     monkeypatch.setattr(state.shutil, "disk_usage", lambda path: Usage)
-    folder.require_space(unet, averaged=False)
+    folder.require_space([unet], averaged=False)
     with pytest.raises(ValueError, match=r"checkpoints need .* GB, .* GB are free; make room, lower --keep"):
-        folder.require_space(unet, averaged=True)
+        folder.require_space([unet], averaged=True)
 
 
 def test_only_the_first_of_several_processes_writes(tmp_path):

@@ -1,5 +1,7 @@
 """`ldm finetune`: teach the U-Net a data set, from its images and captions. [paper, stage one]
 
+The text encoder stays as it is, as in the paper; with --train-text-encoder it learns along, for words it does not know.
+
 ldm finetune --weights v1-5-pruned-emaonly.safetensors --data CheXpert-v1.0-small --out runs/chest
 torchrun --nproc-per-node 4 --no-python ldm finetune ...     # the same run on four GPUs: a step's batches are dealt out
 """
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import nn
 
 from ldm.data import captions, folders, images, tables
 from ldm.data.labelled import LabelledImages
@@ -24,7 +27,6 @@ from ldm.train.latent_cache import Interrupted, Posteriors, Preprocessing, Uncac
 from ldm.train.learner import Learner
 from ldm.train.objective import FineTuning, Material
 from ldm.train.state import LAST, RunFolder, stop_on_signals
-from ldm.unet import UNet
 from tools.data import chosen_split
 from tools.options import add_model, latent_size, load_model
 
@@ -79,6 +81,11 @@ def _add_recipe(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="mirror half of the images; not for radiographs: anatomy has a left and a right, and the heart changes "
         "sides",
+    )
+    group.add_argument(
+        "--train-text-encoder",
+        action="store_true",
+        help="let the text encoder learn along, for words that it does not know; the paper keeps it as it is",
     )
     precision = group.add_mutually_exclusive_group()
     for name in ("bf16", "fp16"):
@@ -154,7 +161,7 @@ def run(args: argparse.Namespace) -> None:
         sd = load_model(args)
         preprocessing = preprocessing_of(args, sd)
         folder = run_folder(args, sd, training, recipe, preprocessing, processes)
-        learner = Learner(sd.unet, recipe, processes, args.shard)
+        learner = Learner(sd.unet, recipe, processes, args.shard, sd.clip if args.train_text_encoder else None)
         with stop_on_signals() as stop:
             try:
                 material = prepare(training, sd, preprocessing, args, stop, processes)
@@ -189,16 +196,19 @@ def run_folder(
     processes: Processes,
 ) -> RunFolder:
     """OUT, seen to be free or to hold this very run, and to have room for it."""
+    frozen: dict[str, nn.Module] = {"vae": sd.vae} if args.train_text_encoder else {"clip": sd.clip, "vae": sd.vae}
     settings = {
         **recipe.settings(),
         "data": objective.data_hash(training.keys, training.captions(args.template)),
         "preprocessing": asdict(preprocessing),
         "unet": asdict(sd.config.unet),
-        "frozen": fingerprint(sd.clip, sd.vae),
+        "frozen": fingerprint(*frozen.values()),
     }
-    folder = RunFolder(args.out, {"clip": sd.clip, "vae": sd.vae}, settings, args.keep, processes.first)
+    if args.train_text_encoder:
+        settings["text_encoder"] = asdict(sd.config.clip)
+    folder = RunFolder(args.out, frozen, settings, args.keep, processes.first)
     folder.check(resume=args.resume == "auto")
-    folder.require_space(sd.unet, averaged=recipe.ema_decay > 0)
+    folder.require_space([sd.clip, sd.unet] if args.train_text_encoder else [sd.unet], averaged=recipe.ema_decay > 0)
     record = {
         "command": "finetune",
         "settings": folder.settings,
@@ -299,7 +309,8 @@ def prepare(
     processes: Processes,
 ) -> Material:
     """Let the frozen networks say what they will say of some images."""
-    contexts, places = objective.encode_captions(sd.encode_prompts, data.captions(args.template))
+    encode = sd.tokenizer if args.train_text_encoder else lambda prompts: sd.encode_prompts(prompts).float()
+    contexts, places = objective.encode_captions(encode, data.captions(args.template))
     posteriors: Posteriors
     if args.no_cache:
         posteriors = Uncached(data.files, preprocessing, sd.vae, args.workers)
@@ -329,8 +340,12 @@ def sample_prompts(data: LabelledImages, template: str) -> list[str]:
     ]
 
 
-def sampler(sd: StableDiffusion, prompts: list[str]) -> Callable[[UNet], Image.Image]:
-    """Draws the prompts with the U-Net as it is by then."""
-    *contexts, empty = sd.encode_prompts([*prompts, ""])[:, None]
-    named = dict(zip(prompts, contexts, strict=True))
-    return lambda unet: watch.draw_samples(unet, sd.schedule, named, empty, sd.decode_latents, sd.latent_shape)
+def sampler(sd: StableDiffusion, prompts: list[str]) -> Callable[[], Image.Image]:
+    """Draws the prompts with the networks as they are by then."""
+
+    def draw() -> Image.Image:
+        *contexts, empty = sd.encode_prompts([*prompts, ""])[:, None]
+        named = dict(zip(prompts, contexts, strict=True))
+        return watch.draw_samples(sd.unet, sd.schedule, named, empty, sd.decode_latents, sd.latent_shape)
+
+    return draw

@@ -8,7 +8,7 @@ What a step learns from never depends on how many processes there are: it is `ac
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm.blocks import ResnetBlock, SpatialTransformer
+from ldm.clip import EncoderLayer
 from ldm.train.diffusion import Network
-from ldm.unet import UNet
 
 PATIENCE = timedelta(hours=12)  # of a process that waits for another: the cache of a large data set takes hours
 
@@ -87,7 +87,7 @@ def own_device(name: str) -> torch.device:
         raise ValueError(f"--device: got {name!r}, expected cpu, cuda or cuda:N") from error
 
 
-def shard(unet: UNet, processes: Processes) -> None:
+def shard(networks: Sequence[nn.Module], processes: Processes) -> None:
     """Leave each process with its part of every weight; forward and backward gather a block at a time.
 
     Raises:  ValueError: when torchrun has not started this process, so that there is nobody to share with.
@@ -95,19 +95,20 @@ def shard(unet: UNet, processes: Processes) -> None:
     if not distributed.is_initialized():
         raise ValueError("--shard: divides the network among processes; start them with torchrun")
     mesh = init_device_mesh(processes.device.type, (processes.world,))
-    for module in unet.modules():
-        if isinstance(module, ResnetBlock | SpatialTransformer):
-            fully_shard(module, mesh=mesh)
-    # Else what is in no block would stay together after a forward pass alone, and could not be saved in parts
-    fully_shard(unet, mesh=mesh, reshard_after_forward=True)
+    for network in networks:
+        for module in network.modules():
+            if isinstance(module, ResnetBlock | SpatialTransformer | EncoderLayer):
+                fully_shard(module, mesh=mesh)
+        # Else what is in no block would stay together after a forward pass alone, and could not be saved in parts
+        fully_shard(network, mesh=mesh, reshard_after_forward=True)
 
 
-def replicated(unet: UNet, processes: Processes) -> Network:
+def replicated(network: nn.Module, processes: Processes) -> Network:
     """The network to run when gradients are to be averaged over the processes."""
-    if processes.world == 1 or is_sharded(unet):
-        return unet
+    if processes.world == 1 or is_sharded(network):
+        return network
     on_gpu = processes.device.type == "cuda"
-    return DistributedDataParallel(unet, device_ids=[processes.device] if on_gpu else None)
+    return DistributedDataParallel(network, device_ids=[processes.device] if on_gpu else None)
 
 
 def without_averaging(network: Network, last: bool) -> AbstractContextManager[None]:

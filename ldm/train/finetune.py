@@ -1,4 +1,5 @@
-"""Fine-tuning the U-Net on images and their captions; text encoder and autoencoder stay as they are. [paper, stage one]
+"""Fine-tuning the U-Net on images and their captions; the autoencoder stays as it is, and so does the text encoder
+unless it is asked to learn along. [paper, stage one]
 
     go on from the newest state -> step, log, now and then validate, draw samples, save -> until done or told to stop
 
@@ -20,7 +21,6 @@ from ldm.train.learner import Learner, NotFinite, Taken
 from ldm.train.objective import Examples, Material
 from ldm.train.state import RunFolder
 from ldm.train.watch import Log, validate
-from ldm.unet import UNet
 
 COMPARED_STEPS = 3  # with the cache, and as many without
 
@@ -32,7 +32,7 @@ class Rounds:
     save_every: int
     held_out: Sequence[Examples] = ()  # batches to validate on when the run is saved, as of `validation_examples`
     sample_every: int = 0  # 0: never
-    sample: Callable[[UNet], Image.Image] | None = None  # as of `draw_samples`
+    sample: Callable[[], Image.Image] | None = None  # what the learner's networks draw, as of `draw_samples`
 
 
 def finetune(
@@ -79,8 +79,8 @@ def finetune(
             if due or stopping:
                 folder.save(done, learner)
             if rounds.sample is not None and rounds.sample_every and done % rounds.sample_every == 0:
-                with learner.as_saved() as unet:
-                    log.picture(done, rounds.sample(unet))
+                with learner.as_saved():
+                    log.picture(done, rounds.sample())
     return done
 
 
@@ -94,8 +94,8 @@ def _step(learner: Learner, step: int, material: Material, schedule: Schedule, f
 
 
 def _validation(learner: Learner, schedule: Schedule, rounds: Rounds) -> dict[str, float]:
-    with learner.as_saved() as unet:
-        return validate(unet, rounds.held_out, schedule, learner.recipe, learner.processes.device)
+    with learner.as_saved() as network:
+        return validate(network, rounds.held_out, schedule, learner.recipe, learner.processes.device)
 
 
 def compare_speed(learner: Learner, schedule: Schedule, cached: Material, uncached: Material) -> dict[str, float]:

@@ -1,4 +1,6 @@
-"""The U-Net in training, with all that changes as it learns: AdamW's moments, the moving average, the loss scale.
+"""What is in training, with all that changes as it learns: AdamW's moments, the moving average, the loss scale.
+
+It is the U-Net, or the U-Net together with the text encoder before it.
 
 a step  accumulate x batch images -> gradients, averaged over the processes -> clip -> AdamW -> moving average
 """
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.blocks import ResnetBlock, SpatialTransformer
+from ldm.clip import CLIPTextEncoder
 from ldm.schedule import Schedule
 from ldm.train.distributed import Processes, like, replicated, shard, whole, without_averaging
 from ldm.train.loop import Ema
@@ -41,33 +44,62 @@ class Taken:
     outside: float  # share of the seconds that went into anything but network and optimiser
 
 
+class TextConditionedUNet(nn.Module):
+    """The text encoder and the U-Net behind it as one network, which takes token ids where a U-Net takes contexts."""
+
+    def __init__(self, clip: nn.Module, unet: nn.Module) -> None:
+        super().__init__()
+        self.clip, self.unet = clip, unet
+
+    def forward(self, x_t: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        """x_t: (B, 4, h, w), t: (B,), ids: (B, L) int64 -> eps (B, 4, h, w)."""
+        return self.unet(x_t, t, self.clip(ids))
+
+
+def as_one(unet: nn.Module, clip: nn.Module | None = None) -> nn.Module:
+    """What learns, under the names that its weights have in a state file. Args: clip: where it learns along."""
+    return unet if clip is None else TextConditionedUNet(clip, unet)
+
+
 class Learner:
     """A U-Net, trained in place.
 
     Args:    sharded: leave each process with a part of the network.
+             clip: the text encoder, where it learns along; the material then holds token ids.
     """
 
     def __init__(
-        self, unet: UNet, recipe: FineTuning, processes: Processes | None = None, sharded: bool = False
+        self,
+        unet: UNet,
+        recipe: FineTuning,
+        processes: Processes | None = None,
+        sharded: bool = False,
+        clip: CLIPTextEncoder | None = None,
     ) -> None:
-        self.unet, self.recipe, self.processes = unet, recipe, processes or Processes()
+        self.unet, self.clip, self.recipe, self.processes = unet, clip, recipe, processes or Processes()
+        self.trained = as_one(unet, clip)
         if recipe.accumulate % self.processes.world:
             raise ValueError(
                 f"--accumulate: got {recipe.accumulate}, expected a multiple of the {self.processes.world} processes, "
                 "to which the batches of a step are dealt out"
             )
-        own_memory(unet)
+        own_memory(self.trained)
         if recipe.checkpoint_gradients:
             recompute_activations(unet)
         if recipe.compile:
             unet.compile()  # in place: the weights keep their names
         if sharded:
-            shard(unet, self.processes)
-        self.network = replicated(unet, self.processes)
+            shard([unet] if clip is None else [clip, unet], self.processes)
+        self.network = replicated(self.trained, self.processes)
         self.optimiser = torch.optim.AdamW(
-            unet.parameters(), recipe.lr, recipe.betas, recipe.eps, recipe.weight_decay, fused=recipe.fused or None
+            self.trained.parameters(),
+            recipe.lr,
+            recipe.betas,
+            recipe.eps,
+            recipe.weight_decay,
+            fused=recipe.fused or None,
         )
-        self.ema = Ema(unet, recipe.ema_decay) if recipe.ema_decay else None
+        self.ema = Ema(self.trained, recipe.ema_decay) if recipe.ema_decay else None
         self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=recipe.precision == "fp16")
         self.seconds_in_network = 0.0
 
@@ -90,7 +122,7 @@ class Learner:
     def gradients(self, step: int, material: Material, schedule: Schedule) -> Tensor:
         """Leave the gradients of a step in the network. Returns the losses of all its batches: (accumulate,)."""
         recipe, processes = self.recipe, self.processes
-        self.unet.zero_grad(set_to_none=True)
+        self.trained.zero_grad(set_to_none=True)
         rows = draw(recipe.seed, step, len(material), recipe.batch * recipe.accumulate)
         losses = torch.zeros(recipe.accumulate, device=processes.device)
         share = processes.share(recipe.accumulate)
@@ -108,7 +140,7 @@ class Learner:
     def _update(self, step: int, material: Material) -> float:
         """Clip and learn. Returns the gradient's norm."""
         self.scaler.unscale_(self.optimiser)
-        norm = float(whole(nn.utils.clip_grad_norm_(self.unet.parameters(), self.recipe.clip)))
+        norm = float(whole(nn.utils.clip_grad_norm_(self.trained.parameters(), self.recipe.clip)))
         # In float16 large gradients overflow: the step is left out and the scale halved, down to 1
         if not math.isfinite(norm) and not (self.scaler.is_enabled() and self.scaler.get_scale() > 1):
             files = self._files(step, material, range(self.recipe.accumulate))
@@ -118,7 +150,7 @@ class Learner:
         self.scaler.step(self.optimiser)
         self.scaler.update()
         if self.ema is not None:
-            self.ema.update(self.unet, step)
+            self.ema.update(self.trained, step)
         return norm
 
     def _require_finite(self, losses: Tensor, step: int, material: Material) -> None:
@@ -144,7 +176,7 @@ class Learner:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Weights, moments and moving average under their names, whole; every process must go through all of them."""
-        for name, p in self.unet.named_parameters():
+        for name, p in self.trained.named_parameters():
             yield f"model.{name}", whole(p.detach())
             state = self.optimiser.state[p]
             for key in MOMENTS:
@@ -160,7 +192,7 @@ class Learner:
     @torch.no_grad()
     def restore(self, read: Callable[[str], Tensor], counters: Mapping[str, Any]) -> None:
         """Put back what `tensors` and `counters` gave. Args: read: name -> tensor."""
-        for name, p in self.unet.named_parameters():
+        for name, p in self.trained.named_parameters():
             p.copy_(like(p, read(f"model.{name}")))
             # Copied into memory of torch's own: sums may round differently where a file happens to be mapped
             moments = {key: torch.empty_like(p).copy_(like(p, read(f"{key}.{name}"))) for key in MOMENTS}
@@ -171,32 +203,32 @@ class Learner:
         self.scaler.load_state_dict(counters["scaler"])
 
     @contextmanager
-    def as_saved(self) -> Iterator[UNet]:
-        """While open, the network has the weights that a checkpoint has: the moving average where one is kept."""
+    def as_saved(self) -> Iterator[nn.Module]:
+        """While open, what is trained has the weights that a checkpoint has: the moving average where one is kept."""
         if self.ema is None:
-            yield self.unet
+            yield self.trained
             return
-        trained = {name: p.detach().clone() for name, p in self.unet.named_parameters()}
+        before = {name: p.detach().clone() for name, p in self.trained.named_parameters()}
         self._set(self.ema.values)
         try:
-            yield self.unet
+            yield self.trained
         finally:
-            self._set(trained)
+            self._set(before)
 
     @torch.no_grad()
     def _set(self, values: Mapping[str, Tensor]) -> None:
-        for name, p in self.unet.named_parameters():
+        for name, p in self.trained.named_parameters():
             p.copy_(values[name])
 
 
-def own_memory(unet: UNet) -> None:
+def own_memory(network: nn.Module) -> None:
     """Move weights that are views of a mapped file into memory of torch's own, and let all of them learn.
 
     Where numbers lie decides how vector units sum them, in the last bit; a continued run must not differ.
     """
-    for p in unet.parameters():
+    for p in network.parameters():
         p.data = torch.empty_like(p).copy_(p)
-    unet.train().requires_grad_(True)
+    network.train().requires_grad_(True)
 
 
 def recompute_activations(unet: UNet) -> None:

@@ -63,7 +63,7 @@ class Material:
     files: NDArray[np.str_]  # (N,)
     posteriors: Posteriors  # of the N images
     captions: Tensor  # (N,) int64 rows of `contexts`
-    contexts: Tensor  # (C + 1, L, D), the last is the empty caption's
+    contexts: Tensor  # (C + 1, L, D), the last is the empty caption's; token ids (C + 1, L) for a learning encoder
     scaling_factor: float  # latents = scaling_factor * z
 
     def __len__(self) -> int:
@@ -76,21 +76,21 @@ class Examples(NamedTuple):
     x_0: Tensor  # (B, 4, h, w) scaled latents
     eps: Tensor  # (B, 4, h, w)
     t: Tensor  # (B,) int64
-    context: Tensor  # (B, L, D)
+    context: Tensor  # (B, L, D); or (B, L) token ids
 
 
 def encode_captions(
     encode_prompts: Callable[[Sequence[str]], Tensor], captions: Iterable[str], batch: int = 64
 ) -> tuple[Tensor, Tensor]:
-    """The text encoder's part, once for each distinct caption.
+    """The frozen text encoder's part, or the tokenizer's before one that learns, once for each distinct caption.
 
-    Args:    encode_prompts: B texts -> (B, L, D).  captions: N texts.
-    Returns: (C + 1, L, D) contexts, the empty caption's last; (N,) int64, the row of each caption.
+    Args:    encode_prompts: B texts -> (B, L, D) contexts, or (B, L) token ids.  captions: N texts.
+    Returns: (C + 1, L, D) or (C + 1, L), the empty caption's last; (N,) int64, the row of each caption.
     """
     texts = list(captions)
     distinct = sorted(set(texts))
     prompts = [*distinct, ""]
-    contexts = torch.cat([encode_prompts(prompts[i : i + batch]).float() for i in range(0, len(prompts), batch)])
+    contexts = torch.cat([encode_prompts(prompts[i : i + batch]) for i in range(0, len(prompts), batch)])
     place = {text: i for i, text in enumerate(distinct)}
     return contexts, torch.tensor([place[text] for text in texts])
 

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -31,8 +31,7 @@ from ldm.checkpoint import save
 from ldm.checkpoint.container import LazyTensor, write_tensors
 from ldm.checkpoint.loading import build
 from ldm.train.latent_cache import require_space
-from ldm.train.learner import Learner
-from ldm.unet import UNet
+from ldm.train.learner import Learner, as_one
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ STATE_NAME = re.compile(r"step-(\d+)\.state\.safetensors")
 class RunFolder:
     """OUT of one run.
 
-    Args:    frozen: "clip" and "vae", which every checkpoint holds unchanged.
+    Args:    frozen: "clip" and "vae", or "vae" where the text encoder learns: what checkpoints hold unchanged.
              settings: all that decides the weights at a step; a run is continued only with the same ones.
              keep: how many of the newest checkpoints stay.  writes: whether this process is the one that writes.
     """
@@ -97,10 +96,10 @@ class RunFolder:
                 f"--resume: {self.path} holds a run with other settings: {changes}; give the same or another --out"
             )
 
-    def require_space(self, unet: UNet, averaged: bool) -> None:
+    def require_space(self, trained: Collection[nn.Module], averaged: bool) -> None:
         """Raises ValueError when the disk will not hold the checkpoints that are kept and one that is being written."""
-        trained = _bytes(unet)
-        one = trained + sum(_bytes(network) for network in self.frozen.values()) + (4 if averaged else 3) * trained
+        model, state = sum(map(_bytes, (*self.frozen.values(), *trained))), sum(map(_bytes, trained))
+        one = model + (4 if averaged else 3) * state
         missing = max(1, self.keep + 1 - len(self.steps()))
         require_space(self.path, missing * one, "checkpoints", "make room, lower --keep, or choose another --out")
 
@@ -150,11 +149,12 @@ class RunFolder:
     def _write_model(self, path: Path, learner: Learner, tensors: Mapping[str, Tensor]) -> None:
         """The moving average is the model where one is kept."""
         kind = "model." if learner.ema is None else "ema."
-        network = build(learner.unet.config)
-        network.load_state_dict(
-            {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}, assign=True
-        )
-        save(path, {**self.frozen, "unet": network})
+        weights = {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
+        trained = {"unet": build(learner.unet.config)}
+        if learner.clip is not None:
+            trained["clip"] = build(learner.clip.config)
+        as_one(**trained).load_state_dict(weights, assign=True)
+        save(path, {**self.frozen, **trained})
 
     def _put(self, path: Path, write: Callable[[Path], object]) -> None:
         """Write under another name, force onto the disk, rename."""

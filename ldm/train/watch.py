@@ -19,6 +19,7 @@ from torch import Tensor
 from ldm import conditioning, guidance, samplers
 from ldm.report import figures
 from ldm.schedule import TRAIN_STEPS, Schedule
+from ldm.train.diffusion import Network
 from ldm.train.objective import Examples, FineTuning, Material, squared_errors, stream
 from ldm.unet import UNet
 from ldm.vae import DiagonalGaussian
@@ -110,13 +111,13 @@ def validation_examples(material: Material) -> list[Examples]:
 
 @torch.no_grad()
 def validate(
-    unet: UNet, bins: Sequence[Examples], schedule: Schedule, recipe: FineTuning, device: torch.device
+    network: Network, bins: Sequence[Examples], schedule: Schedule, recipe: FineTuning, device: torch.device
 ) -> dict[str, float]:
     """The unweighted loss for each bin of times, "0-249" first, and their "mean"."""
     losses = {}
     for b, batch in enumerate(bins):
         chunks = zip(*(tensor.split(recipe.batch) for tensor in batch), strict=True)
-        errors = [squared_errors(unet, Examples(*chunk), schedule, recipe, device) for chunk in chunks]
+        errors = [squared_errors(network, Examples(*chunk), schedule, recipe, device) for chunk in chunks]
         losses[f"{b * TRAIN_STEPS // BINS}-{(b + 1) * TRAIN_STEPS // BINS - 1}"] = float(torch.cat(errors).mean())
     return {**losses, "mean": sum(losses.values()) / len(losses)}
 
