@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm import bezier
+from ldm.cuda_graph import GraphedUNet
 from ldm.guidance import guided
 from ldm.latents import iterate_latents, run_seeds
 from ldm.pipeline import StableDiffusion, to_uint8
@@ -53,9 +54,17 @@ class Start(Protocol):
         """What run.json should say of it, given the finished run."""
 
 
-def run_generation(sd: StableDiffusion, plan: Generation, out: Path, *, max_batch: int | None = None) -> dict[str, Any]:
+def run_generation(
+    sd: StableDiffusion,
+    plan: Generation,
+    out: Path,
+    *,
+    max_batch: int | None = None,
+    graphed: GraphedUNet | None = None,
+) -> dict[str, Any]:
     """Images of one prompt into a folder, OUT/images/seed0000/image.png; see `run_traversal`."""
-    return _run(sd, plan, Branch("image", sd.encode_prompts([plan.prompt])), out, max_batch, True, "generate")
+    tree = Branch("image", sd.encode_prompts([plan.prompt]))
+    return _run(sd, plan, tree, out, max_batch, True, "generate", graphed=graphed)
 
 
 def run_traversal(
@@ -67,17 +76,19 @@ def run_traversal(
     images: bool = True,
     label: str = "traverse",
     start: Start | None = None,
+    graphed: GraphedUNet | None = None,
 ) -> dict[str, Any]:
     """Run a traversal into a folder, continuing one that was cut off there.
 
     Args:    max_batch: most latents in one call of the U-Net; bounds memory, changes results in the last bits only.
              None: 4 at 512 x 512 pixels, and so many that they are as large together at other sizes.
              images: decode and write the images as well.  label: in front of the progress bars.
-             start: where each seed begins; None: at its noise.
+             start: where each seed begins; None: at its noise.  graphed: the model's U-Net as CUDA graphs, to be used
+             in its place; None: do without.
     Returns: the content of run.json.
     Raises:  ValueError: the folder holds a traversal of other settings.
     """
-    return _run(sd, plan, prompt_tree(sd, plan), out, max_batch, images, label, start)
+    return _run(sd, plan, prompt_tree(sd, plan), out, max_batch, images, label, start, graphed)
 
 
 def prompt_tree(sd: StableDiffusion, plan: Traversal) -> Branch:
@@ -107,17 +118,18 @@ def sample(
     max_batch: int,
     progress: Callable[[int], object] | None = None,
     x_T: Tensor | None = None,
+    graphed: GraphedUNet | None = None,
 ) -> TreeResult:
     """Denoise a prompt tree for some seeds, as the plan says.
 
     Args:    x_T: (B, C, H, W) to start from instead of the seeds' own noise, such as an inverted image.
-             progress: called with the number of U-Net rows done.
+             progress: called with the number of U-Net rows done.  graphed: see `run_traversal`.
     """
     shape = latent_shape(sd, plan)
     x_T = initial_noise(seeds, shape) if x_T is None else x_T
     guide = partial(
         guided,
-        sd.unet,
+        sd.unet if graphed is None else graphed,
         guidance_scale=plan.guidance,
         uncond=sd.encode_prompts([plan.negative]),
         max_batch=max_batch,
@@ -145,6 +157,7 @@ def _run(
     images: bool,
     label: str,
     start: Start | None = None,
+    graphed: GraphedUNet | None = None,
 ) -> dict[str, Any]:
     began = time.monotonic()
     shape = latent_shape(sd, plan)
@@ -168,7 +181,7 @@ def _run(
             for seed in seeds:  # whatever lies there was decoded from other latents
                 shutil.rmtree(image_path(out, seed, "").parent, ignore_errors=True)
             begin = start.latents(seeds) if start else {}
-            result = sample(sd, plan, tree, seeds, max_batch, count, begin.get("x_T"))
+            result = sample(sd, plan, tree, seeds, max_batch, count, begin.get("x_T"), graphed)
             found = {**begin, "x_T": result.x_T, **result.latents}
             for quantity, by_branch in result.kept.items():  # each branch's own steps, (B, S - s, C, H, W)
                 found |= {f"{name}/{quantity}": steps.transpose(0, 1) for name, steps in by_branch.items()}
@@ -190,6 +203,7 @@ def _run(
         "unet_rows_this_run": evaluated,  # fewer where an earlier run was continued
         "seconds": round(earlier.get("seconds", 0) + time.monotonic() - began, 2),
         "backend": sd.backend,
+        "cuda_graph": bool(graphed and graphed.used) or earlier.get("cuda_graph", False),
         "device": str(sd.device),
         "max_batch": max_batch,
         "weights": [str(path) for path in sd.files],

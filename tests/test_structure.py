@@ -31,6 +31,7 @@ MAY_IMPORT = {
     # The networks.
     "ldm.taps": set(),
     "ldm.ops": {"kernels"},
+    "ldm.cuda_graph": {"ldm.ops"},
     "ldm.blocks": {"ldm.ops", "ldm.config", "ldm.taps"},
     "ldm.tokenizer": {"ldm.config"},
     "ldm.clip": {"ldm.blocks", "ldm.ops", "ldm.config", "ldm.taps"},
@@ -55,7 +56,7 @@ MAY_IMPORT = {
     },
     "ldm.experiment": {
         *("ldm.pipeline", "ldm.conditioning", "ldm.guidance", "ldm.samplers", "ldm.inversion", "ldm.trajectory"),
-        *("ldm.bezier", "ldm.schedule", "ldm.latents", "ldm.report", "ldm.plan"),
+        *("ldm.bezier", "ldm.schedule", "ldm.latents", "ldm.report", "ldm.plan", "ldm.cuda_graph"),
     },
     "ldm.real_images": {
         *("ldm.pipeline", "ldm.conditioning", "ldm.guidance", "ldm.samplers", "ldm.inversion", "ldm.schedule"),
@@ -65,7 +66,7 @@ MAY_IMPORT = {
         "ldm.checkpoint",
         *("ldm.pipeline", "ldm.conditioning", "ldm.guidance", "ldm.samplers", "ldm.inversion", "ldm.trajectory"),
         *("ldm.bezier", "ldm.schedule", "ldm.latents", "ldm.experiment", "ldm.plan"),
-        *("ldm.data", "ldm.classifier", "ldm.metrics", "ldm.report"),
+        *("ldm.data", "ldm.classifier", "ldm.metrics", "ldm.report", "ldm.cuda_graph"),
     },
 }
 # What is measured and asked of the whole may know the whole.

@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     phantoms.add_argument("--truth-swap-steps", default="5,10,15,25,35", help="of those (default %(default)s)")
     phantoms.add_argument("--truth-guidance", type=float, default=1.0, help="of those (default %(default)s)")
     phantoms.add_argument("--max-batch", type=int, help="most latents in one U-Net call, to bound memory")
+    options.add_cuda_graph(phantoms)
     options.add_model(parser)
 
 
@@ -88,11 +89,12 @@ def run(args: argparse.Namespace) -> None:
 
     processes = Processes.join()
     sd = options.load_model(args)
+    graphed = options.graphed_unet(args, sd)
     lpips = perceptual.load_lpips(args.lpips, fetch=args.fetch)
     places, results = {}, {}
     for task in tasks:
         file = args.classifier or fitting_classifier(task)
-        instruments = Instruments(sd, classifiers.load(file, sd.device), file, lpips)
+        instruments = Instruments(sd, classifiers.load(file, sd.device), file, lpips, graphed)
         places[task.cell.name] = Workplace(instruments, args.out, processes, options.max_batch(args))
         results[task.cell.name] = evaluate_cell(places[task.cell.name], task)
     processes.leave()

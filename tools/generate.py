@@ -10,7 +10,7 @@ from dataclasses import replace
 from ldm.experiment import image_path, load_pixels, run_generation
 from ldm.plan import Generation, parse_integers
 from ldm.report import figures
-from tools.options import add_model, add_sampling, latent_size, load_model, max_batch
+from tools.options import add_model, add_sampling, graphed_unet, latent_size, load_model, max_batch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     batch = max_batch(args)
     sd = load_model(args)
     plan = replace(plan, latent_size=latent_size(args.size, sd))
-    record = run_generation(sd, plan, args.out, max_batch=batch)
+    record = run_generation(sd, plan, args.out, max_batch=batch, graphed=graphed_unet(args, sd))
     columns = math.ceil(math.sqrt(len(seeds)))
     images = [load_pixels(image_path(args.out, seed, "image")) for seed in seeds]
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]

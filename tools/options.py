@@ -8,6 +8,7 @@ from typing import get_args
 import torch
 
 from ldm import ops, pipeline
+from ldm.cuda_graph import GraphedUNet
 from ldm.samplers import SAMPLERS
 from ldm.schedule import SPACINGS
 
@@ -53,8 +54,22 @@ def load_model(args: argparse.Namespace) -> pipeline.StableDiffusion:
     return pipeline.load(args.weights, device, dtype, ema=args.ema, base=args.base, backend=args.backend)
 
 
+def add_cuda_graph(parser: argparse.ArgumentParser) -> None:
+    """How the U-Net's steps are launched."""
+    parser.add_argument(
+        "--cuda-graph",
+        action="store_true",
+        help="launch each U-Net step as one CUDA graph; where there can be none, say so once and go on without",
+    )
+
+
+def graphed_unet(args: argparse.Namespace, sd: pipeline.StableDiffusion) -> GraphedUNet | None:
+    """The U-Net as --cuda-graph asks for it; None: as it is."""
+    return GraphedUNet(sd.unet) if args.cuda_graph else None
+
+
 def add_sampling(parser: argparse.ArgumentParser, guidance: float = 7.5) -> None:
-    """Steps, guidance, seeds, size, memory, output."""
+    """Steps, guidance, seeds, size, memory, launches, output."""
     parser.add_argument("--seeds", default="0", help="such as 0-15 or 0,3,8 (default %(default)s); a seed is an image")
     parser.add_argument("--steps", type=int, default=50, help="sampling steps (default %(default)s)")
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="default: %(default)s")
@@ -68,6 +83,7 @@ def add_sampling(parser: argparse.ArgumentParser, guidance: float = 7.5) -> None
     parser.add_argument(
         "--max-batch", type=int, help="most latents in one U-Net call, to bound memory (default: 4 at 512 x 512 pixels)"
     )
+    add_cuda_graph(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder to write; continues a run cut off there")
 
 

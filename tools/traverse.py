@@ -12,7 +12,7 @@ from ldm.experiment import run_traversal, write_figures
 from ldm.plan import SWAP_STEPS, Traversal, parse_integers
 from ldm.real_images import FITS, ImageStart, open_images
 from tools.invert import round_trip
-from tools.options import add_model, add_sampling, latent_size, load_model, max_batch
+from tools.options import add_model, add_sampling, graphed_unet, latent_size, load_model, max_batch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +90,8 @@ def run(args: argparse.Namespace) -> None:
     sd = load_model(args)
     plan = replace(plan, latent_size=latent_size(args.size, sd))
     start = ImageStart(sd, plan, images, args.inversion, args.fit, batch) if images else None
-    record = run_traversal(sd, plan, args.out, max_batch=batch, images=not args.no_images, start=start)
+    graphed = graphed_unet(args, sd)
+    record = run_traversal(sd, plan, args.out, max_batch=batch, images=not args.no_images, start=start, graphed=graphed)
     if not args.no_images:
         write_figures(args.out, plan)
     for entry in record.get("images", []):

@@ -108,7 +108,7 @@ def blends(
     found = {}
     for name, rows in schedules.items():
         eps_fn = guided(
-            sd.unet,
+            instruments.unet,
             RowSchedules(rows),
             plan.guidance,
             sd.encode_prompts([plan.negative]),

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ldm import checkpoint
 from ldm.classifier import Classifier, nearest
+from ldm.cuda_graph import GraphedUNet
+from ldm.guidance import UNetFn
 from ldm.metrics import perceptual
 from ldm.pipeline import StableDiffusion, to_uint8
 
@@ -28,6 +30,12 @@ class Instruments:
     classifier: Classifier
     classifier_file: Path
     lpips: perceptual.Lpips | perceptual.Unavailable = field(repr=False)
+    graphed: GraphedUNet | None = None  # see `ldm.experiment.run_traversal`
+
+    @property
+    def unet(self) -> UNetFn:
+        """What samples."""
+        return self.sd.unet if self.graphed is None else self.graphed
 
     @cached_property  # a checkpoint is gigabytes to hash
     def fingerprint(self) -> dict[str, str | None]:
