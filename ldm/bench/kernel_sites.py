@@ -12,9 +12,18 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ldm import ops
-from ldm.blocks import GEGLU, Attention, BasicTransformerBlock, GroupNorm, GroupNormSiLU
+from ldm.blocks import (
+    GEGLU,
+    Attention,
+    BasicTransformerBlock,
+    GroupNorm,
+    GroupNormSiLU,
+    ResnetBlock,
+    SpatialTransformer,
+)
 from ldm.config import CONTEXT_TOKENS, SD15, UNetConfig
 from ldm.unet import UNet
 
@@ -37,20 +46,20 @@ class Site:
             return f"{self.op} {n}x{m} {heads}x{width}"
         return f"{self.op} {'x'.join(map(str, self.sizes))}"
 
-    def flops(self, batch: int) -> int:
-        """Of its matrix products, forward; the backward takes two and a half times as many."""
+    def flops(self, batch: int, backward: bool = False) -> int:
+        """Of its matrix products: two of them forward, and five more backward, which has to compute q k^T again."""
         if self.op not in ("attention", "cross_attention"):
             return 0
         n, m, heads, width = self.sizes
-        return 4 * batch * heads * n * m * width
+        return 2 * (7 if backward else 2) * batch * heads * n * m * width
 
-    def bytes(self, batch: int) -> int:
-        """That have to be read and written in half precision, each once, forward."""
+    def bytes(self, batch: int, backward: bool = False) -> int:
+        """That have to be read and written in half precision, each once; backward: of forward and backward."""
         if self.op in ("attention", "cross_attention"):
             n, m, heads, width = self.sizes
-            return HALF_BYTES * batch * heads * width * (2 * n + 2 * m)
-        passes = {"geglu": 3, "add_layer_norm": 4}.get(self.op, 2)
-        return HALF_BYTES * batch * passes * torch.Size(self.sizes).numel()
+            return HALF_BYTES * batch * heads * width * (2 * n + 2 * m) * (3 if backward else 1)
+        forward, back = {"geglu": (3, 5), "add_layer_norm": (4, 4)}.get(self.op, (2, 3))  # passes over its numbers
+        return HALF_BYTES * batch * (forward + back * backward) * torch.Size(self.sizes).numel()
 
 
 @cache
@@ -62,15 +71,17 @@ def sites(config: UNetConfig = SD15.unet) -> tuple[Site, ...]:
         for module in unet.modules():
             if watch := _watcher(module):
                 module.register_forward_pre_hook(lambda m, args, watch=watch: found.update(watch(args)))
-        size = config.sample_size
-        with torch.no_grad():
-            unet(
-                torch.empty(1, config.latent_channels, size, size),
-                0,
-                torch.empty(1, CONTEXT_TOKENS, config.context_width),
-            )
+    _run_without_numbers(unet)
     all_sites = [Site(op, sizes, count) for (op, sizes), count in found.items()]
     return tuple(sorted(all_sites, key=lambda site: (-site.flops(1), -site.bytes(1), site.name)))
+
+
+def _run_without_numbers(unet: UNet) -> None:
+    """One image through a network on the meta device."""
+    config, size = unet.config, unet.config.sample_size
+    with torch.device("meta"), torch.no_grad():
+        x_t = torch.empty(1, config.latent_channels, size, size)
+        unet(x_t, 0, torch.empty(1, CONTEXT_TOKENS, config.context_width))
 
 
 def _watcher(module: nn.Module) -> Callable[[tuple[Tensor, ...]], list[tuple[str, tuple[int, ...]]]] | None:
@@ -93,6 +104,74 @@ def _watcher(module: nn.Module) -> Callable[[tuple[Tensor, ...]], list[tuple[str
     if isinstance(module, BasicTransformerBlock):
         return lambda args: 2 * [("add_layer_norm", tuple(args[0].shape[1:]))]
     return None
+
+
+# ---- what was not built ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """Operations that could be one, and what a step would then be spared."""
+
+    name: str
+    numbers: int  # of an image, in half precision, neither written nor read
+    launches: int
+    weights: int = 0  # read once for all images, in half precision
+    flops: int = 0  # of an image
+
+    def bytes(self, batch: int) -> int:
+        """Not moved."""
+        return HALF_BYTES * (batch * self.numbers + self.weights)
+
+
+@cache
+def fusions(config: UNetConfig = SD15.unet) -> tuple[Fusion, ...]:
+    """What the kernels here leave apart. A result that the next operation need not read is a write and a read less."""
+    blocks: list[tuple[int, int]] = []  # (N, C) of each transformer block
+    added: list[int] = []  # sizes of what residuals are added to behind a convolution
+    concatenated: list[int] = []
+    with torch.device("meta"):
+        unet = UNet(config)
+    for name, module in unet.named_modules():
+        if isinstance(module, BasicTransformerBlock):
+            module.register_forward_hook(lambda m, args, out: blocks.append(tuple(out.shape[1:])))
+        if isinstance(module, ResnetBlock | SpatialTransformer):
+            module.register_forward_hook(lambda m, args, out: added.append(out.numel()))
+        if isinstance(module, ResnetBlock) and name.startswith("up_blocks"):
+            module.register_forward_hook(lambda m, args, out: concatenated.append(args[0].numel()))
+    _run_without_numbers(unet)
+
+    block_numbers, widths = sum(n * c for n, c in blocks), sum(c for _, c in blocks)
+    prompt = CONTEXT_TOKENS * (2 * widths + 2 * config.context_width * len(blocks))  # k and v written, the context read
+    key_value_weights = 2 * config.context_width * widths
+    return (
+        Fusion("GEGLU within its projection", 2 * 8 * block_numbers, len(blocks)),
+        # Behind both attentions the sum is written as now, and the branch is not read; behind the feed-forward, both.
+        Fusion("residuals within the linear layers", 4 * block_numbers, len(blocks)),
+        Fusion("residuals within the convolutions", 2 * sum(added), len(added)),
+        Fusion("skips read where they lie", 2 * sum(concatenated), len(concatenated)),
+        Fusion("q, k, v in one product", 2 * block_numbers, 2 * len(blocks)),
+        Fusion(
+            "k, v of a prompt kept",
+            prompt,
+            2 * len(blocks),
+            weights=key_value_weights,
+            flops=2 * CONTEXT_TOKENS * key_value_weights,
+        ),
+    )
+
+
+@cache
+def step_flops(config: UNetConfig = SD15.unet) -> int:
+    """Of one image in one step, all matrix products and convolutions."""
+    with torch.device("meta"):
+        unet = UNet(config)
+    with FlopCounterMode(display=False) as counter:
+        _run_without_numbers(unet)
+    return counter.get_total_flops()
+
+
+# ---- to run them -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

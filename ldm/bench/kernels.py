@@ -1,13 +1,10 @@
-"""The kernels at the sites of SD1.5: what the compiler made of them, what that should cost, and what it does cost.
-
-Without a GPU the first two are all there is, and the second is a prediction: nobody has held it against a clock.
-"""
+"""The kernels at the sites of SD1.5: what the compiler made of them, and what a clock says where there is a GPU."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -17,9 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm import ops
 from ldm.bench.harness import matmul_gflops
+from ldm.bench.kernel_predictions import BATCHES
 from ldm.bench.kernel_sites import Site, prepare, sites
-
-BATCHES = (2, 18)  # an image with guidance; nine branches of a prompt tree with guidance
+from ldm.cuda_graph import CudaCapture
 
 # ---- the compiler ----------------------------------------------------------------------------------
 
@@ -41,89 +38,6 @@ def compile_all(prefix: str, processes: int | None, record: bool) -> tuple[list[
     elif not wrong:
         compiling.record(rows)
     return [asdict(row) for row in rows], wrong
-
-
-# ---- the prediction --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What a GPU can do at best. [NVIDIA's data sheets and architecture papers of A100 80GB SXM and H100 SXM]"""
-
-    name: str
-    capability: int
-    multiprocessors: int
-    ghz: float
-    tensor_tflops: float  # float16 in, float32 out, dense
-    tbytes_a_second: float
-    exponentials: int = 16  # a cycle and multiprocessor
-    instructions: int = 4  # of 32 threads each, a cycle and multiprocessor
-
-
-A100 = Gpu("A100", 80, 108, 1.41, 312, 2.04)
-H100 = Gpu("H100", 90, 132, 1.755, 989, 3.35)
-
-
-def predict(site: Site, batch: int, gpu: Gpu, code: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The least time a site can take forward, as the slowest of what it needs.
-
-    bandwidth: its bytes once.  tensor cores: the operations executed, padding included.  exponentials: one for each
-    weight.  issue: the instructions of the compiled loop, four a cycle.  All of them at their peak, perfectly
-    overlapped, so a clock will show more; which of them is the slowest says what to work on.
-
-    Args:    code: the compiled configuration, with own, loop and warps beside it; None: bandwidth alone.
-    Returns: site, batch, gpu, floor_us, predicted_us, and what bounds it.
-    """
-    floor = {
-        "bandwidth": site.bytes(batch) / gpu.tbytes_a_second / 1e6,
-        "tensor cores": site.flops(batch) / gpu.tensor_tflops / 1e6,
-    }
-    needed = dict(floor)
-    if code is not None:
-        n, m, heads, _ = site.sizes
-        cycles_a_us = gpu.multiprocessors * gpu.ghz * 1e3
-        rounds = batch * heads * -(-n // code["own"]) * -(-m // code["loop"])
-        needed["tensor cores"] *= code["useful_ratio"]
-        needed["exponentials"] = batch * heads * n * m / gpu.exponentials / cycles_a_us
-        needed["issue"] = rounds * code["loop_instructions"] * code["warps"] / gpu.instructions / cycles_a_us
-    slowest = max(needed, key=lambda name: needed[name])
-    return {
-        "site": site.name,
-        "a_step": site.count,
-        "batch": batch,
-        "gpu": gpu.name,
-        "floor_us": max(floor.values()),
-        "predicted_us": needed[slowest],
-        "bound_by": slowest,
-    }
-
-
-def predictions() -> list[dict[str, Any]]:
-    """Every site at both batches on A100 and H100, from what is recorded of the compiled code."""
-    return [
-        predict(site, batch, gpu, _code_for(site, gpu)) for gpu in (A100, H100) for batch in BATCHES for site in sites()
-    ]
-
-
-def _code_for(site: Site, gpu: Gpu) -> dict[str, Any] | None:
-    """The recorded forward configuration that a GPU is given first for a self-attention; None for other sites."""
-    from kernels import attention, compiling
-
-    if site.op != "attention":
-        return None
-    chosen = next(
-        c
-        for c in attention.CONFIGURATIONS
-        if c.kernel == "forward" and c.width == site.sizes[3] and gpu.capability in c.capabilities
-    )
-    name = attention.compile_spec(chosen).name
-    _, rows = compiling.recorded()
-    found = [row for row in rows if (row.name, row.capability) == (name, gpu.capability)]
-    if not found:
-        raise ValueError(
-            f"kernels/compiled.json: no {name!r} for sm_{gpu.capability}; record it with --compile-only --record"
-        )
-    return {**asdict(found[0]), "own": chosen.own, "loop": chosen.loop, "warps": chosen.warps}
 
 
 # ---- the clock -------------------------------------------------------------------------------------
@@ -198,10 +112,10 @@ def _measure_site(
         times |= {name: _times(work, "torch", sdpa, rounds) for name, sdpa in SDPA.items()}
     else:
         times["torch"] = _times(work, "torch", None, rounds)
-    flops = site.flops(batch) * (3.5 if backward else 1)
+    flops = site.flops(batch, backward)
     floor_us = max(
         flops / rates["matmul_tflops"] / 1e6,
-        site.bytes(batch) * (3 if backward else 1) / rates["copy_tbytes_a_second"] / 1e6,
+        site.bytes(batch, backward) / rates["copy_tbytes_a_second"] / 1e6,
     )
     ours = times["triton"]
     return [
@@ -228,7 +142,7 @@ def _times(
     """p20, median and p80 in microseconds of replays of a CUDA graph, each from a cold L2; None where torch cannot."""
     try:
         with ops.using(backend), sdpa_kernel(sdpa or list(SDPA.values())):
-            replay = _captured(work)
+            replay, _, _ = CudaCapture()(work)
     except RuntimeError:
         if sdpa is None:
             raise
@@ -245,20 +159,6 @@ def _times(
         found.append(1e3 * began.elapsed_time(ended))
     p20, _, _, p80 = statistics.quantiles(found, n=5)
     return p20, statistics.median(found), p80
-
-
-def _captured(work: Callable[[], object]) -> Callable[[], None]:
-    """The work as a CUDA graph, after three runs that let everything compile and allocate."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
 
 
 def _copy_rate() -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ldm.bench import harness, kernels
+from ldm.bench import harness, kernel_predictions, kernels
 from ldm.experiment import write_json
 
 
@@ -37,7 +37,9 @@ def run(args: argparse.Namespace) -> None:
         compile_only(args)
     elif args.predict:
         print("A PREDICTION from compiled code and data sheets: peaks, perfectly overlapped. Nothing here was timed.\n")
-        print(kernels.table(kernels.predictions()))
+        print(kernels.table(kernel_predictions.predictions()))
+        print("\nFurther fusions, not built, and the most that each would save of a step's least time:\n")
+        print(kernels.table(kernel_predictions.savings()))
     elif not torch.cuda.is_available():
         print("no CUDA GPU here: nothing to time (see --compile-only and --predict)")
     else:
