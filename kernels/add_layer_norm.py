@@ -100,6 +100,8 @@ def launch_forward(
     """total, out (..., C), mean, rstd (M,) fp32."""
     require_alike(x=x, residual=residual, weight=weight, bias=bias)
     require_shape("residual", residual, tuple(x.shape), "x's shape")
+    if x.ndim == 0:
+        raise ValueError("x: shape (), expected (..., C)")
     channels = x.shape[-1]
     require_shape("weight", weight, (channels,), "(C,)")
     require_shape("bias", bias, (channels,), "(C,)")
@@ -150,7 +152,8 @@ def launch_backward(
 def add_layer_norm_op(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return launch_forward(x, residual, weight, bias, eps)
+    with torch.cuda.device_of(x):
+        return launch_forward(x, residual, weight, bias, eps)
 
 
 @add_layer_norm_op.register_fake
@@ -164,7 +167,8 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> 
 def add_layer_norm_backward_op(
     grad_total: Tensor, grad_out: Tensor, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_backward(grad_total, grad_out, total, weight, mean, rstd)
+    with torch.cuda.device_of(total):
+        return launch_backward(grad_total, grad_out, total, weight, mean, rstd)
 
 
 @add_layer_norm_backward_op.register_fake

@@ -4,6 +4,7 @@ from torch import Tensor, bfloat16, float16, float32
 
 DTYPES = (float16, bfloat16, float32)
 MOST_ELEMENTS = 2**31  # of what a kernel addresses with 32-bit offsets
+MOST_BLOCKS = 65535  # in the second and third dimension of a launch's grid
 
 
 def require_alike(**tensors: Tensor | None) -> None:

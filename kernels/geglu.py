@@ -97,7 +97,8 @@ def _grid(rows: int, channels: int) -> tuple[int, int]:
 
 @torch.library.custom_op("ldm::geglu", mutates_args=())
 def geglu_op(x: Tensor) -> Tensor:
-    return launch_forward(x)
+    with torch.cuda.device_of(x):
+        return launch_forward(x)
 
 
 @geglu_op.register_fake
@@ -107,7 +108,8 @@ def _(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("ldm::geglu_backward", mutates_args=())
 def geglu_backward_op(grad_out: Tensor, x: Tensor) -> Tensor:
-    return launch_backward(grad_out, x)
+    with torch.cuda.device_of(x):
+        return launch_backward(grad_out, x)
 
 
 @geglu_backward_op.register_fake

@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.checks import MOST_ELEMENTS, require_alike, require_shape
+from kernels.checks import MOST_BLOCKS, MOST_ELEMENTS, require_alike, require_shape
 from kernels.specs import Spec
 
 # ---- kernels ---------------------------------------------------------------------------------------
@@ -249,6 +249,8 @@ def _require(x: Tensor, weight: Tensor, bias: Tensor, groups: int, time: Tensor 
     if x.ndim != 4 or x[0].numel() >= MOST_ELEMENTS:
         raise ValueError(f"x: shape {tuple(x.shape)}, expected (B, C, H, W), an image of fewer than 2^31 numbers")
     batch, channels = x.shape[:2]
+    if batch > MOST_BLOCKS:
+        raise ValueError(f"x: a batch of {batch}, expected at most {MOST_BLOCKS}; split the batch")
     if channels % NARROWEST or groups < 1 or channels % groups:
         raise ValueError(f"x: {channels} channels in {groups} groups, expected a multiple of {NARROWEST} and of groups")
     require_shape("weight", weight, (channels,), "(C,)")
@@ -345,7 +347,8 @@ def launch_backward(
 def group_norm_silu_op(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, time: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_forward(x, weight, bias, groups, eps, time, silu)
+    with torch.cuda.device_of(x):
+        return launch_forward(x, weight, bias, groups, eps, time, silu)
 
 
 @group_norm_silu_op.register_fake
@@ -367,7 +370,8 @@ def group_norm_silu_backward_op(
     rstd: Tensor,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return launch_backward(grad_out, x, weight, bias, time, mean, rstd, silu)
+    with torch.cuda.device_of(x):
+        return launch_backward(grad_out, x, weight, bias, time, mean, rstd, silu)
 
 
 @group_norm_silu_backward_op.register_fake

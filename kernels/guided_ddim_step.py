@@ -74,7 +74,8 @@ def launch(
 def guided_ddim_step_op(
     x_t: Tensor, eps_uncond: Tensor, eps_cond: Tensor, guidance_scale: float, a_t: float, a_prev: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return launch(x_t, eps_uncond, eps_cond, guidance_scale, a_t, a_prev)
+    with torch.cuda.device_of(x_t):
+        return launch(x_t, eps_uncond, eps_cond, guidance_scale, a_t, a_prev)
 
 
 @guided_ddim_step_op.register_fake

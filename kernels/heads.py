@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.checks import MOST_BLOCKS
+
 Layout = Literal["split", "split8", "pad"]
 
 NARROWEST, WIDEST = 8, 160
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ALIGNMENT = 16  # bytes of an address, elements of a stride: below it, a load moves two bytes instead of sixteen
-
-MOST_BLOCKS = 65535  # in the second and third dimension of a launch's grid
 
 
 class Pieces(NamedTuple):
