@@ -9,7 +9,6 @@ The shipped classifier tells effusion and devices; it knows nothing of hearts, s
 """
 
 import argparse
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +36,14 @@ def coarse(images: NDArray[np.uint8]) -> NDArray[np.float64]:
     return (small - small.mean(1, keepdims=True)) / small.std(1, keepdims=True)
 
 
-def pairs(seeds: Iterable[int]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+def pairs(seeds: range) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Rendered chests, each without and with a large heart, else as they come: `coarse` images, which is which."""
-    states = [(seed, {**sample_attributes("chest", seed), "cardiomegaly": large}) for seed in seeds for large in (0, 1)]
-    images = np.stack([render("chest", seed, state).to_uint8() for seed, state in states])
-    return coarse(images), np.array([bool(state["cardiomegaly"]) for _, state in states])
+    images = [
+        render("chest", seed, {**sample_attributes("chest", seed), "cardiomegaly": large}).to_uint8()
+        for seed in seeds
+        for large in (False, True)
+    ]
+    return coarse(np.stack(images)), np.tile([False, True], len(seeds))
 
 
 def heart_probe(seeds: range = range(6_000_000, 6_000_300)) -> LogisticRegression:
