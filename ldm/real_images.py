@@ -268,7 +268,7 @@ def run_inversion(
         "images": originals.finish(path, out, "retraced", earlier),
         **asdict(how),
         **model,
-        "backend": "torch",
+        "backend": sd.backend,
         "device": str(sd.device),
         "max_batch": max_batch,
         "weights": [str(file) for file in sd.files],

@@ -54,7 +54,7 @@ class Comparison:
 
     neutral: str
     styles: Mapping[str, str]  # attribute -> prompt; the first is swapped in, all are for the CFRT
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: tuple[int, ...] = (0,)
     guidances: tuple[float, ...] = (1.0, 3.0)
     budgets: tuple[int, ...] = (10, 20, 40)  # network evaluations of a run
     samplers: tuple[str, ...] = COMPARED

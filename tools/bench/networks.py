@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ldm.bench import harness, networks
 from ldm.config import CONTEXT_TOKENS, SD15, Config
+from ldm.cuda_graph import GraphedUNet
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 from tools.options import DTYPES, add_model, load_model
@@ -87,9 +88,12 @@ def report(
     x: Tensor,
 ) -> None:
     """Measure and print."""
-    ways: dict[str, Network] = {"eager": partial(call, network, x)}
+    plain = network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    ways: dict[str, Network] = {"eager": partial(call, plain, x)}
     other_layout = copy.deepcopy(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    ways["channels_last"] = partial(call, other_layout, x.to(memory_format=torch.channels_last))
+    ways["channels_last"] = partial(call, other_layout, x)
+    if isinstance(network, UNet) and x.device.type == "cuda":
+        ways["CUDA graph"] = partial(call, GraphedUNet(other_layout), x)
     if args.compile:
         compiled = copy.deepcopy(network)
         compiled.forward = torch.compile(compiled.forward)  # type: ignore[method-assign]

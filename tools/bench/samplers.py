@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = samplers.Comparison(neutral=CELL.neutral, styles=CELL.styles)
     parser.add_argument("--neutral", help="the prompt of the unedited image (default: the phantom chest's)")
     parser.add_argument("--style", action="append", default=[], metavar="NAME=PROMPT", help="the first is swapped in")
-    parser.add_argument("--seeds", default="0-1", help="default: %(default)s")
+    parser.add_argument("--seeds", default="0", help="such as 0-7 (default: %(default)s)")
     parser.add_argument("--guidance", default="1,3", help="scales (default: %(default)s)")
     parser.add_argument("--evaluations", default="10,20,40", help="of a run, multiples of 10 (default: %(default)s)")
     parser.add_argument("--samplers", default=",".join(default.samplers), help=f"some of {', '.join(SAMPLERS)}")
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--at-swap", choices=("reset", "keep"), default="reset", help="of a multistep sampler's history"
     )
     parser.add_argument("--reference-steps", type=int, default=default.reference_steps, help="default: %(default)s")
-    parser.add_argument("--cfrt-seeds", type=int, default=6, help="for the CFRT; 0: none (default: %(default)s)")
+    parser.add_argument("--cfrt-seeds", type=int, default=4, help="for the CFRT; 0: none (default: %(default)s)")
     parser.add_argument("--classifier", type=Path, help="for the CFRT (default: the shipped one, for its prompts only)")
     parser.add_argument("--rounds", type=int, default=3, help="of the timing (default: %(default)s)")
     parser.add_argument("--max-batch", type=int, help="most latents in one U-Net call, to bound memory")
