@@ -2,8 +2,8 @@
 
 import os
 
-# Large tensors in pages of 2 MiB instead of 4 KiB, on Linux: decoding takes a seventh less time, as measured. Torch
-# reads this once, before its first tensor; memory is freed as ever.
+# Large tensors in pages of 2 MiB instead of 4 KiB, on Linux: SD1.5's images are decoded a seventh faster, as
+# measured. Torch reads this once, before its first tensor; memory is freed as ever.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from ldm import bezier, conditioning, guidance, inversion, samplers, schedule, trajectory
