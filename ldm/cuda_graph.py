@@ -106,13 +106,15 @@ class GraphedUNet:
             failed = str(error.__context__ or error).strip().split("\n")[0]  # a failed end hides what made it fail
         self._graphs.clear()  # their memory may be what was missing
         eps = self.network(x_t, t, context)  # where the input itself is wrong, this raises
-        self._say(f"no recording: {failed}", for_good=True)
+        self._off = True
+        self._say(f"no recording: {failed}")
         return eps
 
     def _prevented(self, device: torch.device) -> bool:
         """Whether something speaks against a replay now; says what."""
         if self._capture is None and device.type != "cuda":
-            self._say(f"there are none on {device}, expected a CUDA GPU", for_good=True)
+            self._off = True
+            self._say(f"there are none on {device}, expected a CUDA GPU")
         elif torch.is_grad_enabled():
             self._say("gradients are on")
         elif torch.is_autocast_enabled(device.type):
@@ -162,12 +164,11 @@ class GraphedUNet:
         replay, eps, before = self._capture(lambda: self.network(*inputs))
         replay()
         difference, size = (torch.linalg.vector_norm(x, dtype=torch.float32) for x in (eps - before, before))
-        if not difference <= size * torch.finfo(eps.dtype).eps ** 0.5:  # far above a rounding, below any other result
+        if not difference <= size * torch.finfo(eps.dtype).eps ** 0.5:  # far above a rounding
             raise RuntimeError(f"a replay is {float(difference / size):.1e} away from what it replays")
         return Graph(inputs, eps, replay)
 
-    def _say(self, why: str, for_good: bool = False) -> None:
-        self._off = for_good
+    def _say(self, why: str) -> None:
         if why not in self._said:
             self._said.add(why)
             logger.warning("CUDA graphs: %s; the plain network goes on", why)

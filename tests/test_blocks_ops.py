@@ -84,6 +84,18 @@ def test_geglu_gates_with_the_second_half_and_the_exact_gelu():
     assert ops.geglu(randn(2, 3, 8)).shape == (2, 3, 4)
 
 
+@pytest.mark.parametrize("time", [None, 2.0])
+def test_saving_memory_without_gradients_changes_neither_input_nor_result(time):
+    x, norm = randn(2, 8, 4, 4), nn.GroupNorm(2, 8, dtype=torch.float64)
+    time = None if time is None else torch.full((2, 8), time, dtype=x.dtype)
+    for operation in (ops.geglu, lambda x: ops.group_norm(x, norm, time, silu=True)):
+        kept = operation(x).detach()
+        before = x.clone()
+        with torch.no_grad():
+            assert torch.equal(operation(x), kept)
+        assert torch.equal(x, before)
+
+
 def test_quick_gelu_is_x_times_sigmoid_of_1_702_x():
     x = torch.linspace(-8, 8, 101, dtype=torch.float64)
     expected = torch.tensor([v / (1 + math.exp(-1.702 * v)) for v in x.tolist()], dtype=torch.float64)

@@ -168,7 +168,8 @@ def random_networks(config):
 @pytest.mark.parametrize("layout", ["single", "folder"])
 def test_networks_that_are_saved_and_loaded_are_the_same(tmp_path, layout):
     networks = random_networks(TINY)
-    networks["unet"].to(memory_format=torch.channels_last)
+    for name in ("unet", "vae"):
+        networks[name].to(memory_format=torch.channels_last)
     save(tmp_path / "a", networks, layout=layout, metadata={"run": "17"})
     loaded = load_parts(tmp_path / "a")
     assert loaded.config == TINY

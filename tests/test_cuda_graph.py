@@ -477,3 +477,4 @@ def test_on_a_gpu_weights_may_change():
         dtype = network.conv_out.weight.dtype
         call = (call[0].to(dtype), call[1], call[2].to(dtype))
         assert torch.equal(unet(*call), network(*call))
+        assert unet._graphs, "recorded anew, not fallen back"

@@ -1,4 +1,4 @@
-"""`ldm finetune` teaches the shipped model a word that it has never seen, and it forgets none of the others."""
+"""`ldm finetune` teaches the shipped model a word that it has never seen, and it keeps the other two of the chest."""
 
 from pathlib import Path
 

@@ -117,7 +117,7 @@ def _recorded(kernel: str, width: int, capability: int) -> dict[str, Any]:
         raise ValueError(
             f"kernels/compiled.json: no {name!r} for sm_{capability}; record it with --compile-only --record"
         )
-    return {**asdict(found[0]), **{name: getattr(chosen, name) for name in ("kernel", "own", "loop", "warps")}}
+    return {**asdict(found[0]), **{key: getattr(chosen, key) for key in ("kernel", "own", "loop", "warps")}}
 
 
 # ---- what was not built ----------------------------------------------------------------------------

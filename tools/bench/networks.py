@@ -93,7 +93,11 @@ def report(
     other_layout = copy.deepcopy(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ways["channels_last"] = partial(call, other_layout, x)
     if isinstance(network, UNet) and x.device.type == "cuda":
-        ways["CUDA graph"] = partial(call, GraphedUNet(other_layout), x)
+        graphed = GraphedUNet(other_layout)
+        with torch.inference_mode():
+            call(graphed, x)
+        if graphed.used:  # else the log has said why not
+            ways["CUDA graph"] = partial(call, graphed, x)
     if args.compile:
         compiled = copy.deepcopy(network)
         compiled.forward = torch.compile(compiled.forward)  # type: ignore[method-assign]
