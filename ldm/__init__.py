@@ -2,8 +2,8 @@
 
 import os
 
-# Large tensors in pages of 2 MiB instead of 4 KiB, where Linux has them: SD1.5's images are decoded a seventh faster, as
-# measured. Torch reads this once, at its first tensor, so `import ldm` should come before that.
+# Large tensors in pages of 2 MiB instead of 4 KiB, where Linux has them: SD1.5's images are decoded a seventh faster,
+# as measured. Torch reads this once, at its first tensor, so `import ldm` should come before that.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from ldm import bezier, conditioning, guidance, inversion, samplers, schedule, trajectory

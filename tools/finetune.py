@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command to `parser`."""
     parser.description = (
         "Fine-tune the U-Net on a CheXpert or ISIC 2019 folder; the autoencoder stays as it is, and so does the text "
-        f"encoder without --train-text-encoder. What is not given is as the paper's authors had it. The newest checkpoint is OUT/{LAST}, a whole model."
+        "encoder without --train-text-encoder. What is not given is as the paper's authors had it. The newest "
+        f"checkpoint is OUT/{LAST}, a whole model."
     )
     add_model(parser)
     parser.set_defaults(dtype="float32")  # what the weights are kept in; --bf16 is about the arithmetic
@@ -100,7 +101,7 @@ def _add_recipe(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--fused", action="store_true", help="AdamW in one kernel")
     group.add_argument("--compile", action="store_true", help="let torch.compile translate the network")
     group.add_argument(
-        "--gradient-checkpointing", action="store_true", help="of the U-Net: less memory, about a third more time a step"
+        "--gradient-checkpointing", action="store_true", help="less memory for the U-Net, about a third more time"
     )
 
 
