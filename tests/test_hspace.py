@@ -97,3 +97,15 @@ def test_the_command(tmp_path, capsys):
     assert "--steps: got 5, expected 10 or more" in capsys.readouterr().err
     assert main([*arguments, "--steps", "10", "--places", "mid_blok"]) == 2
     assert "did you mean 'mid_block'?" in capsys.readouterr().err
+
+
+def test_the_command_with_prompts_of_ones_own(tmp_path, capsys):
+    arguments = ["hspace", "--seeds", "0", "--steps", "10", "--device", "cpu", "--out", str(tmp_path)]
+    assert main([*arguments, "--neutral", "a chest"]) == 2
+    assert "--neutral, --style: expected both or neither" in capsys.readouterr().err
+    assert main([*arguments, "--neutral", "a chest", "--style", "wires"]) == 2
+    assert "--style: got ['wires'], expected NAME=PROMPT" in capsys.readouterr().err
+    assert main([*arguments, "--neutral", "a chest", "--style", "wires=a chest with wires"]) == 0
+    found = json.loads((tmp_path / "hspace.json").read_text())["attributes"]
+    assert list(found) == ["wires"]
+    assert found["wires"]["spaces"]["z"]["shared"] == [None] * 9  # one seed has nobody to share with

@@ -2,6 +2,7 @@
 
 ldm hspace --out out/hspace                            the middle block, both domains
 ldm hspace --places mid_block,up_blocks.1 --steps 50   any places; see ldm/taps
+ldm hspace --weights FILE --neutral "a man" --style glasses="a man with glasses"
 """
 
 import argparse
@@ -17,7 +18,7 @@ from ldm.plan import parse_integers
 from ldm.report.plot_style import save_figure
 from ldm.structure import bottleneck, bottleneck_figures
 from ldm.structure.domains import DOMAINS, GUIDANCE, chosen_domains
-from tools.options import add_model, load_model
+from tools.options import add_model, add_own_prompts, load_model, own_prompts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "figures directions and straightness (PNG, PDF). A few minutes on two free CPU cores."
     )
     parser.add_argument("--out", type=Path, default=Path("out/hspace"), help="folder to write (default %(default)s)")
-    parser.add_argument("--domains", default=",".join(DOMAINS), help="default: %(default)s")
+    parser.add_argument("--domains", default=",".join(DOMAINS), help="whose prompts (default: %(default)s)")
+    add_own_prompts(parser, "those of --domains")
     parser.add_argument("--places", default="mid_block", help="of the U-Net, such as mid_block,up_blocks.1")
     parser.add_argument("--seeds", default="0-5", help="which patients, such as 0-15 (default %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="DDIM steps; swaps scale along (default %(default)s)")
@@ -39,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises ValueError for options that do not fit."""
-    cells, seeds = chosen_domains(args.domains), parse_integers(args.seeds, "--seeds")
+    styles, seeds = own_prompts(args), parse_integers(args.seeds, "--seeds")
+    cells = {"own": Cell("own", "Own", args.neutral, styles)} if styles else chosen_domains(args.domains)
     if args.steps < 10:
         raise ValueError(f"--steps: got {args.steps}, expected 10 or more: nine swaps want steps of their own")
     swap_steps = bottleneck.scaled_swap_steps(args.steps)

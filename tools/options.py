@@ -54,6 +54,27 @@ def load_model(args: argparse.Namespace) -> pipeline.StableDiffusion:
     return pipeline.load(args.weights, device, dtype, ema=args.ema, base=args.base, backend=args.backend)
 
 
+def named_prompts(styles: list[str]) -> dict[str, str]:
+    """What --style was given, NAME=PROMPT each: name -> prompt. Raises ValueError for anything else."""
+    prompts = dict(style.split("=", 1) for style in styles if "=" in style)
+    if len(prompts) != len(styles):
+        raise ValueError(f"--style: got {styles}, expected NAME=PROMPT with a different NAME each")
+    return prompts
+
+
+def add_own_prompts(parser: argparse.ArgumentParser, instead_of: str) -> None:
+    """A neutral prompt and styles of one's own; see `own_prompts`."""
+    parser.add_argument("--neutral", help=f"the prompt of the unedited image (default: {instead_of})")
+    parser.add_argument("--style", action="append", default=[], metavar="NAME=PROMPT", help="repeat for each style")
+
+
+def own_prompts(args: argparse.Namespace) -> dict[str, str]:
+    """Name -> prompt of --style; empty where neither it nor --neutral was given. Raises ValueError for one of them."""
+    if bool(args.neutral) != bool(args.style):
+        raise ValueError("--neutral, --style: expected both or neither")
+    return named_prompts(args.style)
+
+
 def add_cuda_graph(parser: argparse.ArgumentParser) -> None:
     """How the U-Net's steps are launched."""
     parser.add_argument(

@@ -12,7 +12,7 @@ from ldm.experiment import run_traversal, write_figures
 from ldm.plan import SWAP_STEPS, Traversal, parse_integers
 from ldm.real_images import FITS, ImageStart, open_images
 from tools.invert import round_trip
-from tools.options import add_model, add_sampling, graphed_unet, latent_size, load_model, max_batch
+from tools.options import add_model, add_sampling, graphed_unet, latent_size, load_model, max_batch, named_prompts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,9 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises ValueError for options that do not fit."""
-    styles = dict(style.split("=", 1) for style in args.style if "=" in style)
-    if len(styles) != len(args.style):
-        raise ValueError(f"--style: got {args.style}, expected NAME=PROMPT with a different NAME each")
+    styles = named_prompts(args.style)
     if args.image and args.seeds != "0":
         raise ValueError(
             f"--seeds: got {args.seeds!r} beside --image, expected one or the other: an image has its own start"

@@ -18,7 +18,7 @@ from ldm.plan import parse_integers
 from ldm.report.plot_style import save_figure
 from ldm.samplers import SAMPLERS
 from ldm.schedule import SPACINGS
-from tools.options import add_model, load_model
+from tools.options import add_model, add_own_prompts, load_model, own_prompts
 
 CELL = PHANTOM_CELLS["chest"]
 
@@ -30,8 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "prompt swapped in, and compare with a converged run. Prints tables; writes samplers.json, .csv, .png, .pdf."
     )
     default = samplers.Comparison(neutral=CELL.neutral, styles=CELL.styles)
-    parser.add_argument("--neutral", help="the prompt of the unedited image (default: the phantom chest's)")
-    parser.add_argument("--style", action="append", default=[], metavar="NAME=PROMPT", help="the first is swapped in")
+    add_own_prompts(parser, "the phantom chest's; the first style is what is swapped in")
     parser.add_argument("--seeds", default="0", help="such as 0-7 (default: %(default)s)")
     parser.add_argument("--guidance", default="1,3", help="scales (default: %(default)s)")
     parser.add_argument("--evaluations", default="10,20,40", help="of a run, multiples of 10 (default: %(default)s)")
@@ -102,11 +101,7 @@ def run(args: argparse.Namespace) -> None:
 
 def comparison_of(args: argparse.Namespace) -> samplers.Comparison:
     """What the options ask for, seen to be possible before the weights are read."""
-    if bool(args.neutral) != bool(args.style):
-        raise ValueError("--neutral, --style: expected both or neither")
-    styles = dict(style.split("=", 1) for style in args.style if "=" in style)
-    if len(styles) != len(args.style):
-        raise ValueError(f"--style: got {args.style}, expected NAME=PROMPT with a different NAME each")
+    styles = own_prompts(args)
     if args.rounds < 1 or (args.max_batch is not None and args.max_batch < 1):
         raise ValueError(f"--rounds, --max-batch: got {args.rounds}, {args.max_batch}, expected 1 or more")
     try:
