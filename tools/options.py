@@ -80,7 +80,7 @@ def add_cuda_graph(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cuda-graph",
         action="store_true",
-        help="launch each step's U-Net as one CUDA graph, which changes results in the last bits at most; "
+        help="launch each sampling step's U-Net as one CUDA graph, which changes results in the last bits at most; "
         "where there can be none, say so once and go on without",
     )
 
