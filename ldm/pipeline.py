@@ -124,8 +124,6 @@ def load(
     fused = ops.resolved(device) == "triton"
     vae_dtype = dtype if dtype is None else torch.float32
     loaded = checkpoint.load_parts(path, dtype=dtype, vae_dtype=vae_dtype, device=device, ema=ema, base=base)
-    if device.type == "cpu":
-        loaded.vae.to(memory_format=torch.channels_last)  # decodes up to a quarter faster, as measured
     if fused and next(loaded.unet.parameters()).dtype in ops.HALF:
         loaded.unet.to(memory_format=torch.channels_last)  # what convolutions and norms are fastest in
     return StableDiffusion(
