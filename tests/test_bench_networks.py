@@ -6,10 +6,14 @@ import pytest
 import torch
 from tiny_model import write_tiny_model
 from torch import nn
+from torch.nn import functional as F
 
 from ldm import pipeline
 from ldm.bench import networks, traversal
+from ldm.config import CONTEXT_TOKENS, PHANTOM
 from ldm.plan import Traversal
+from ldm.structure.trace import trace_unet
+from ldm.unet import UNet
 from tools import cli
 
 
@@ -28,6 +32,21 @@ def plan():
 def test_a_product_of_matrices_counts_two_operations_an_entry():
     a, b = torch.zeros(10, 20), torch.zeros(20, 30)
     assert networks.count_gflop(lambda: a @ b) == 2 * 10 * 20 * 30 / 1e9
+
+
+def test_a_fused_attention_counts_both_of_its_products():
+    q, k = torch.zeros(2, 3, 40, 8), torch.zeros(2, 3, 77, 8)
+    count = networks.count_gflop(lambda: F.scaled_dot_product_attention(q, k, k))
+    assert count == 2 * (2 * 2 * 3 * 40 * 77 * 8) / 1e9
+
+
+def test_the_count_is_that_of_the_trace():
+    unet, config = pipeline.load(pipeline.PHANTOM_WEIGHTS).unet, PHANTOM.unet
+    x_t = torch.zeros(1, 4, config.sample_size, config.sample_size)
+    count = networks.count_gflop(lambda: unet(x_t, 500, torch.zeros(1, CONTEXT_TOKENS, config.context_width)))
+    with torch.device("meta"):
+        blocks = trace_unet(UNet(config), (config.sample_size, config.sample_size))
+    assert count == pytest.approx(sum(block.flops for block in blocks) / 1e9)
 
 
 def test_ways_that_disagree_are_not_timed():
