@@ -44,7 +44,7 @@ from ldm.trajectory import AtSwap, Branch, TreeResult, evaluations, traverse_tre
 
 # euler is left out: it is ddim in other letters, which `check` verifies on the network at hand.
 COMPARED = tuple(name for name in SAMPLERS if name not in (*RANDOM, "euler"))
-COMPARED_SPACINGS = ("leading", "trailing", "karras", "log_snr", "align_your_steps")
+COMPARED_SPACINGS = ("leading", "trailing", "karras", "align_your_steps")  # others on request: five minutes must do
 SWAP_NEAR = 600  # the timestep that swaps are made near to
 
 
