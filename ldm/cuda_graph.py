@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,8 @@ class CudaCapture:
         return graph.replay, result, before
 
 
-class Graph(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Graph:
     """One recording, and the memory that it reads and writes."""
 
     inputs: tuple[Tensor, Tensor, Tensor]  # x_t (R, C, H, W), t (R,) float32, context (R, L, D)
