@@ -1,9 +1,12 @@
-"""Killed at a random moment, twenty times and in the middle of a save too: what is there is whole, and it goes on."""
+"""Killed at random moments, and before each file operation of a save: what is there is whole, and it goes on."""
 
+import itertools
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +31,7 @@ from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 
 KILLS = 20
+FILE_OPERATIONS = {"open", "os.rename", "os.remove", "os.link", "os.listdir"}  # as Python's audit events name them
 
 
 class Stored:
@@ -67,14 +71,42 @@ def assert_whole(out: Path) -> None:
         ldm.load(out / LAST)
 
 
+def train_until_operation(out: Path, steps: int, last: int) -> None:
+    """Go on with the run, and die just before the file operation in `out` that is number `last`, counted from 1."""
+    seen = 0
+
+    def watch(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal seen
+        if event in FILE_OPERATIONS and any(str(argument).startswith(str(out)) for argument in arguments):
+            seen += 1
+            if seen == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    train(out, steps)
+
+
+def assert_goes_on_as_if_never_stopped(out: Path, straight: Path, steps: int) -> None:
+    """Both runs end at `steps` with the same weights, moments and averages."""
+    train(out, steps)
+    one, other = (load_file(folder / f"step-{steps:08d}.state.safetensors") for folder in (out, straight))
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert (out / LAST).read_bytes() == (straight / LAST).read_bytes()
+    assert list(out.glob("next.*")) == []
+
+
+@pytest.fixture(scope="module")
+def servers():
+    """Processes that find everything imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "torch.utils.tensorboard"])
+    return context
+
+
 @pytest.mark.slow
-def test_killed_at_random_it_always_goes_on(tmp_path):
-    out, straight, chance = tmp_path / "killed", tmp_path / "straight", random.Random(0)
-    servers = multiprocessing.get_context("forkserver")
-    servers.set_forkserver_preload([__name__, "torch.utils.tensorboard"])  # a process a kill, imports once
-    kills = in_a_save = 0
-    while kills < KILLS or not in_a_save:
-        assert kills < 3 * KILLS, "no kill ever met a save"
+def test_killed_at_random_it_always_goes_on(servers, tmp_path):
+    out, chance = tmp_path / "killed", random.Random(0)
+    for _ in range(KILLS):
         process = servers.Process(target=train, args=(out, 1_000_000))
         process.start()
         wanted = newest(out) + chance.randint(0, 2)
@@ -84,15 +116,30 @@ def test_killed_at_random_it_always_goes_on(tmp_path):
         assert process.is_alive(), "it could not go on"
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        kills += 1
-        in_a_save += any(out.glob("next.*.safetensors*"))
         assert_whole(out)
 
     steps = newest(out) + 2
     assert steps > KILLS / 2
-    train(out, steps)
-    train(straight, steps)
-    one, other = (load_file(folder / f"step-{steps:08d}.state.safetensors") for folder in (out, straight))
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
-    assert (out / LAST).read_bytes() == (straight / LAST).read_bytes()
-    assert list(out.glob("next.*")) == []
+    train(tmp_path / "straight", steps)
+    assert_goes_on_as_if_never_stopped(out, tmp_path / "straight", steps)
+
+
+@pytest.mark.slow
+def test_killed_before_any_file_operation_it_goes_on(servers, tmp_path):
+    """A run of two steps does a third, which removes the first one's files; it dies one operation later each time."""
+    begun, straight, out, in_a_save = tmp_path / "begun", tmp_path / "straight", tmp_path / "killed", 0
+    train(begun, 2)
+    train(straight, 3)
+    for last in itertools.count(1):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(begun, out)
+        process = servers.Process(target=train_until_operation, args=(out, 3, last))
+        process.start()
+        process.join()
+        if process.exitcode == 0:  # it came to its end: every operation has been met
+            break
+        assert process.exitcode == -signal.SIGKILL
+        in_a_save += any(out.glob("next.*.safetensors*"))
+        assert_whole(out)
+        assert_goes_on_as_if_never_stopped(out, straight, 3)
+    assert in_a_save >= 3, "a save writes three files, each under another name first"
