@@ -6,7 +6,7 @@
 
 Letters: P numbers in a batch of latents. A program takes BLOCK of them in a row from each of the three inputs and
 writes the three results: one launch for what plain torch takes nine for. Latents are small (64 KiB each in float32), so
-this saves launches, not bandwidth.
+this saves launches, not bandwidth. `ldm.samplers.ddim` takes it under guidance.
 
 Forward only: sampling needs no gradient. A gradient that is asked for all the same is an error.
 """

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm import ops
+from ldm import ops, projections
 from ldm.taps import MultiHead
 
 
@@ -117,8 +117,11 @@ class Attention(MultiHead):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x: (B, N, C), context: (B, L, D) -> (B, N, C)."""
-        source = x if context is None else context
-        return self.to_out(ops.attention(self.to_q(x), self.to_k(source), self.to_v(source), self.heads))
+        if context is None:
+            q, k, v = projections.project(x, self.to_q, self.to_k, self.to_v)
+        else:
+            q, (k, v) = self.to_q(x), projections.keys_values(context, self.to_k, self.to_v)
+        return self.to_out(ops.attention(q, k, v, self.heads))
 
 
 class SpatialAttention(Attention):

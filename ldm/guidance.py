@@ -5,11 +5,13 @@ Paper: Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", arXiv:2207.12
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from ldm import ops, projections
 
 UNetFn = Callable[[Tensor, float, Tensor], Tensor]
 """eps = unet(x_t, t, context): (B, 4, H/8, W/8), training timestep, (B, L, D); all in the network's dtype."""
@@ -89,23 +91,51 @@ class GuidedEps:
         self.max_batch = max_batch
         self.rows = 0
         self.steps = len(schedule)
+        self._told: tuple[projections.Stamp | None, list[Tensor], Tensor] | None = None
 
     def __call__(self, x_t: Tensor, t: float, step: int) -> Tensor:
         """eps of (B, 4, H/8, W/8), see `guided`; ValueError when a context's batch is neither B nor 1."""
-        size = self.max_batch or len(x_t)
-        latents = x_t.split(size)
-        conds = _for_batch("context", self.schedule.at(step), len(x_t)).split(size)
         if self.uncond is None:
-            return torch.cat([self._evaluate(x, t, cond) for x, cond in zip(latents, conds, strict=True)])
+            return torch.cat([self._evaluate(x, t, context) for x, context in self._calls(x_t, step)])
+        eps_uncond, eps_cond = self._both(x_t, t, step)
+        return eps_uncond + self.guidance_scale * (eps_cond - eps_uncond)
 
-        unconds = _for_batch("uncond", self.uncond.at(step), len(x_t)).split(size)
-        guided_eps = []
-        for x, uncond, cond in zip(latents, unconds, conds, strict=True):
-            # Both halves in one call, the unconditional one first, as CompVis has it.
-            both = self._evaluate(torch.cat([x, x]), t, torch.cat([uncond, cond]))
-            eps_uncond, eps_cond = both.chunk(2)
-            guided_eps.append(eps_uncond + self.guidance_scale * (eps_cond - eps_uncond))
-        return torch.cat(guided_eps)
+    def ddim_step(
+        self, x_t: Tensor, t: float, step: int, a_t: float, a_prev: float
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """x_prev, x0_pred and eps of a deterministic DDIM step, guidance and step in one kernel; None without one."""
+        if self.uncond is None or torch.is_grad_enabled() or not ops.fused(x_t):
+            return None
+        eps_uncond, eps_cond = self._both(x_t, t, step)
+        return ops.guided_ddim_step(x_t, eps_uncond, eps_cond, self.guidance_scale, a_t, a_prev)
+
+    def _both(self, x_t: Tensor, t: float, step: int) -> tuple[Tensor, Tensor]:
+        """eps without and with the prompt: two halves of each call, the unconditional one first, as CompVis has it."""
+        calls = self._calls(x_t, step)
+        halves = [self._evaluate(torch.cat([x, x]), t, context).chunk(2) for x, context in calls]
+        eps_uncond, eps_cond = (torch.cat(of_calls) for of_calls in zip(*halves, strict=True))
+        return eps_uncond, eps_cond
+
+    def _calls(self, x_t: Tensor, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The latents and the context of each call."""
+        return zip(x_t.split(self.max_batch or len(x_t)), self._contexts(step, len(x_t)), strict=True)
+
+    def _contexts(self, step: int, batch: int) -> list[Tensor]:
+        """What the rows of each call are told.
+
+        While one call takes the whole batch, and its prompts stay, it is the same tensor, of which the network may keep
+        keys and values. Several calls a step would each keep as much, and `max_batch` is there to save memory.
+        """
+        rows = [_for_batch("context", self.schedule.at(step), batch)]
+        if self.uncond is not None:
+            rows.insert(0, _for_batch("uncond", self.uncond.at(step), batch))
+        size = self.max_batch or batch
+        if size < batch or torch.is_grad_enabled():
+            return [_joined(parts) for parts in zip(*(context.split(size) for context in rows), strict=True)]
+        stamp = projections.stamp(*rows)
+        if self._told is None or stamp is None or self._told[0] != stamp:
+            self._told = stamp, rows, projections.keep(_joined(rows))  # rows: so that their memory stays theirs
+        return [self._told[2]]
 
     def _evaluate(self, x_t: Tensor, t: float, context: Tensor) -> Tensor:
         self.rows += len(x_t)
@@ -126,6 +156,10 @@ class _Always:
 
     def __len__(self) -> int:
         return self.steps
+
+
+def _joined(contexts: Sequence[Tensor]) -> Tensor:
+    return contexts[0] if len(contexts) == 1 else torch.cat(list(contexts))
 
 
 def _for_batch(name: str, context: Tensor, batch: int) -> Tensor:

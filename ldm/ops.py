@@ -80,7 +80,7 @@ def _why_not(device: torch.device) -> str | None:
     return None
 
 
-def _fused(x: Tensor, made_for: bool = True) -> bool:
+def fused(x: Tensor, made_for: bool = True) -> bool:
     """Whether to run a kernel on x. made_for: whether "auto" should; forced, the kernel itself says what it cannot."""
     if _backend == "auto":
         return x.is_cuda and made_for and x.numel() > 0 and not _why_not(x.device)
@@ -99,7 +99,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
     Returns: (B, N, h*d), the heads side by side.
     """
     width = q.shape[-1] // heads
-    if _fused(q, made_for=q.dtype in HALF and q.shape[-1] % 16 == 0 and width % 8 == 0 and width <= WIDEST_HEAD):
+    if fused(q, made_for=q.dtype in HALF and q.shape[-1] % 16 == 0 and width % 8 == 0 and width <= WIDEST_HEAD):
         from kernels.attention import attention as self_attention
         from kernels.cross_attention import cross_attention
 
@@ -125,7 +125,7 @@ def geglu(x: Tensor) -> Tensor:
     Args:    x: (..., 2C).
     Returns: (..., C).
     """
-    if _fused(x):
+    if fused(x):
         from kernels.geglu import geglu as kernel
 
         return kernel(x)
@@ -140,7 +140,7 @@ def group_norm(x: Tensor, norm: nn.GroupNorm, time: Tensor | None = None, silu: 
     Args:    x: (B, C, H, W).  time: (B, C), added at every position; None: nothing.  silu: apply SiLU to the result.
     Returns: (B, C, H, W); channels_last where a kernel computes it, which is also the layout that "auto" asks of x.
     """
-    if _fused(x, made_for=x.shape[1] % 8 == 0 and x.is_contiguous(memory_format=torch.channels_last)):
+    if fused(x, made_for=x.shape[1] % 8 == 0 and x.is_contiguous(memory_format=torch.channels_last)):
         from kernels.group_norm_silu import group_norm_silu
 
         return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, time, silu)
@@ -158,12 +158,25 @@ def add_layer_norm(x: Tensor, branch: Tensor, norm: nn.Module) -> tuple[Tensor, 
     Args:    x, branch: (..., C).  norm: of C channels.
     Returns: x + branch, norm(x + branch).
     """
-    if type(norm) is nn.LayerNorm and not norm._forward_hooks and _fused(x, made_for=x.dtype == branch.dtype):
+    if type(norm) is nn.LayerNorm and not norm._forward_hooks and fused(x, made_for=x.dtype == branch.dtype):
         from kernels.add_layer_norm import add_layer_norm as kernel
 
         return kernel(x, branch, norm.weight, norm.bias, norm.eps)
     x = x + branch
     return x, norm(x)
+
+
+def guided_ddim_step(
+    x_t: Tensor, eps_uncond: Tensor, eps_cond: Tensor, guidance_scale: float, a_t: float, a_prev: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Guidance and the DDIM step behind it, where x_t is `fused`; plain torch says it in `ldm.samplers.ddim`.
+
+    Args:    x_t, eps_uncond, eps_cond: (B, ...).  a_t, a_prev: alphas_cumprod of this timestep and of the next one.
+    Returns: x_prev, x0_pred, eps: like x_t.
+    """
+    from kernels.guided_ddim_step import guided_ddim_step as kernel
+
+    return kernel(x_t, eps_uncond, eps_cond, guidance_scale, a_t, a_prev)
 
 
 def quick_gelu(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ldm import checkpoint, ops
+from ldm import checkpoint, ops, projections
 from ldm.checkpoint import KeyReport
 from ldm.clip import CLIPTextEncoder
 from ldm.config import Config
@@ -126,6 +126,7 @@ def load(
     loaded = checkpoint.load_parts(path, dtype=dtype, vae_dtype=vae_dtype, device=device, ema=ema, base=base)
     if fused and next(loaded.unet.parameters()).dtype in ops.HALF:
         loaded.unet.to(memory_format=torch.channels_last)  # what convolutions and norms are fastest in
+        projections.pack(loaded.unet)
     return StableDiffusion(
         config=loaded.config,
         tokenizer=Tokenizer(loaded.config.clip.tokens),

@@ -23,7 +23,6 @@ MAY_IMPORT = {
     "ldm.metrics": set(),
     "ldm.classifier": set(),
     "ldm.conditioning": set(),
-    "ldm.guidance": set(),
     "ldm.bezier": set(),
     "ldm.latents": set(),
     "ldm.report": {"ldm.metrics"},
@@ -31,8 +30,9 @@ MAY_IMPORT = {
     # The networks.
     "ldm.taps": set(),
     "ldm.ops": {"kernels"},
-    "ldm.cuda_graph": {"ldm.ops"},
-    "ldm.blocks": {"ldm.ops", "ldm.config", "ldm.taps"},
+    "ldm.projections": {"ldm.taps"},
+    "ldm.cuda_graph": {"ldm.ops", "ldm.projections"},
+    "ldm.blocks": {"ldm.ops", "ldm.projections", "ldm.config", "ldm.taps"},
     "ldm.tokenizer": {"ldm.config"},
     "ldm.clip": {"ldm.blocks", "ldm.ops", "ldm.config", "ldm.taps"},
     "ldm.vae": {"ldm.blocks", "ldm.ops", "ldm.config", "ldm.taps"},
@@ -40,13 +40,14 @@ MAY_IMPORT = {
     "ldm.checkpoint": {"ldm.clip", "ldm.vae", "ldm.unet", "ldm.config"},
     "ldm.surgery": {"ldm.blocks", "ldm.clip", "ldm.vae", "ldm.unet", "ldm.config", "ldm.checkpoint"},
     # Sampling: knows noise schedules and contexts, but no network.
+    "ldm.guidance": {"ldm.ops", "ldm.projections"},
     "ldm.samplers": {"ldm.schedule"},
     "ldm.inversion": {"ldm.samplers", "ldm.schedule"},
     "ldm.trajectory": {"ldm.samplers", "ldm.conditioning", "ldm.schedule"},
     "ldm.plan": {"ldm.conditioning", "ldm.samplers", "ldm.schedule", "ldm.trajectory"},
     # Where the two meet.
     "ldm.pipeline": {
-        "ldm.ops",
+        *("ldm.ops", "ldm.projections"),
         *("ldm.config", "ldm.tokenizer", "ldm.clip", "ldm.vae", "ldm.unet", "ldm.checkpoint", "ldm.schedule"),
         *("ldm.conditioning", "ldm.guidance", "ldm.samplers", "ldm.inversion", "ldm.trajectory", "ldm.bezier"),
     },

@@ -133,12 +133,11 @@ def step_us(batch: int, gpu: Gpu) -> float:
 
 
 def save(fusion: Fusion, batch: int, gpu: Gpu) -> dict[str, Any]:
-    """What a fusion would spare a step: bytes or operations at their peak, and launches within a CUDA graph.
+    """What a fusion would spare a step: bytes at the memory's peak, and launches within a CUDA graph.
 
     of_step is the share of the least step; a real one is longer, so a real share is smaller.
     """
-    bandwidth_us = fusion.bytes(batch) / gpu.tbytes_a_second / 1e6
-    saves_us = max(bandwidth_us, fusion.flops * batch / gpu.tensor_tflops / 1e6) + LAUNCH_US * fusion.launches
+    saves_us = fusion.bytes(batch) / gpu.tbytes_a_second / 1e6 + LAUNCH_US * fusion.launches
     return {
         "fusion": fusion.name,
         "batch": batch,

@@ -116,12 +116,10 @@ class Fusion:
     name: str
     numbers: int  # of an image, in half precision, neither written nor read
     launches: int
-    weights: int = 0  # read once for all images, in half precision
-    flops: int = 0  # of an image
 
     def bytes(self, batch: int) -> int:
         """Not moved."""
-        return HALF_BYTES * (batch * self.numbers + self.weights)
+        return HALF_BYTES * batch * self.numbers
 
 
 @cache
@@ -141,23 +139,13 @@ def fusions(config: UNetConfig = SD15.unet) -> tuple[Fusion, ...]:
             module.register_forward_hook(lambda m, args, out: concatenated.append(args[0].numel()))
     _run_without_numbers(unet)
 
-    block_numbers, widths = sum(n * c for n, c in blocks), sum(c for _, c in blocks)
-    prompt = CONTEXT_TOKENS * (2 * widths + 2 * config.context_width * len(blocks))  # k and v written, the context read
-    key_value_weights = 2 * config.context_width * widths
+    block_numbers = sum(n * c for n, c in blocks)
     return (
         Fusion("GEGLU within its projection", 2 * 8 * block_numbers, len(blocks)),
         # Behind both attentions the sum is written as now, and the branch is not read; behind the feed-forward, both.
         Fusion("residuals within the linear layers", 4 * block_numbers, len(blocks)),
         Fusion("residuals within the convolutions", 2 * sum(added), len(added)),
         Fusion("skips read where they lie", 2 * sum(concatenated), len(concatenated)),
-        Fusion("q, k, v in one product", 2 * block_numbers, 2 * len(blocks)),
-        Fusion(
-            "k, v of a prompt kept",
-            prompt,
-            2 * len(blocks),
-            weights=key_value_weights,
-            flops=2 * CONTEXT_TOKENS * key_value_weights,
-        ),
     )
 
 

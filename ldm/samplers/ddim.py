@@ -11,7 +11,7 @@ from math import sqrt
 
 from torch import Tensor
 
-from ldm.samplers.step import EpsFn, History, Noise, Step, noise_levels, predict
+from ldm.samplers.step import EpsFn, History, Level, Noise, Step, noise_levels, predict
 from ldm.schedule import Schedule
 
 
@@ -47,13 +47,24 @@ def ddim(
     x_t = x_T
     for index in range(start, steps):
         a_t, a_prev = levels[index].alphas_cumprod, levels[index + 1].alphas_cumprod
-        eps, x0_pred = predict(eps_fn, x_t, levels[index], index)
-        sigma = eta * sqrt((1 - a_prev) / (1 - a_t)) * sqrt(1 - a_t / a_prev)
-        x_prev = sqrt(a_prev) * x0_pred + sqrt(1 - a_prev - sigma**2) * eps
-        if noise is not None and sigma > 0:
-            x_prev = x_prev + sigma * noise(index).to(x_t)
+        if eta == 0 and (fused := _in_one_kernel(eps_fn, x_t, levels[index], levels[index + 1], index)):
+            x_prev, x0_pred, eps = fused
+        else:
+            eps, x0_pred = predict(eps_fn, x_t, levels[index], index)
+            sigma = eta * sqrt((1 - a_prev) / (1 - a_t)) * sqrt(1 - a_t / a_prev)
+            x_prev = sqrt(a_prev) * x0_pred + sqrt(1 - a_prev - sigma**2) * eps
+            if noise is not None and sigma > 0:
+                x_prev = x_prev + sigma * noise(index).to(x_t)
         yield Step(index, levels[index].t, x_prev, x0_pred, eps, x_in=x_t)
         x_t = x_prev
+
+
+def _in_one_kernel(
+    eps_fn: EpsFn, x_t: Tensor, now: Level, following: Level, step: int
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """x_prev, x0_pred, eps of the formulas above, to within rounding, where eps_fn has them as one kernel for x_t."""
+    ddim_step = getattr(eps_fn, "ddim_step", None)
+    return ddim_step and ddim_step(x_t, now.t, step, now.alphas_cumprod, following.alphas_cumprod)
 
 
 def ddpm(

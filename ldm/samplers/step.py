@@ -25,6 +25,7 @@ EpsFn = Callable[[Tensor, float, int], Tensor]
 counted from noise.
 
 An eps_fn that was made for a number of steps says so in an attribute `steps`; samplers of another number refuse it.
+One with a method `ddim_step` may do a whole step of DDIM at once: see `ldm.guidance.GuidedEps`.
 """
 
 Noise = Callable[[int], Tensor]
