@@ -91,6 +91,8 @@ def test_two_processes_write_what_one_writes(tmp_path):
         subprocess.run([*launch, *options, str(out)], check=True, cwd=tmp_path, env=environment, capture_output=True)
         metrics.append(json.loads((out / "metrics.json").read_text()))
     assert metrics[0]["cells"] == metrics[1]["cells"]
+    assert metrics[0]["model"] == metrics[1]["model"]
+    assert metrics[0]["model"]["backend"] == "torch"
 
 
 # ---- what is measured --------------------------------------------------------------------------------

@@ -314,3 +314,23 @@ def test_a_graph_hears_of_changes(change, unet):
     assert torch.equal(graphed(x_t, 500, context), unet(x_t, 500, context))
     assert not torch.equal(graphed(x_t, 500, context), before)
     assert graphed.used
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_on_a_gpu_packed_kept_and_recorded_are_the_plain_network(dtype, unet):
+    plain = unet.to("cuda", dtype)
+    packed = copy.deepcopy(plain)
+    projections.pack(packed)
+    graphed, x_t = GraphedUNet(packed), randn(2, 4, 8, 8).to("cuda", dtype)
+    for seed in range(2):
+        context = randn(2, 77, 64, seed=seed).to("cuda", dtype)
+        kept = projections.keep(context)
+        for t in (900, 100):
+            expected = packed(x_t, t, context)
+            assert torch.equal(packed(x_t, t, kept), expected)
+            assert torch.equal(graphed(x_t, t, kept), expected)
+            # Sums in another order, rounded to half precision in each of some twenty layers.
+            torch.testing.assert_close(expected, plain(x_t, t, context), rtol=0.02, atol=20 * torch.finfo(dtype).eps)
+    assert graphed.used

@@ -43,6 +43,7 @@ def assemble(
         "model": {
             **first.fingerprint,
             "device": str(first.sd.device),
+            "backend": first.sd.backend,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
