@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from ldm import bezier
 from ldm.cuda_graph import GraphedUNet
-from ldm.guidance import guided
+from ldm.guidance import guided, rows_a_latent
 from ldm.latents import iterate_latents, run_seeds
 from ldm.pipeline import StableDiffusion, to_uint8
 from ldm.plan import Generation, Sampling, Traversal
@@ -80,7 +80,7 @@ def run_traversal(
 ) -> dict[str, Any]:
     """Run a traversal into a folder, continuing one that was cut off there.
 
-    Args:    max_batch: most latents in one call of the U-Net; bounds memory, changes results in the last bits only.
+    Args:    max_batch: most rows in one call of the U-Net; bounds memory, changes results in the last bits only.
              None: 4 at 512 x 512 pixels, and so many that they are as large together at other sizes.
              images: decode and write the images as well.  label: in front of the progress bars.
              start: where each seed begins; None: at its noise.  graphed: the model's U-Net as CUDA graphs, to be used
@@ -106,8 +106,8 @@ def latent_shape(sd: StableDiffusion, plan: Sampling) -> tuple[int, int, int]:
 
 
 def default_max_batch(shape: Sequence[int]) -> int:
-    """4 latents of 64 x 64 in one call of the U-Net, and so many that they are as large together at other sizes."""
-    return max(1, 4 * 64 * 64 // math.prod(shape[1:]))
+    """8 rows of 64 x 64 in one call of the U-Net, and so many that they are as large together at other sizes."""
+    return max(1, 8 * 64 * 64 // math.prod(shape[1:]))
 
 
 def sample(
@@ -163,6 +163,7 @@ def _run(
     shape = latent_shape(sd, plan)
     max_batch = default_max_batch(shape) if max_batch is None else max_batch
     branches, rows_a_seed = 1 + len(tree.children), unet_rows(tree, plan.steps, plan.run_sampler)
+    at_once = max(1, max_batch // (branches * rows_a_latent(plan.guidance)))
     model = {
         "weights_sha256": sd.weights_sha256(),
         "weight_set": sd.weight_set,
@@ -190,7 +191,7 @@ def _run(
         settings = {**asdict(plan), **model, "latent_size": shape[1:], **(start.settings if start else {})}
         del settings["seeds"]  # so that a folder may grow by further seeds
         earlier = read_record(out) if (out / "latents.safetensors").exists() else {}
-        path = run_seeds(compute, plan.seeds, out, settings, at_once=max(1, max_batch // branches))
+        path = run_seeds(compute, plan.seeds, out, settings, at_once)
 
     decoded = write_images(sd, path, out, label) if images else 0
     if not evaluated and not decoded and set(plan.seeds) <= set(earlier.get("seeds", [])):

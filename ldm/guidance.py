@@ -44,10 +44,10 @@ def guided(
              guidance_scale: g; SD1's usual value is 7.5.
              uncond: what guidance pushes away from: the empty prompt's (L, D) or (B or 1, L, D) context, or a
              negative prompt's own embedding schedule; needed unless g is 1.
-             max_batch: most latents in one U-Net call (guidance doubles its rows); None: all of them.
-             It bounds memory. Results then agree to the last bits of float32, not bit for bit, as a matrix
-             product of another size adds up in another order; `max_batch=1` gives every latent a call of
-             its own, and a result that does not depend on the rest of the batch.
+             max_batch: most rows in one U-Net call; None: all of them. Under guidance a latent has two, which stay
+             together, so a call then has at least two. It bounds memory. Results then agree to the last bits of
+             float32, not bit for bit, as a matrix product of another size adds up in another order; `max_batch=1`
+             gives every latent a call of its own, and a result that does not depend on the rest of the batch.
     Returns: eps_fn(x_t, t, step), eps in x_t's dtype whatever the U-Net's: float32 latents under a half-precision
              network are rounded for each call only. It counts the U-Net rows evaluated in `.rows`; `.steps` is
              the schedule's length, which a sampler compares with its own.
@@ -73,6 +73,11 @@ def guided(
     return GuidedEps(unet, schedule, guidance_scale, uncond, max_batch)
 
 
+def rows_a_latent(guidance_scale: float) -> int:
+    """Of the U-Net's batch: with the prompt, and under guidance without it too."""
+    return 1 if guidance_scale == 1 else 2
+
+
 class GuidedEps:
     """The eps_fn that `guided` returns. rows: U-Net rows evaluated since it was made.  steps: of its schedule."""
 
@@ -88,7 +93,7 @@ class GuidedEps:
         self.schedule = schedule
         self.guidance_scale = guidance_scale
         self.uncond = uncond
-        self.max_batch = max_batch
+        self.latents_a_call = max_batch and max(1, max_batch // rows_a_latent(guidance_scale))
         self.rows = 0
         self.steps = len(schedule)
         self._told: tuple[projections.Stamp | None, list[Tensor], Tensor] | None = None
@@ -118,7 +123,7 @@ class GuidedEps:
 
     def _calls(self, x_t: Tensor, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The latents and the context of each call."""
-        return zip(x_t.split(self.max_batch or len(x_t)), self._contexts(step, len(x_t)), strict=True)
+        return zip(x_t.split(self.latents_a_call or len(x_t)), self._contexts(step, len(x_t)), strict=True)
 
     def _contexts(self, step: int, batch: int) -> list[Tensor]:
         """What the rows of each call are told.
@@ -129,7 +134,7 @@ class GuidedEps:
         rows = [_for_batch("context", self.schedule.at(step), batch)]
         if self.uncond is not None:
             rows.insert(0, _for_batch("uncond", self.uncond.at(step), batch))
-        size = self.max_batch or batch
+        size = self.latents_a_call or batch
         if size < batch or torch.is_grad_enabled():
             return [_joined(parts) for parts in zip(*(context.split(size) for context in rows), strict=True)]
         stamp = projections.stamp(*rows)

@@ -33,7 +33,7 @@ from ldm import checkpoint
 from ldm.conditioning import constant
 from ldm.data.images import FITS, load_image
 from ldm.experiment import default_max_batch, image_path, load_pixels, read_record, write_images, write_json
-from ldm.guidance import GuidedEps, guided
+from ldm.guidance import GuidedEps, guided, rows_a_latent
 from ldm.inversion import ddim_inversion, edict, edict_inversion, fixed_point_inversion
 from ldm.latents import load_seed, run_seeds
 from ldm.pipeline import StableDiffusion
@@ -256,7 +256,7 @@ def run_inversion(
             return {**noise.latents(), "encoded": x_0, "retraced": retrace(sd, how, eps_fn, noise, bar.update)}
 
         settings = {**asdict(how), **model, "latent_size": shape[1:]}
-        path = run_seeds(compute, list(images), out, settings, at_once=max_batch)
+        path = run_seeds(compute, list(images), out, settings, max(1, max_batch // rows_a_latent(how.guidance)))
 
     decoded = write_images(sd, path, out, "invert")
     known = {entry["sha256"] for entry in earlier.get("images", [])}

@@ -136,8 +136,8 @@ def traverse_tree(
     agree in floating point is up to `guide`, since a matrix product rounds a row by the size of the
     batch that it is in, and even by its place there. With `max_batch` (see `ldm.guidance.guided`)
     - None, or any number: to the last bits of float32, some 1e-7 after 10 steps at guidance 1;
-    - B: every branch makes the very calls that it would make alone, so bit for bit: a neutral -> neutral
-      swap is then the neutral path;
+    - B, or 2B under guidance: every branch makes the very calls that it would make alone, so bit for bit: a
+      neutral -> neutral swap is then the neutral path;
     - 1: so does every seed, and no result depends on anything else in the batch.
 
         guide = partial(guided, sd.unet, guidance_scale=7.5, uncond=empty, max_batch=16)

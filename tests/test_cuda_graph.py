@@ -191,7 +191,7 @@ def test_a_run_under_guidance_is_the_plain_one():
     graphed = GraphedUNet(network, Recorder())
     runs = []
     for unet in (network, graphed):
-        eps_fn = guided(unet, constant(prompt, 3), 7.5, empty, max_batch=2)  # batches of 4 and of 2 rows
+        eps_fn = guided(unet, constant(prompt, 3), 7.5, empty, max_batch=4)  # batches of 4 and of 2 rows
         *_, last = ddim(eps_fn, x_T, Schedule.sd15(), 3)
         runs.append(last.x_t)
     assert torch.equal(*runs)

@@ -256,7 +256,7 @@ def test_a_run_makes_keys_and_values_once_a_prompt_and_nothing_else_of_it(scale,
 
 def test_several_calls_a_step_keep_nothing(unet):
     each = of_prompts(lambda: unet(X_T, 500, PROMPT.expand(3, -1, -1)))
-    assert of_prompts(lambda: run(guided(unet, constant(PROMPT, 6), 7.5, EMPTY, max_batch=2))) == 2 * 6 * each
+    assert of_prompts(lambda: run(guided(unet, constant(PROMPT, 6), 7.5, EMPTY, max_batch=4))) == 2 * 6 * each
 
 
 def test_prompts_changed_in_place_during_a_run_are_heard(unet):

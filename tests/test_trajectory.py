@@ -275,7 +275,7 @@ def test_one_latent_a_call_makes_results_independent_of_everything_else_in_the_b
 
 def test_one_branch_a_call_makes_a_branch_the_run_alone_bit_for_bit():
     x_T = initial_noise([0, 1], SHAPE)
-    latents = traverse_tree(small_guide(7.5, max_batch=len(x_T)), x_T, small_tree(), SCHEDULE, 6).latents
+    latents = traverse_tree(small_guide(7.5, max_batch=2 * len(x_T)), x_T, small_tree(), SCHEDULE, 6).latents
     assert torch.equal(latents["same"], latents["neutral"])
     for name in SMALL_ALONE:
         assert torch.equal(latents[name], small_alone(name, x_T))

@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     phantoms.add_argument("--truth-seeds", type=int, help="rendered patients (default: as many as --seeds)")
     phantoms.add_argument("--truth-swap-steps", default="5,10,15,25,35", help="of those (default %(default)s)")
     phantoms.add_argument("--truth-guidance", type=float, default=1.0, help="of those (default %(default)s)")
-    phantoms.add_argument("--max-batch", type=int, help="most latents in one U-Net call, to bound memory")
+    phantoms.add_argument("--max-batch", type=int, help="most rows in one U-Net call, to bound memory")
     options.add_model(parser)
     options.add_cuda_graph(parser)
 

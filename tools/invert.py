@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fit", choices=FITS, default="squash", help="how an image is made square (default %(default)s)"
     )
     parser.add_argument("--size", help="side of the images in pixels (default: as trained)")
-    parser.add_argument("--max-batch", type=int, help="most latents in one U-Net call, to bound memory")
+    parser.add_argument("--max-batch", type=int, help="most rows in one U-Net call, to bound memory")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; continues a run cut off there")
     add_model(parser)
 

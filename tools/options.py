@@ -103,14 +103,16 @@ def add_sampling(parser: argparse.ArgumentParser, guidance: float = 7.5) -> None
     parser.add_argument("--eta", type=float, default=0.0, help="of ddim; 0: deterministic (default), 1: noisy as DDPM")
     parser.add_argument("--size", help="of the images in pixels, WIDTHxHEIGHT or one number (default: as trained)")
     parser.add_argument(
-        "--max-batch", type=int, help="most latents in one U-Net call, to bound memory (default: 4 at 512 x 512 pixels)"
+        "--max-batch",
+        type=int,
+        help="most rows in one U-Net call, to bound memory; guidance makes two of a latent (default: 8 at 512 x 512)",
     )
     add_cuda_graph(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder to write; continues a run cut off there")
 
 
 def max_batch(args: argparse.Namespace) -> int | None:
-    """--max-batch, seen to be a number of latents."""
+    """--max-batch, seen to be a number of rows."""
     if args.max_batch is not None and args.max_batch < 1:
         raise ValueError(f"--max-batch: got {args.max_batch}, expected 1 or more")
     return args.max_batch

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfrt-seeds", type=int, default=4, help="for the CFRT; 0: none (default: %(default)s)")
     parser.add_argument("--classifier", type=Path, help="for the CFRT (default: the shipped one, for its prompts only)")
     parser.add_argument("--rounds", type=int, default=3, help="of the timing (default: %(default)s)")
-    parser.add_argument("--max-batch", type=int, help="most latents in one U-Net call, to bound memory")
+    parser.add_argument("--max-batch", type=int, help="most rows in one U-Net call, to bound memory")
     parser.add_argument("--out", type=Path, default=Path("out/bench/samplers"), help="folder (default: %(default)s)")
     add_model(parser)
 

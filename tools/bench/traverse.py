@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps; swaps scale along (default %(default)s)")
     parser.add_argument("--guidance", type=float, default=3.0, help="scale (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of the timing (default %(default)s)")
-    parser.add_argument("--max-batch", type=int, help="most latents in one U-Net call, to bound memory")
+    parser.add_argument("--max-batch", type=int, help="most rows in one U-Net call, to bound memory")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     add_model(parser)
 
