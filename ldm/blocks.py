@@ -11,7 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm import ops, projections
+from ldm import ops
+from ldm.projections import keys_values, project
 from ldm.taps import MultiHead
 
 
@@ -118,9 +119,9 @@ class Attention(MultiHead):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x: (B, N, C), context: (B, L, D) -> (B, N, C)."""
         if context is None:
-            q, k, v = projections.project(x, self.to_q, self.to_k, self.to_v)
+            q, k, v = project(x, self.to_q, self.to_k, self.to_v)
         else:
-            q, (k, v) = self.to_q(x), projections.keys_values(context, self.to_k, self.to_v)
+            q, (k, v) = self.to_q(x), keys_values(context, self.to_k, self.to_v)
         return self.to_out(ops.attention(q, k, v, self.heads))
 
 

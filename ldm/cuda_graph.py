@@ -19,12 +19,11 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
-from ldm import ops, projections
+from ldm import ops
 
 logger = logging.getLogger(__name__)
 
@@ -67,29 +66,13 @@ class CudaCapture:
         return graph.replay, result, before
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Graph:
-    """One recording, and the memory that it reads and writes.
-
-    Its context is marked (`ldm.projections.keep`): the recording reads a prompt's keys and values, and makes none.
-    """
+    """One recording, and the memory that it reads and writes."""
 
     inputs: tuple[Tensor, Tensor, Tensor]  # x_t (R, C, H, W), t (R,) float32, context (R, L, D)
     eps: Tensor  # (R, C, H, W)
     replay: Callable[[], object]
-    told: tuple[ref[Tensor], projections.Stamp | None] | None = None  # the prompt that was copied in last
-
-    def run(self, x_t: Tensor, t: float | Tensor, context: Tensor) -> Tensor:
-        """eps (B, C, H, W) of B <= R rows."""
-        stamp = projections.stamp(context)
-        if stamp is None or self.told is None or self.told[0]() is not context or self.told[1] != stamp:
-            _copy(self.inputs[2], context)
-            self.told = ref(context), stamp
-        projections.renew(self.inputs[2])  # after another prompt, or where weights were changed in place
-        _copy(self.inputs[0], x_t)
-        _copy(self.inputs[1], _one_a_row(x_t, t))
-        self.replay()
-        return self.eps[: len(x_t)].clone()
 
 
 class GraphedUNet:
@@ -166,9 +149,10 @@ class GraphedUNet:
         self._graphs[key] = graph
         if len(self._graphs) > MOST_GRAPHS:
             del self._graphs[next(iter(self._graphs))]
-        eps = graph.run(x_t, t, context)
+        _fill(graph.inputs, x_t, t, context)
+        graph.replay()
         self.used = True
-        return eps
+        return graph.eps[: len(x_t)].clone()
 
     def _record(self, rows: int, x_t: Tensor, t: float | Tensor, context: Tensor) -> Graph:
         """Raises RuntimeError when it cannot be recorded, or when the recording computes something else."""
@@ -176,10 +160,9 @@ class GraphedUNet:
         inputs = (
             x_t.new_empty(rows, *x_t.shape[1:]),
             x_t.new_empty(rows, dtype=torch.float32),
-            projections.keep(context.new_empty(rows, *context.shape[1:])),
+            context.new_empty(rows, *context.shape[1:]),
         )
-        for buffer, given in zip(inputs, (x_t, _one_a_row(x_t, t), context), strict=True):
-            _copy(buffer, given)
+        _fill(inputs, x_t, t, context)
         replay, eps, before = self._capture(lambda: self.network(*inputs))
         replay()
         difference, size = (torch.linalg.vector_norm(x, dtype=torch.float32) for x in (eps - before, before))
@@ -200,13 +183,10 @@ def _fits(x_t: Tensor, t: float | Tensor, context: Tensor) -> bool:
     return shaped and len(x_t) == len(context) > 0 and x_t.device == context.device
 
 
-def _one_a_row(x_t: Tensor, t: float | Tensor) -> Tensor:
-    """(B,) times."""
+def _fill(buffers: tuple[Tensor, Tensor, Tensor], x_t: Tensor, t: float | Tensor, context: Tensor) -> None:
+    """Copy a call into longer buffers; the rows beyond repeat its last one, in which nothing overflows."""
+    rows = len(x_t)
     t = t if isinstance(t, Tensor) else x_t.new_full((), t, dtype=torch.float32)  # there: a copy from here would wait
-    return t.expand(len(x_t))
-
-
-def _copy(buffer: Tensor, given: Tensor) -> None:
-    """Into a longer buffer, whose rows beyond repeat the last one given, in which nothing overflows."""
-    buffer[: len(given)].copy_(given)
-    buffer[len(given) :].copy_(given[-1:].expand_as(buffer[len(given) :]))
+    for buffer, given in zip(buffers, (x_t, t.expand(rows), context), strict=True):
+        buffer[:rows].copy_(given)
+        buffer[rows:].copy_(given[-1:].expand_as(buffer[rows:]))

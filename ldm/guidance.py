@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ldm import ops, projections
+from ldm import ops
+from ldm.projections import Unchanged, keep, recording
 
 UNetFn = Callable[[Tensor, float, Tensor], Tensor]
 """eps = unet(x_t, t, context): (B, 4, H/8, W/8), training timestep, (B, L, D); all in the network's dtype."""
@@ -50,7 +51,8 @@ def guided(
              gives every latent a call of its own, and a result that does not depend on the rest of the batch.
     Returns: eps_fn(x_t, t, step), eps in x_t's dtype whatever the U-Net's: float32 latents under a half-precision
              network are rounded for each call only. It counts the U-Net rows evaluated in `.rows`; `.steps` is
-             the schedule's length, which a sampler compares with its own.
+             the schedule's length, which a sampler compares with its own. It is for one run: what the network makes
+             of a prompt is made once, so weights that change between steps may go unheard (`ldm.projections.keep`).
     Raises:  ValueError: uncond missing, or of another length, (L, D), dtype or device than the schedule's contexts.
     """
     if max_batch is not None and max_batch < 1:
@@ -96,7 +98,7 @@ class GuidedEps:
         self.latents_a_call = max_batch and max(1, max_batch // rows_a_latent(guidance_scale))
         self.rows = 0
         self.steps = len(schedule)
-        self._told: tuple[projections.Stamp | None, list[Tensor], Tensor] | None = None
+        self._prompts: tuple[Unchanged, Tensor] | None = None  # of the last call, and their context
 
     def __call__(self, x_t: Tensor, t: float, step: int) -> Tensor:
         """eps of (B, 4, H/8, W/8), see `guided`; ValueError when a context's batch is neither B nor 1."""
@@ -109,23 +111,24 @@ class GuidedEps:
         self, x_t: Tensor, t: float, step: int, a_t: float, a_prev: float
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """x_prev, x0_pred and eps of a deterministic DDIM step, guidance and step in one kernel; None without one."""
-        if self.uncond is None or torch.is_grad_enabled() or not ops.fused(x_t):
+        plain = type(self) is GuidedEps and x_t.dtype in (torch.float32, *ops.HALF)  # a subclass may guide otherwise
+        if self.uncond is None or not plain or torch.is_grad_enabled() or not ops.fused(x_t):
             return None
         eps_uncond, eps_cond = self._both(x_t, t, step)
         return ops.guided_ddim_step(x_t, eps_uncond, eps_cond, self.guidance_scale, a_t, a_prev)
 
     def _both(self, x_t: Tensor, t: float, step: int) -> tuple[Tensor, Tensor]:
         """eps without and with the prompt: two halves of each call, the unconditional one first, as CompVis has it."""
-        calls = self._calls(x_t, step)
-        halves = [self._evaluate(torch.cat([x, x]), t, context).chunk(2) for x, context in calls]
-        eps_uncond, eps_cond = (torch.cat(of_calls) for of_calls in zip(*halves, strict=True))
+        halves = [self._evaluate(torch.cat([x, x]), t, context).chunk(2) for x, context in self._calls(x_t, step)]
+        eps_uncond, eps_cond = (_joined(of_calls) for of_calls in zip(*halves, strict=True))
         return eps_uncond, eps_cond
 
     def _calls(self, x_t: Tensor, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The latents and the context of each call."""
-        return zip(x_t.split(self.latents_a_call or len(x_t)), self._contexts(step, len(x_t)), strict=True)
+        size = self.latents_a_call or len(x_t)
+        return zip(x_t.split(size), self._contexts(step, len(x_t), size), strict=True)
 
-    def _contexts(self, step: int, batch: int) -> list[Tensor]:
+    def _contexts(self, step: int, batch: int, size: int) -> list[Tensor]:
         """What the rows of each call are told.
 
         While one call takes the whole batch, and its prompts stay, it is the same tensor, of which the network may keep
@@ -134,13 +137,12 @@ class GuidedEps:
         rows = [_for_batch("context", self.schedule.at(step), batch)]
         if self.uncond is not None:
             rows.insert(0, _for_batch("uncond", self.uncond.at(step), batch))
-        size = self.latents_a_call or batch
-        if size < batch or torch.is_grad_enabled():
+        if size < batch or torch.is_grad_enabled() or torch.compiler.is_compiling() or recording(rows[0]):
             return [_joined(parts) for parts in zip(*(context.split(size) for context in rows), strict=True)]
-        stamp = projections.stamp(*rows)
-        if self._told is None or stamp is None or self._told[0] != stamp:
-            self._told = stamp, rows, projections.keep(_joined(rows))  # rows: so that their memory stays theirs
-        return [self._told[2]]
+        prompts = self._prompts
+        if prompts is None or not prompts[0](*rows):
+            prompts = self._prompts = Unchanged(*rows), keep(_joined(rows))
+        return [prompts[1]]
 
     def _evaluate(self, x_t: Tensor, t: float, context: Tensor) -> Tensor:
         self.rows += len(x_t)
@@ -163,8 +165,8 @@ class _Always:
         return self.steps
 
 
-def _joined(contexts: Sequence[Tensor]) -> Tensor:
-    return contexts[0] if len(contexts) == 1 else torch.cat(list(contexts))
+def _joined(batches: Sequence[Tensor]) -> Tensor:
+    return batches[0] if len(batches) == 1 else torch.cat(list(batches))
 
 
 def _for_batch(name: str, context: Tensor, batch: int) -> Tensor:

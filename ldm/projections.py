@@ -6,16 +6,18 @@ in memory, so that they are also one matrix, and one product makes all three. Na
 Kept. Keys and values of a prompt depend on nothing but the prompt. Of a context marked by `keep`, a cross-attention
 makes them once, and has them for as long as the context lives.
 
-Both are for sampling. Where gradients, autocast or the compiler are on, where a projection is watched (ldm/taps) or is
-no plain `nn.Linear` without bias, such as one with a LoRA, each is called as the module that it is.
+Both are for sampling. Where gradients, autocast or the compiler are on, where a projection is watched (ldm/taps), or is
+not simply an `nn.Linear` without bias, such as one with a LoRA, each is called as the module that it is.
 
 Letters: B batch, N positions or tokens, C channels, D the width of what is projected.
 """
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import TypeGuard
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +26,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ldm.taps import MultiHead
 
-Stamp = tuple[object, ...]
-
 # ---- packed ----------------------------------------------------------------------------------------
 
 
@@ -33,12 +33,13 @@ Stamp = tuple[object, ...]
 def pack(network: nn.Module) -> None:
     """Lay weights one after the other: q, k, v of every self-attention, and k, v of every cross-attention.
 
-    Moving or casting the network afterwards takes them apart again, which costs the gain and nothing else.
+    They become new Parameters: pack before an optimizer is made. What moves, casts or copies the network later takes
+    them apart again, which costs the gain and nothing else.
     """
     for module in network.modules():
         if isinstance(module, MultiHead):
             layers = tuple(module.get_submodule(name) for name in module.projections[1 if module.cross else 0 : 3])
-            if _linear(layers):
+            if _linear(layers) and len({(x.weight.dtype, x.weight.device, x.in_features) for x in layers}) == 1:
                 weights = [layer.weight for layer in layers]
                 rows = torch.cat(weights).split([layer.out_features for layer in layers])
                 for layer, weight, its_rows in zip(layers, weights, rows, strict=True):
@@ -72,72 +73,79 @@ def _as_one_matrix(layers: tuple[nn.Linear, ...]) -> Tensor | None:
 # ---- kept ------------------------------------------------------------------------------------------
 
 
+class Unchanged:
+    """Tensors as they are now, to be recognised later: the same memory, not written since, on the same CUDA stream.
+
+    It holds them, so that nothing else can come to lie where they do. Writes that torch does not count are not noticed:
+    through `.data` or numpy, by fused optimizers, to tensors made in inference mode.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._held = [x.detach() for x in tensors]
+        self._state = _state(*tensors)
+
+    def __call__(self, *tensors: Tensor) -> bool:
+        """Whether these are they, or views that cannot be told from them."""
+        return self._state == _state(*tensors)
+
+
+def _state(*tensors: Tensor) -> list[object]:
+    device = tensors[0].device
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    writes = [None if x.is_inference() else x._version for x in tensors]
+    return [stream, writes, *((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors)]
+
+
 @dataclass
 class _Made:
-    """Keys and values, and the state of all that they were made of."""
+    """Keys and values, and whether the weights that made them are as they were."""
 
     keys_values: tuple[Tensor, ...]
-    layers: tuple[nn.Linear, ...]
-    stamp: Stamp
+    by: Unchanged
 
 
-_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # a marked context -> {to_k: _Made}
+_kept: MutableMapping[Tensor, WeakKeyDictionary[nn.Module, _Made]] = WeakTensorKeyDictionary()
+"""A marked context -> to_k -> what was made of it there."""
 
 
 def keep(context: Tensor) -> Tensor:
     """The same context, marked: whoever attends to it keeps its keys and values until nobody holds the result.
 
-    A view, a copy or anything else that is made of it bears no mark. It, and the weights, may be changed in place: its
-    keys and values are then made anew.
+    A view, a copy or anything else that is made of it bears no mark. Whoever marks a context sees to it that it is not
+    written any more. Weights may be, as far as `Unchanged` notices.
 
     Args:    context: (B, L, D).
     Returns: the same memory, without gradient.
     """
     marked = context.detach()
-    _kept[marked] = {}
+    _kept[marked] = WeakKeyDictionary()
     return marked
 
 
 def keys_values(context: Tensor, to_k: nn.Module, to_v: nn.Module) -> tuple[Tensor, ...]:
     """k and v, (B, L, C) each, of a context (B, L, D); see `keep`."""
     layers = (to_k, to_v)
-    made: dict[nn.Module, _Made] | None = None if torch.compiler.is_compiling() else _kept.get(context)
-    if made is None or not _linear(layers) or not _unseen(context, layers):
+    made = None if torch.compiler.is_compiling() else _kept.get(context)
+    if made is None or not _linear(layers) or not _unseen(context, layers) or recording(context):
         return project(context, *layers)
-    now = stamp(context, *(layer.weight for layer in layers))
-    if now is None:
-        return project(context, *layers)
-    if to_k not in made or made[to_k].stamp != now:
-        made[to_k] = _Made(project(context, *layers), layers, now)
+    weights = [layer.weight for layer in layers]
+    if to_k not in made or not made[to_k].by(*weights):
+        made[to_k] = _Made(project(context, *layers), Unchanged(*weights))
     return made[to_k].keys_values
-
-
-@torch.no_grad()
-def renew(context: Tensor) -> None:
-    """Bring what is kept of a marked context up to date where it lies: for a recording that reads it there."""
-    for made in _kept[context].values():
-        now = stamp(context, *(layer.weight for layer in made.layers))
-        if now is not None and made.stamp != now:
-            for old, new in zip(made.keys_values, project(context, *made.layers), strict=True):
-                old.copy_(new)
-            made.stamp = now
-
-
-def stamp(*tensors: Tensor) -> Stamp | None:
-    """Which memory tensors are, and how often it was written; None where torch does not count that.
-
-    As long as the tensors live, an equal stamp means that they, or other views like them, hold the same numbers.
-    """
-    if torch.compiler.is_compiling() or any(x.is_inference() for x in tensors):
-        return None
-    return tuple((x.data_ptr(), x._version, x.dtype, x.shape, x.stride()) for x in tensors)
 
 
 # ---- where this is the same as calling the layers --------------------------------------------------
 
 
 def _linear(layers: tuple[nn.Module, ...]) -> TypeGuard[tuple[nn.Linear, ...]]:
-    return all(type(layer) is nn.Linear and layer.bias is None for layer in layers)
+    """Whether they are torch's own, with nothing put in their place: no `forward` of their own, no other weights."""
+    return all(
+        type(layer) is nn.Linear
+        and type(layer.weight) is nn.Parameter
+        and layer.bias is None
+        and "forward" not in vars(layer)
+        for layer in layers
+    )
 
 
 def _unseen(x: Tensor, layers: tuple[nn.Module, ...]) -> bool:
@@ -147,3 +155,8 @@ def _unseen(x: Tensor, layers: tuple[nn.Module, ...]) -> bool:
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         return False
     return not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+
+
+def recording(x: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded: it must read the prompts that lie there when it is replayed."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()

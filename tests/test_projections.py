@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 from networks import small
+from small_networks import ToyUNet
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -166,38 +167,52 @@ def test_of_a_marked_context_keys_and_values_are_made_once(unet):
     assert of_prompts(lambda: unet(x_t, 500, kept[:])) == each, "nor does a view"
 
 
-def write_context(unet, context):
-    context.mul_(2)
+def write_weight(attention):
+    attention.to_v.weight.mul_(2)
 
 
-def write_weight(unet, context):
-    unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_v.weight.mul_(2)
-
-
-def replace_weight(unet, context):
-    attention = unet.mid_block.attentions[0].transformer_blocks[0].attn2
+def replace_weight(attention):
     attention.to_k.weight = nn.Parameter(2 * attention.to_k.weight)
 
 
-def replace_layer(unet, context):
-    attention = unet.mid_block.attentions[0].transformer_blocks[0].attn2
+def replace_data(attention):
+    attention.to_k.weight.data = 2 * attention.to_k.weight.data
+
+
+def replace_layer(attention):
     attention.to_k = nn.Linear(64, attention.to_k.out_features, bias=False)
 
 
-CHANGES = [write_context, write_weight, replace_weight, replace_layer]
+def patch_forward(attention):
+    forward = attention.to_k.forward
+    attention.to_k.forward = lambda x: 2 * forward(x)
 
 
-@pytest.mark.parametrize("change", CHANGES)
+def first_cross_attention(unet):
+    return unet.mid_block.attentions[0].transformer_blocks[0].attn2
+
+
+@pytest.mark.parametrize("change", [write_weight, replace_weight, replace_data, replace_layer, patch_forward])
 def test_what_is_kept_is_never_out_of_date(change, unet):
     x_t, context = randn(2, 4, 8, 8), projections.keep(randn(2, 77, 64, seed=1))
     before = unet(x_t, 500, context)
-    change(unet, context)
+    change(first_cross_attention(unet))
     after = unet(x_t, 500, context)
     assert torch.equal(after, unet(x_t, 500, context.clone()))
     assert not torch.equal(after, before)
 
 
-def test_watched_with_gradients_under_autocast_or_in_inference_mode_nothing_is_kept(unet):
+def test_a_weight_in_the_place_of_another_is_not_taken_for_it():
+    """Memory that is freed is soon used again, and a new weight has as many writes as the old one had."""
+    to_k, to_v = (nn.Linear(64, 64, bias=False) for _ in range(2))
+    context = projections.keep(randn(1, 77, 64))
+    for seed in range(10):
+        to_k.weight = None
+        to_k.weight = nn.Parameter(randn(64, 64, seed=seed))
+        assert torch.equal(projections.keys_values(context, to_k, to_v)[0], to_k(context))
+
+
+def test_watched_with_gradients_or_under_autocast_nothing_is_kept(unet):
     x_t, context = randn(1, 4, 8, 8), projections.keep(randn(1, 77, 64, seed=1))
     plain = unet(x_t, 500, context)
     with unet.capture("*.attn2.to_k", "*.attn2.probabilities") as seen:
@@ -210,18 +225,16 @@ def test_watched_with_gradients_under_autocast_or_in_inference_mode_nothing_is_k
         rough = unet(x_t, 500, context)
         assert torch.equal(rough, unet(x_t, 500, context.clone()))
     assert torch.equal(unet(x_t, 500, context), plain)
-    with torch.inference_mode():
-        inside = projections.keep(randn(1, 77, 64, seed=1))
-        for _ in range(2):
-            assert torch.equal(unet(x_t, 500, inside), plain)
 
 
-def test_it_goes_with_the_context(unet):
+def test_it_goes_with_the_context_and_with_the_network(unet):
     gc.collect()
     others = len(projections._kept)
     context = projections.keep(randn(1, 77, 64))
     unet(randn(1, 4, 8, 8), 500, context)
-    assert len(projections._kept) == others + 1
+    copy.deepcopy(unet)(randn(1, 4, 8, 8), 500, context)
+    gc.collect()
+    assert len(projections._kept[context]) == sum(name.endswith("attn2") for name, _ in unet.named_modules())
     del context
     gc.collect()
     assert len(projections._kept) == others
@@ -281,39 +294,35 @@ def test_gradients_reach_the_prompts(unet):
     assert empty.grad is not None
 
 
-class Frozen:
-    """Stands in for a CUDA graph, as in test_cuda_graph.py, and lets a replay make nothing of a prompt."""
-
-    def __call__(self, work):
-        before = work()
-        result = before.clone()
-
-        def replay():
-            assert of_prompts(lambda: result.copy_(work())) == 0, "a graph would go on reading what was there"
-
-        return replay, result, before
+def test_a_new_run_hears_of_any_write(unet):
+    """Also of one that torch does not count."""
+    before = run(guided(unet, constant(PROMPT, 6), 7.5, EMPTY))
+    first_cross_attention(unet).to_v.weight.data.mul_(2)
+    after = run(guided(unet, constant(PROMPT, 6), 7.5, EMPTY))
+    assert not torch.equal(after, before)
+    with unet.capture("*.attn2.to_v"):  # nothing is kept
+        assert torch.equal(run(guided(unet, constant(PROMPT, 6), 7.5, EMPTY)), after)
 
 
-def test_a_graph_reads_the_keys_and_values_of_the_prompt_it_is_given(unet):
-    graphed, x_t = GraphedUNet(unet, Frozen()), randn(2, 4, 8, 8)
-    prompts = [randn(2, 77, 64, seed=seed) for seed in range(2)]
-    for context in (prompts[0], prompts[1], prompts[0], prompts[0].clone()):
-        for t in (900, 100):
-            assert torch.equal(graphed(x_t, t, context), unet(x_t, t, context))
-    each = of_prompts(lambda: unet(x_t, 500, prompts[0]))
-    assert of_prompts(lambda: graphed(x_t, 500, prompts[0])) == each
-    assert of_prompts(lambda: graphed(x_t, 400, prompts[0])) == 0
-    assert graphed.used
+def test_inference_mode_keeps_as_well(unet):
+    each = of_prompts(lambda: unet(X_T, 500, PROMPT.expand(3, -1, -1)))
+    expected = run(guided(unet, constant(PROMPT, 6), 7.5, EMPTY))
+    with torch.inference_mode():
+        assert of_prompts(lambda: run(guided(unet, constant(PROMPT, 6), 7.5, EMPTY))) == each
+        assert torch.equal(run(guided(unet, constant(PROMPT, 6), 7.5, EMPTY)), expected)
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_graph_hears_of_changes(change, unet):
-    graphed, x_t, context = GraphedUNet(unet, Frozen()), randn(2, 4, 8, 8), randn(2, 77, 64, seed=1)
-    before = graphed(x_t, 500, context)
-    change(unet, context)
-    assert torch.equal(graphed(x_t, 500, context), unet(x_t, 500, context))
-    assert not torch.equal(graphed(x_t, 500, context), before)
-    assert graphed.used
+def test_an_eps_fn_compiles_whole(unet):
+    class Always:
+        def at(self, step):
+            return PROMPT
+
+        def __len__(self):
+            return 6
+
+    eps_fn = guided(ToyUNet(), Always(), 7.5, EMPTY)
+    compiled = torch.compile(lambda x_t: eps_fn(x_t, 500.0, 0), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(X_T), eps_fn(X_T, 500.0, 0))
 
 
 @pytest.mark.gpu

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "ldm.taps": set(),
     "ldm.ops": {"kernels"},
     "ldm.projections": {"ldm.taps"},
-    "ldm.cuda_graph": {"ldm.ops", "ldm.projections"},
+    "ldm.cuda_graph": {"ldm.ops"},
     "ldm.blocks": {"ldm.ops", "ldm.projections", "ldm.config", "ldm.taps"},
     "ldm.tokenizer": {"ldm.config"},
     "ldm.clip": {"ldm.blocks", "ldm.ops", "ldm.config", "ldm.taps"},
