@@ -145,4 +145,4 @@ def test_killed_before_any_file_operation_it_goes_on(servers, tmp_path):
         assert_whole(out)
         assert_goes_on_as_if_never_stopped(out, straight, 3)
     step = "next.step-00000003"
-    assert half_written > {f"{step}.safetensors", f"{step}.state.safetensors", f"next.{LAST}"}
+    assert half_written >= {f"{step}.safetensors", f"{step}.state.safetensors", f"next.{LAST}"}
