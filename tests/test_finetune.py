@@ -365,7 +365,7 @@ def test_a_killed_run_that_goes_on_equals_one_that_was_not(tmp_path, weights, da
     while len(list(killed.glob("step-*.state.safetensors"))) < 2 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(how)
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=600)
     if how == signal.SIGTERM:
         assert process.returncode == 0
         assert "--resume auto goes on" in said

@@ -339,7 +339,7 @@ def test_files_are_the_same_each_time_and_carry_their_fonts(results, tmp_path):
     )
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "7"}
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "there")], env=environment, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "there")], env=environment, check=True, timeout=600)
     for file in here:
         assert file.read_bytes() == (tmp_path / f"there{file.suffix}").read_bytes()
     pdf = (tmp_path / "here.pdf").read_bytes()
