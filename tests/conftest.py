@@ -1,15 +1,23 @@
-"""The full-size networks, built at most once a run: 4.3 GB in float32, half a minute of generating weights."""
+"""What all tests share.
+
+The full-size networks are built at most once a run: 4.3 GB in float32, half a minute of generating weights.
+"""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from networks import filled
 
 from ldm.clip import CLIPTextEncoder
 from ldm.config import SD15
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
+
+# Properties meet the same examples in every run, and no clock decides over them.
+settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("steady")
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from ldm.metrics import stats
 from ldm.metrics.cfrt import READINGS, cfrt, successes
 
 NAN = math.nan
-STEADY = settings(deadline=None, derandomize=True, max_examples=40)
+EXAMPLES = settings(max_examples=40)
 
 
 def probabilities(*shape):
@@ -242,7 +242,7 @@ def test_every_reading_agrees_with_plain_loops():
 # ---- whatever the probabilities --------------------------------------------------------------------
 
 
-@STEADY
+@EXAMPLES
 @given(p0=probabilities(6, 3), p=probabilities(6, 3, 2, 3), order=st.permutations(range(3)))
 def test_the_order_of_the_heads_does_not_matter(p0, p, order):
     heads, attributes = list("abc"), list("abc")
@@ -254,7 +254,7 @@ def test_the_order_of_the_heads_does_not_matter(p0, p, order):
         assert shuffled[attribute]["per_swap_step"] == found[attribute]["per_swap_step"]
 
 
-@STEADY
+@EXAMPLES
 @given(p0=probabilities(6, 3), p=probabilities(6, 3, 2, 3), order=st.permutations(range(6)))
 def test_the_order_of_the_seeds_does_not_matter(p0, p, order):
     found = cfrt(p0, p, list("abc"), list("abc"))
@@ -262,7 +262,7 @@ def test_the_order_of_the_seeds_does_not_matter(p0, p, order):
     assert all(shuffled[name]["cfrt"] == found[name]["cfrt"] for name in "abc")
 
 
-@STEADY
+@EXAMPLES
 @given(p0=probabilities(5, 3), p=probabilities(5, 3, 2, 3))
 def test_a_shift_of_every_swapped_head_is_no_change_to_signed_readings(p0, p):
     shifted = cfrt(p0 / 2, p / 2 + 0.25, list("abc"), list("abc"))
@@ -272,7 +272,7 @@ def test_a_shift_of_every_swapped_head_is_no_change_to_signed_readings(p0, p):
             assert shifted[name]["cfrt"][reading] == found[name]["cfrt"][reading]
 
 
-@STEADY
+@EXAMPLES
 @given(p0=probabilities(6, 3), p=probabilities(6, 3, 2, 3))
 def test_what_always_holds(p0, p):
     verdicts = successes(p0, p, list("abc"), list("abc"))
@@ -288,7 +288,7 @@ def test_what_always_holds(p0, p):
         assert not (strict > absolute).any()
 
 
-@STEADY
+@EXAMPLES
 @given(p0=probabilities(4, 2), p=probabilities(4, 2, 3, 2))
 def test_an_edit_of_nothing_always_ties(p0, p):
     p[:] = p0[:, None, None]
@@ -297,7 +297,7 @@ def test_an_edit_of_nothing_always_ties(p0, p):
             assert report["cfrt"][reading]["ties"] == report["cfrt"][reading]["n"]
 
 
-@STEADY
+@EXAMPLES
 @given(p0=probabilities(8, 3), p=probabilities(8, 2, 3, 3), column=st.integers(0, 2))
 def test_a_curve_is_the_report_of_each_step(p0, p, column):
     whole = cfrt(p0, p, list("abc"), list("ab"))

@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 
 from ldm.metrics import directions, stats
 
-STEADY = settings(deadline=None, derandomize=True, max_examples=40)
+EXAMPLES = settings(max_examples=40)
 vectors = arrays(np.float64, (4, 2, 3), elements=st.integers(-5, 5))
 
 
@@ -46,7 +46,7 @@ def test_cosines_of_float32_latents_are_taken_in_float64():
     np.testing.assert_allclose(directions.cosine_matrix(z, z_s), expected, atol=1e-6)
 
 
-@STEADY
+@EXAMPLES
 @given(points=vectors, scale=st.sampled_from([0.25, 3.0]), shift=st.integers(-3, 3))
 def test_cosines_know_no_scale_and_no_origin(points, scale, shift):
     found = directions.cosine_matrix(points[0], points[1:])
@@ -136,7 +136,7 @@ def test_a_turn_back_is_a_turn_by_pi():
     assert directions.path_geometry([[0.0], [2.0], [1.0]])["total_turning"] == pytest.approx(math.pi)
 
 
-@STEADY
+@EXAMPLES
 @given(points=vectors, scale=st.sampled_from([0.5, 4.0]))
 def test_geometry_knows_no_origin_and_curvature_only_a_scale(points, scale):
     found = directions.path_geometry(points)
@@ -146,7 +146,7 @@ def test_geometry_knows_no_origin_and_curvature_only_a_scale(points, scale):
         assert moved[measure] == pytest.approx(expected, abs=1e-7, nan_ok=True)  # the residual is a root of a rounding
 
 
-@STEADY
+@EXAMPLES
 @given(points=vectors)
 def test_geometry_backwards_is_the_same(points):
     assert directions.path_geometry(points[::-1]) == pytest.approx(

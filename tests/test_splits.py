@@ -142,7 +142,7 @@ def test_three_groups_are_enough(images, groups):
 # ---------------------------------------------------------------- files
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.sampled_from(["train", "validation", "test", ""]), min_size=120, max_size=120).filter(any))
 def test_a_split_is_read_back(images, tmp_path_factory, parts):
     path = tmp_path_factory.mktemp("split") / "split.csv"

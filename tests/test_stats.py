@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ldm.metrics import stats
@@ -33,7 +33,6 @@ def test_wilson_of_nothing_is_nan():
     assert all(math.isnan(end) for end in stats.wilson(0, 0))
 
 
-@settings(deadline=None, derandomize=True)
 @given(n=st.integers(1, 5000), data=st.data())
 def test_wilson_holds_the_share_and_mirrors(n, data):
     successes = data.draw(st.integers(0, n))

@@ -44,7 +44,7 @@ def test_any_strides(transform):
     assert_as_exact_as_torch(geglu, reference, [transform(randn(3, 4, 16))])
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(rows=st.integers(1, 20), channels=st.integers(1, 300))
 def test_any_shape(rows, channels):
     assert_as_exact_as_torch(geglu, reference, [randn(rows, 2 * channels)])

@@ -103,7 +103,7 @@ def test_the_result_is_channels_last_and_the_weights_may_be_of_another_dtype():
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(
     batch=st.integers(1, 3),
     groups=st.integers(1, 4),
