@@ -81,7 +81,7 @@ def run_traversal(
     """Run a traversal into a folder, continuing one that was cut off there.
 
     Args:    max_batch: most rows in one call of the U-Net; bounds memory, changes results in the last bits only.
-             None: 4 at 512 x 512 pixels, and so many that they are as large together at other sizes.
+             None: 8 at 512 x 512 pixels, and so many that they are as large together at other sizes.
              images: decode and write the images as well.  label: in front of the progress bars.
              start: where each seed begins; None: at its noise.  graphed: the model's U-Net as CUDA graphs, to be used
              in its place; None: do without.

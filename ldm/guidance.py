@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm import ops
-from ldm.projections import Unchanged, keep, recording
+from ldm.projections import Unchanged, differentiated, keep, recording
 
 UNetFn = Callable[[Tensor, float, Tensor], Tensor]
 """eps = unet(x_t, t, context): (B, 4, H/8, W/8), training timestep, (B, L, D); all in the network's dtype."""
@@ -137,7 +137,8 @@ class GuidedEps:
         rows = [_for_batch("context", self.schedule.at(step), batch)]
         if self.uncond is not None:
             rows.insert(0, _for_batch("uncond", self.uncond.at(step), batch))
-        if size < batch or torch.is_grad_enabled() or torch.compiler.is_compiling() or recording(rows[0]):
+        changing = torch.compiler.is_compiling() or any(differentiated(x) or recording(x) for x in rows)
+        if size < batch or changing:
             return [_joined(parts) for parts in zip(*(context.split(size) for context in rows), strict=True)]
         prompts = self._prompts
         if prompts is None or not prompts[0](*rows):

@@ -14,7 +14,7 @@ Letters: B batch, N positions or tokens, C channels, D the width of what is proj
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 from weakref import WeakKeyDictionary
@@ -33,17 +33,18 @@ from ldm.taps import MultiHead
 def pack(network: nn.Module) -> None:
     """Lay weights one after the other: q, k, v of every self-attention, and k, v of every cross-attention.
 
-    They become new Parameters: pack before an optimizer is made. What moves, casts or copies the network later takes
-    them apart again, which costs the gain and nothing else.
+    They become new Parameters, none of them shared: pack before an optimizer is made. What moves, casts or copies the
+    network later takes them apart again, which costs the gain and nothing else.
     """
     for module in network.modules():
         if isinstance(module, MultiHead):
             layers = tuple(module.get_submodule(name) for name in module.projections[1 if module.cross else 0 : 3])
             if _linear(layers) and len({(x.weight.dtype, x.weight.device, x.in_features) for x in layers}) == 1:
                 weights = [layer.weight for layer in layers]
-                rows = torch.cat(weights).split([layer.out_features for layer in layers])
+                rows = torch.cat(weights).split([len(weight) for weight in weights])
                 for layer, weight, its_rows in zip(layers, weights, rows, strict=True):
-                    layer.weight = nn.Parameter(its_rows, requires_grad=weight.requires_grad)
+                    # .data: so that a write to one does not count as a write to the others, which autograd would refuse
+                    layer.weight = nn.Parameter(its_rows.data, requires_grad=weight.requires_grad)
 
 
 def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
@@ -53,7 +54,7 @@ def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     Returns: (B, N, C) for each layer; of one product, they are strided views of its result.
     """
     if _linear(layers) and _unseen(x, layers) and (weight := _as_one_matrix(layers)) is not None:
-        return F.linear(x, weight).split([layer.out_features for layer in layers], dim=-1)
+        return F.linear(x, weight).split([len(layer.weight) for layer in layers], dim=-1)
     return tuple(layer(x) for layer in layers)
 
 
@@ -67,7 +68,7 @@ def _as_one_matrix(layers: tuple[nn.Linear, ...]) -> Tensor | None:
         if not (same_memory and weight.is_contiguous() and weight.storage_offset() == following):
             return None
         following += weight.numel()
-    return first.as_strided((sum(layer.out_features for layer in layers), first.shape[1]), first.stride())
+    return first.as_strided((sum(len(layer.weight) for layer in layers), first.shape[1]), first.stride())
 
 
 # ---- kept ------------------------------------------------------------------------------------------
@@ -82,18 +83,22 @@ class Unchanged:
 
     def __init__(self, *tensors: Tensor) -> None:
         self._held = [x.detach() for x in tensors]
-        self._state = _state(*tensors)
+        self._writes = _writes(tensors)
 
     def __call__(self, *tensors: Tensor) -> bool:
         """Whether these are they, or views that cannot be told from them."""
-        return self._state == _state(*tensors)
+        return _places(self._held) == _places(tensors) and self._writes == _writes(tensors)
 
 
-def _state(*tensors: Tensor) -> list[object]:
+def _places(tensors: Sequence[Tensor]) -> list[object]:
+    return [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors]
+
+
+def _writes(tensors: Sequence[Tensor]) -> list[object]:
+    """How many there were, and the stream on which the next would be."""
     device = tensors[0].device
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-    writes = [None if x.is_inference() else x._version for x in tensors]
-    return [stream, writes, *((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors)]
+    return [stream, *(None if x.is_inference() else x._version for x in tensors)]
 
 
 @dataclass
@@ -129,9 +134,10 @@ def keys_values(context: Tensor, to_k: nn.Module, to_v: nn.Module) -> tuple[Tens
     if made is None or not _linear(layers) or not _unseen(context, layers) or recording(context):
         return project(context, *layers)
     weights = [layer.weight for layer in layers]
-    if to_k not in made or not made[to_k].by(*weights):
-        made[to_k] = _Made(project(context, *layers), Unchanged(*weights))
-    return made[to_k].keys_values
+    mine = made.get(to_k)
+    if mine is None or not mine.by(*weights):
+        mine = made[to_k] = _Made(project(context, *layers), Unchanged(*weights))
+    return mine.keys_values
 
 
 # ---- where this is the same as calling the layers --------------------------------------------------
@@ -150,11 +156,17 @@ def _linear(layers: tuple[nn.Module, ...]) -> TypeGuard[tuple[nn.Linear, ...]]:
 
 def _unseen(x: Tensor, layers: tuple[nn.Module, ...]) -> bool:
     """Whether nothing but the results of the layers is asked for."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if differentiated(x) or torch.compiler.is_compiling():
         return False
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         return False
     return not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+
+
+def differentiated(x: Tensor) -> bool:
+    """Whether gradients may be asked for, or x carries a forward derivative, or torch.func is at work."""
+    forward = torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward
 
 
 def recording(x: Tensor) -> bool:

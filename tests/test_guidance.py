@@ -59,6 +59,16 @@ def test_whoever_guides_otherwise_is_asked_for_eps(monkeypatch):
         def __call__(self, x_t, t, step):
             return super().__call__(x_t, t, step) / 2
 
+    class Lending:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def __call__(self, x_t, t, step):
+            return self.inner(x_t, t, step) / 2
+
     monkeypatch.setattr(ops, "fused", lambda x, made_for=True: True)
     monkeypatch.setattr(ops, "guided_ddim_step", lambda *given: given)
     with torch.no_grad():
@@ -66,10 +76,12 @@ def test_whoever_guides_otherwise_is_asked_for_eps(monkeypatch):
         assert eps_fn.ddim_step(X, 500, 0, 0.3, 0.4)[3:] == (7.5, 0.3, 0.4)
         assert eps_fn.ddim_step(X.double(), 500, 0, 0.3, 0.4) is None
         halved = Half(ToyUNet(), constant(COND, 10), 7.5, constant(UNCOND, 10), None)
-        *_, last = ddim(halved, X, Schedule.sd15(), 10)
+        *_, subclassed = ddim(halved, X, Schedule.sd15(), 10)
+        *_, wrapped = ddim(Lending(eps_fn), X, Schedule.sd15(), 10)
         monkeypatch.undo()
         *_, expected = ddim(lambda x_t, t, step: eps_fn(x_t, t, step) / 2, X, Schedule.sd15(), 10)
-    assert torch.equal(last.x_t, expected.x_t)
+    assert torch.equal(subclassed.x_t, expected.x_t)
+    assert torch.equal(wrapped.x_t, expected.x_t)
 
 
 @pytest.mark.parametrize("scale", [1.0, 7.5])

@@ -8,10 +8,11 @@ import torch
 from networks import small
 from small_networks import ToyUNet
 from torch import nn
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 import ldm
-from ldm import ops, projections
+from ldm import guidance, ops, projections
 from ldm.blocks import Attention
 from ldm.conditioning import blend, constant, swap
 from ldm.cuda_graph import GraphedUNet
@@ -94,6 +95,24 @@ def test_a_packed_network_is_saved_and_trained_as_ever(unet):
         assert torch.equal(one.grad, other.grad), name
         assert torch.equal(one, other), name
     torch.testing.assert_close(unet(*call), expected(*call), rtol=1e-5, atol=1e-5)
+
+
+def test_a_packed_weight_may_be_stepped_while_the_others_wait_for_their_gradient():
+    attention, x = Attention(16, 2), randn(1, 4, 16).requires_grad_()
+    projections.pack(attention)
+
+    def step(parameter):
+        with torch.no_grad():
+            parameter.sub_(parameter.grad)
+
+    for parameter in attention.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    with torch.enable_grad():
+        attention(attention(x)).sum().backward()
+    q = attention.to_q.weight
+    writes = q._version
+    attention.to_k.weight.mul_(2)
+    assert q._version == writes
 
 
 def test_neighbours_in_memory_are_not_packed():
@@ -263,7 +282,8 @@ def test_a_run_makes_keys_and_values_once_a_prompt_and_nothing_else_of_it(scale,
         assert of_prompts(lambda schedule=schedule: run(guided(unet, schedule, scale, EMPTY))) == prompts * each
         kept = run(guided(unet, schedule, scale, EMPTY))
         with monkeypatch.context() as patched:
-            patched.setattr(projections, "keep", lambda context: context.clone())
+            patched.setattr(guidance, "keep", lambda context: context)
+            assert of_prompts(lambda schedule=schedule: run(guided(unet, schedule, scale, EMPTY))) == 6 * each
             assert torch.equal(run(guided(unet, schedule, scale, EMPTY)), kept)
 
 
@@ -312,6 +332,27 @@ def test_inference_mode_keeps_as_well(unet):
         assert torch.equal(run(guided(unet, constant(PROMPT, 6), 7.5, EMPTY)), expected)
 
 
+def test_forward_derivatives_reach_the_prompts():
+    def eps(context, empty):
+        return guided(ToyUNet(), constant(context, 6), 7.5, empty)(X_T, 500, 0)
+
+    given, along = (PROMPT, EMPTY), (torch.ones_like(PROMPT), torch.zeros_like(EMPTY))
+    _, expected = torch.autograd.functional.jvp(eps, given, along)  # by gradients of gradients
+    _, found = torch.func.jvp(eps, given, along)
+    torch.testing.assert_close(found, expected)
+    with forward_ad.dual_level():
+        dual = eps(*(forward_ad.make_dual(x, d) for x, d in zip(given, along, strict=True)))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, expected)
+
+
+def test_a_copy_of_an_eps_fn_is_its_own(unet):
+    eps_fn = guided(unet, constant(PROMPT, 6), 7.5, EMPTY)
+    eps_fn(X_T, 500, 0)
+    twin = copy.copy(eps_fn)
+    twin._prompts = copy.deepcopy(eps_fn._prompts)
+    assert not twin._prompts[0](*eps_fn._prompts[0]._held)
+
+
 def test_an_eps_fn_compiles_whole(unet):
     class Always:
         def at(self, step):
@@ -343,3 +384,21 @@ def test_on_a_gpu_packed_kept_and_recorded_are_the_plain_network(dtype, unet):
             # Sums in another order, rounded to half precision in each of some twenty layers.
             torch.testing.assert_close(expected, plain(x_t, t, context), rtol=0.02, atol=20 * torch.finfo(dtype).eps)
     assert graphed.used
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_a_recording_reads_the_prompt_that_lies_there(unet):
+    unet, x_t, t = unet.cuda(), randn(1, 4, 8, 8).cuda(), torch.tensor([500.0]).cuda()
+    context = projections.keep(randn(1, 77, 64, seed=1).cuda())
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        unet(x_t, t, context)
+        with torch.cuda.graph(graph, stream=stream):
+            eps = unet(x_t, t, context)
+    torch.cuda.current_stream().wait_stream(stream)
+    for seed in (2, 3):
+        context.copy_(randn(1, 77, 64, seed=seed))
+        graph.replay()
+        assert torch.equal(eps, unet(x_t, t, context.clone()))
