@@ -63,9 +63,8 @@ def _in_one_kernel(
     eps_fn: EpsFn, x_t: Tensor, now: Level, following: Level, step: int
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """x_prev, x0_pred, eps of the formulas above, to within rounding, where eps_fn has them as one kernel for x_t."""
-    ddim_step = getattr(
-        type(eps_fn), "ddim_step", None
-    )  # its own: a wrapper may lend its attributes and change its eps
+    # Asked of its type: a wrapper may lend the attributes of an eps_fn, and change its eps.
+    ddim_step = getattr(type(eps_fn), "ddim_step", None)
     return ddim_step and ddim_step(eps_fn, x_t, now.t, step, now.alphas_cumprod, following.alphas_cumprod)
 
 
