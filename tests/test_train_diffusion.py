@@ -1,0 +1,100 @@
+"""What the U-Net is trained on: the loss, the times of a batch, dropped captions, its first weights."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ldm.config import UNetConfig
+from ldm.schedule import Schedule
+from ldm.train import diffusion
+from ldm.unet import UNet
+
+SCHEDULE = Schedule.sd15()
+
+
+class FakeUNet:
+    """Halves the latents and adds the time and the context's first value; remembers what it saw."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        self.x_t, self.t = x_t, t
+        return 0.5 * x_t + (t.float() / 1000 + context[:, 0, 0])[:, None, None, None]
+
+
+X_0 = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+CONTEXT = torch.randn(4, 7, 16, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_diffusion_loss_is_what_it_says():
+    unet = FakeUNet()
+    loss = diffusion.diffusion_loss(unet, X_0, CONTEXT, SCHEDULE, torch.Generator().manual_seed(5))
+    # The same draws in the same order: one shift for the batch's times, then the noise.
+    generator = torch.Generator().manual_seed(5)
+    shift = float(torch.rand((), generator=generator))
+    eps = torch.randn(X_0.shape, generator=generator)
+    terms = []
+    for b in range(4):
+        t = int((b / 4 + shift) % 1.0 * 1000)
+        assert int(unet.t[b]) == t
+        abar = float(SCHEDULE.alphas_cumprod[t])
+        x_t = math.sqrt(abar) * X_0[b] + math.sqrt(1 - abar) * eps[b]
+        torch.testing.assert_close(unet.x_t[b], x_t)
+        terms.append((0.5 * x_t + t / 1000 + CONTEXT[b, 0, 0] - eps[b]).square().mean())
+    torch.testing.assert_close(loss, torch.stack(terms).mean())
+
+
+def test_the_exact_noise_costs_nothing():
+    def exact(x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        abar = SCHEDULE.alphas_cumprod[t].view(-1, 1, 1, 1)
+        return ((x_t - abar.sqrt() * X_0) / (1 - abar).sqrt()).float()
+
+    # At t = 0 the noise is 3 % of x_t, so float32's rounding, 1e-7, is 4e-6 of it; squared.
+    assert float(diffusion.diffusion_loss(exact, X_0, CONTEXT, SCHEDULE, torch.Generator().manual_seed(0))) < 1e-9
+
+
+def test_the_times_of_a_batch_are_spread_evenly_and_every_one_is_reached():
+    seen, generator = [], torch.Generator().manual_seed(0)
+    for _ in range(500):
+        unet = FakeUNet()
+        diffusion.diffusion_loss(unet, X_0[:, :, :1, :1], CONTEXT, SCHEDULE, generator)
+        gaps = unet.t.sort().values.diff()
+        assert ((gaps - 250).abs() <= 1).all()  # a quarter of 1000, rounded down at both ends
+        seen.append(unet.t)
+    t = torch.cat(seen)
+    assert (int(t.min()), int(t.max())) == (t.min().clamp(0, 9), t.max().clamp(990, 999))
+    # Each is uniform on 0..999 on its own: a mean of 499.5. 500 independent shifts, and the mean over a batch strays
+    # less than one draw's 289 / sqrt(500) = 13: four times that.
+    for place in range(4):
+        assert abs(float(torch.stack(seen)[:, place].float().mean()) - 499.5) < 52
+
+
+def test_the_loss_of_a_real_network_is_finite_and_reaches_every_weight():
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig(widths=(32, 64), resnets_per_level=1, attention=(False, True), context_width=16))
+    loss = diffusion.diffusion_loss(unet, X_0, CONTEXT, SCHEDULE, torch.Generator().manual_seed(0))
+    assert loss.isfinite()
+    loss.backward()
+    still = {name for name, p in unet.named_parameters() if p.grad is None or not p.grad.any()}
+    assert still == set()
+
+
+@torch.no_grad()
+def test_an_initial_network_predicts_the_same_whatever_it_sees():
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig(widths=(32, 64), resnets_per_level=1, attention=(False, True), context_width=16))
+    diffusion.initialise(unet)
+    assert torch.equal(unet(X_0, 500, CONTEXT), unet.conv_out.bias.view(1, 4, 1, 1).expand_as(X_0))
+    for name, p in unet.named_parameters():
+        if name.endswith(("conv2.weight", "proj_out.weight")):
+            assert not p.any(), name
+
+
+def test_the_share_of_dropped_captions():
+    captions = torch.arange(100_000) % 9
+    dropped = diffusion.drop_captions(captions, 9, 0.1, torch.Generator().manual_seed(0))
+    share = float((dropped == 9).float().mean())
+    assert abs(share - 0.1) < 0.005  # a binomial's standard deviation is 0.00095: five times that
+    assert torch.equal(dropped[dropped != 9], captions[dropped != 9])
+    assert torch.equal(dropped, diffusion.drop_captions(captions, 9, 0.1, torch.Generator().manual_seed(0)))
+    assert torch.equal(diffusion.drop_captions(captions, 9, 0.0, torch.Generator()), captions)
+    assert (diffusion.drop_captions(captions, 9, 1.0, torch.Generator()) == 9).all()
