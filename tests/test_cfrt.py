@@ -308,6 +308,27 @@ def test_a_curve_is_the_report_of_each_step(p0, p, column):
         assert curve["flip_rate"][column] == single[name]["flip_rate"]["value"]
         assert curve["target_change"][column] == single[name]["target_change"]["value"]
         assert curve["off_target"][column] == single[name]["largest_off_target"]["value"]
+        for reading in READINGS:
+            assert curve["interval"][reading][column] == single[name]["cfrt"][reading]["interval"]
+        assert curve["interval"]["flip_rate"][column] == single[name]["flip_rate"]["interval"]
+        if not np.isnan(p0).any() and not np.isnan(p).any():  # a NaN is left out before or after seeds are drawn
+            expected = single[name]["target_change"]["interval"]
+            assert curve["interval"]["target_change"][column] == pytest.approx(expected, abs=1e-12)  # order of adding
+
+
+def test_the_intervals_of_a_curve_by_hand():
+    neutral = np.full((20, 2), 0.25)
+    swapped = np.tile([0.75, 0.25], (20, 1, 2, 1))
+    swapped[:5, 0, 1, 0] = 0.25  # a quarter does not change at the second step
+    curve = cfrt(neutral, swapped, ["a", "b"], ["a"], swap_steps=[5, 10])["a"]["per_swap_step"]
+    assert curve["flip_rate"] == [1, 0.75]
+    assert curve["interval"]["flip_rate"] == [list(stats.wilson(20, 20)), list(stats.wilson(15, 20))]
+    assert curve["interval"]["strict"] == curve["interval"]["flip_rate"]
+    assert curve["interval"]["target_change"][0] == [0.5, 0.5]
+    low, high = curve["interval"]["target_change"][1]
+    assert 0.2 < low < 0.375 < high < 0.5
+    assert curve["interval"].keys() == {*READINGS, "flip_rate", "target_change"}
+    assert curve.keys() == {*curve["interval"], "off_target", "swap_steps", "interval"}
 
 
 # ---- what is refused -------------------------------------------------------------------------------

@@ -173,26 +173,88 @@ def test_one_point_is_no_path():
 # ---- the claim -------------------------------------------------------------------------------------
 
 
-def test_curved_paths_depart_from_a_line_and_lines_do_not():
+def test_a_walk_by_hand():
+    """Three steps e1, e2, e3 of length 1: a chord of sqrt(3), two right angles."""
+    found = directions.walk_geometry(4)
+    assert found["arc_over_chord"] == pytest.approx(math.sqrt(3))
+    assert found["total_turning"] == pytest.approx(math.pi)
+    assert math.isnan(found["mean_curvature"])
+    assert math.isnan(found["max_curvature"])
+    # About the mean (3, 2, 1) / 4 the scatter has the eigenvalues 1 / (4 sin^2(pi k / 8)), k = 1, 2, 3; their sum 5/2.
+    eigenvalues = [1 / (4 * math.sin(math.pi * k / 8) ** 2) for k in (1, 2, 3)]
+    assert sum(eigenvalues) == pytest.approx(5 / 2)
+    assert found["first_direction"] == pytest.approx(eigenvalues[0] / (5 / 2))
+    assert found["line_residual"] == pytest.approx(math.sqrt(sum(eigenvalues[1:]) / 4 / 3))
+
+
+@pytest.mark.parametrize("points", [3, 10, 400])
+def test_the_first_direction_of_a_walk_is_its_closed_form(points):
+    expected = 6 / (4 * math.sin(math.pi / (2 * points)) ** 2 * (points**2 - 1))
+    assert directions.walk_geometry(points)["first_direction"] == pytest.approx(expected)
+    assert directions.walk_geometry(400)["first_direction"] == pytest.approx(6 / math.pi**2, abs=1e-5)
+
+
+def test_random_steps_in_many_dimensions_score_what_the_walk_scores():
+    steps = np.random.default_rng(4).normal(size=(9, 200_000))
+    found = directions.path_geometry(np.concatenate([np.zeros((1, 200_000)), steps.cumsum(axis=0)]))
+    for measure, walk in directions.walk_geometry(10).items():
+        if not math.isnan(walk):
+            # Cosines of the steps scatter by 1 / sqrt(200,000) = 0.0022, and so do their lengths.
+            assert found[measure] == pytest.approx(walk, rel=0.01)
+
+
+def test_the_turning_of_a_walk_does_not_depend_on_the_lengths_of_its_steps():
+    path = np.concatenate([np.zeros((1, 5)), np.cumsum(np.diag([5.0, 0.1, 1.0, 20.0, 3.0]), axis=0)])
+    assert directions.path_geometry(path)["total_turning"] == pytest.approx(
+        directions.walk_geometry(6)["total_turning"]
+    )
+
+
+def test_a_walk_of_one_point_is_refused():
+    with pytest.raises(ValueError, match="points: expected two or more, got 1"):
+        directions.walk_geometry(1)
+
+
+def test_paths_that_a_line_would_do_for_are_lines():
+    """A bow beside a line of the same length: sagging by a tenth it is a line, by a half it is none."""
+    u = np.linspace(0, 1, 10)
+    slight, deep = (directions.path_geometry(np.stack([u, 4 * sag * u * (1 - u)], axis=1)) for sag in (0.1, 0.5))
+    assert 0.95 < slight["first_direction"] < 0.999  # far from exact, and yet one direction holds it
+    assert deep["first_direction"] < 0.95
+    found = directions.non_linearity([slight, slight, slight, deep])["first_direction"]["departs"]
+    assert found == {"below": 0.95, **stats.share([0, 0, 0, 1])}
+
+
+def test_every_measure_has_both_references_and_an_interval():
     rng = np.random.default_rng(2)
     starts, ends = rng.normal(size=(2, 10, 64))
     u = np.linspace(0, 1, 10)[:, None]
     lines = [(a + u * (b - a)).astype(np.float32) for a, b in zip(starts, ends, strict=True)]
-    straight = directions.non_linearity([directions.path_geometry(line) for line in lines])
-    assert {measure: found["departs"]["value"] for measure, found in straight.items()} == dict.fromkeys(straight, 0)
+    straight = directions.non_linearity([directions.path_geometry(line) for line in lines], points=10)
+    assert straight["first_direction"]["departs"]["value"] == 0
     bent = [line + 5 * u * (1 - u) * rng.normal(size=64) for line in lines]
-    curved = directions.non_linearity([directions.path_geometry(path) for path in bent])
+    curved = directions.non_linearity([directions.path_geometry(path) for path in bent], points=10)
+    assert curved["first_direction"]["departs"]["value"] == 1
     for measure, found in curved.items():
-        assert found["departs"]["value"] == 1
-        assert found["departs"]["n"] == found["n"] == 10
+        assert found["n"] == 10
+        assert found["straight"] == directions.STRAIGHT[measure]
         low, high = found["interval"]
         assert low < found["value"] < high
         assert not low <= directions.STRAIGHT[measure] <= high
+        assert (found["walk"] is None) == measure.endswith("curvature")
+        assert ("departs" in found) == (measure == "first_direction")
+    assert curved["total_turning"]["walk"] == pytest.approx(8 * math.pi / 2)
     json.dumps(curved, allow_nan=False)
+
+
+def test_without_the_number_of_points_there_is_no_walk():
+    found = directions.non_linearity([directions.path_geometry([[0, 0], [3, 0], [3, 4]])])
+    assert {measure["walk"] for measure in found.values()} == {None}
 
 
 def test_seeds_without_a_path_are_left_out():
     still = directions.path_geometry(np.ones((3, 2)))
     corner = directions.path_geometry([[0, 0], [3, 0], [3, 4]])
-    found = directions.non_linearity([still, corner])["arc_over_chord"]
-    assert (found["value"], found["n"], found["departs"]["n"]) == (pytest.approx(1.4), 1, 1)
+    found = directions.non_linearity([still, corner])
+    assert (found["arc_over_chord"]["value"], found["arc_over_chord"]["n"]) == (pytest.approx(1.4), 1)
+    assert found["first_direction"]["departs"]["n"] == 1

@@ -95,7 +95,8 @@ def cfrt(
              decision              value, n, interval: the share of seeds whose class decision is unchanged at every
                                    averaged s; null without decisions
              per_swap_step         swap_steps, and for each of them alone: the readings, flip_rate, target_change,
-                                   off_target (lists)
+                                   off_target (lists); interval: the same names but off_target, which is the largest of
+                                   several means, -> [low, high] of each step, as above
     Raises:  ValueError: one head only (there is nothing to exceed), shapes or names that do not fit, probabilities
              outside 0..1.
     """
@@ -107,7 +108,7 @@ def cfrt(
         name: {
             "swap_steps": [steps[column] for column in columns],
             **_report(used, a, seed),
-            "per_swap_step": {"swap_steps": steps, **_curves(each, a)},
+            "per_swap_step": {"swap_steps": steps, **_curves(each, a, seed)},
         }
         for a, name in enumerate(table.attributes)
     }
@@ -238,20 +239,24 @@ def _largest_off_target(heads: tuple[str, ...], change: Floats, k: int) -> dict[
     return {"attribute": heads[int(size.argmax())], "value": float(size.max())}
 
 
-def _curves(each: Sequence[_Table], a: int) -> dict[str, list[float | None]]:
-    """The figures of every swap step alone."""
-    curves: dict[str, list[float | None]] = {
-        name: [] for name in (*READINGS, "flip_rate", "target_change", "off_target")
+def _curves(each: Sequence[_Table], a: int, seed: int) -> dict[str, Any]:
+    """The figures of every swap step alone, and the intervals of all that are shares or means."""
+    k = each[0].heads.index(each[0].attributes[a])
+    changes = [_changes(table, a) for table in each]
+    outcomes = [_outcomes(table, a) for table in each]
+    shares = {reading: [stats.share(of[reading].success) for of in outcomes] for reading in READINGS}
+    shares["flip_rate"] = [stats.share(_flips(table, a)) for table in each]
+    on_target = np.stack([change[:, k] for change in changes], axis=1)
+    low, high = stats.bootstrap_means(on_target, seed=seed)  # a resample serves all steps: it is the costly part
+    return {
+        **{name: [share["value"] for share in steps] for name, steps in shares.items()},
+        "target_change": [_mean(column) for column in on_target.T],
+        "off_target": [_largest_off_target(each[0].heads, change, k)["value"] for change in changes],
+        "interval": {
+            **{name: [share["interval"] for share in steps] for name, steps in shares.items()},
+            "target_change": [[stats.or_none(end) for end in ends] for ends in zip(low, high, strict=True)],
+        },
     }
-    for table in each:
-        k = table.heads.index(table.attributes[a])
-        change = _changes(table, a)
-        for reading, outcome in _outcomes(table, a).items():
-            curves[reading].append(_mean(outcome.success))
-        curves["flip_rate"].append(_mean(_flips(table, a)))
-        curves["target_change"].append(_mean(change[:, k]))
-        curves["off_target"].append(_largest_off_target(table.heads, change, k)["value"])
-    return curves
 
 
 def _mean(values: Floats) -> float | None:
