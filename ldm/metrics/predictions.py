@@ -4,7 +4,8 @@
     interpolations   seed,disease,0_hairs,0_ink,1_hairs,1_ink,...,49_hairs,49_ink       frame 0 is the neutral image
 
 One row a seed, one file the swaps to one attribute; the classifiers and the steps are found from the header, in any
-order, and other columns are passed over. An empty cell or "nan" is a missing value.
+order, and other columns are passed over. An empty cell is a missing value, and so are those that pandas takes for one (NaN, NA, null,
+None and so on).
 
 Letters: n seeds, K classifiers, S swap steps or frames.
 """
@@ -15,7 +16,7 @@ import csv
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ AVERAGED_SWAP_STEPS = (5, 10, 15)
 AVERAGED_FRAMES = tuple(range(30, 50))
 
 COLUMN = re.compile(r"(neutral|\d+)_(.+)")
+MISSING = frozenset(("", "na", "n/a", "<na>", "null", "none"))  # and float() reads "nan"
 SHOWN = 5  # of the faults in a file, this many are spelt out
 
 
@@ -132,23 +134,40 @@ def _probability_columns(path: Path, header: Sequence[str]) -> dict[str, dict[st
     steps = {step for found in columns.values() for step in found}
     interpolated = "neutral" not in steps and "0" in steps
     steps |= {"0"} if interpolated else {"neutral"}
-    missing = {name: sorted(steps - found.keys()) for name, found in columns.items() if steps - found.keys()}
-    if missing:
-        raise ValueError(f"{path}: {_describe_missing(missing, header)}")
+    if fault := _describe_missing(columns, steps, header):
+        raise ValueError(f"{path}: {fault}")
     if len(steps) < 2:
         raise ValueError(f"{path}: the header has neutral images only, expected 5_<attribute> and so on")
     return columns
 
 
-def _describe_missing(missing: dict[str, list[str]], header: Sequence[str]) -> str:
-    # A misspelt column looks like an attribute that lacks nearly all: begin with the one that lacks least.
-    lacking = sorted(missing, key=lambda name: len(missing[name]))
-    columns = [f"{step}_{name}" for name in lacking for step in missing[name]]
-    misfits = [name for name in header if not (match := COLUMN.fullmatch(name)) or match[2] in lacking[1:]]
-    near = difflib.get_close_matches(columns[0], misfits, n=1, cutoff=0.8)
-    hint = f"; is {near[0]!r} meant to be {columns[0]!r}?" if near else ""
-    more = f" and {len(columns) - SHOWN} more" if len(columns) > SHOWN else ""
-    return f"every attribute needs the same steps, missing {', '.join(columns[:SHOWN])}{more}{hint}"
+def _describe_missing(columns: Mapping[str, Mapping[str, int]], steps: set[str], header: Sequence[str]) -> str:
+    """What is misspelt in the header and, apart from that, what is missing; "" if nothing."""
+    stray = _misspelt_attributes(columns)
+    misspelt = {f"{step}_{name}": f"{step}_{meant}" for name, meant in stray.items() for step in columns[name]}
+    missing = [f"{step}_{name}" for name in columns if name not in stray for step in sorted(steps - set(columns[name]))]
+    missing = [name for name in missing if name not in misspelt.values()]
+    others = [name for name in header if not COLUMN.fullmatch(name)]
+    for wanted in missing:
+        if near := difflib.get_close_matches(wanted, others, n=1, cutoff=0.8):
+            misspelt.setdefault(near[0], wanted)
+    missing = [name for name in missing if name not in misspelt.values()]
+    told = [f"unknown column {name!r}, did you mean {meant!r}?" for name, meant in misspelt.items()][:SHOWN]
+    if missing:
+        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+        told.append(f"every attribute needs the same steps, missing {', '.join(missing[:SHOWN])}{more}")
+    return "; ".join(told)
+
+
+def _misspelt_attributes(columns: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
+    """Attributes that exist by a slip of the pen -> the one meant: similar, and without the columns that these have."""
+    stray: dict[str, str] = {}
+    by_size = sorted(columns, key=lambda name: -len(columns[name]))
+    for place, name in enumerate(by_size):
+        lacking = [other for other in by_size[:place] if other not in stray and not columns[name].keys() & columns[other]]
+        if near := difflib.get_close_matches(name, lacking, n=1):
+            stray[name] = near[0]
+    return stray
 
 
 def _probabilities(
@@ -181,13 +200,13 @@ def _probabilities(
 
 def _seed(cell: str) -> int:
     try:
-        return int(cell)
+        return int(re.sub(r"\.0*\s*$", "", cell))  # "7.0" is how pandas writes a seed after a merge
     except ValueError:
         raise ValueError(f"seed is {cell!r}, expected an integer") from None
 
 
 def _probability(name: str, cell: str) -> float:
-    if not cell.strip():
+    if cell.strip().casefold() in MISSING:
         return math.nan
     try:
         value = float(cell)
