@@ -335,6 +335,33 @@ def test_the_keyboard_moves_image_marker_and_numbers(open_page, explorer):
     assert "u = 0.75" in page.locator("#image").get_attribute("aria-label")
 
 
+@pytest.mark.parametrize("button", ["#play", "#theme", "#copy"])
+def test_the_arrow_keys_move_after_any_button_was_pressed(open_page, button):
+    page = open_page("#chest/pleural_effusion/0/0", permissions=["clipboard-read", "clipboard-write"])
+    page.locator(button).click()
+    for _ in range(5):  # the first one stops what plays
+        page.keyboard.press("ArrowRight")
+    assert page.locator("#label").text_content() == "u = 1.00"
+    assert page.locator("#play").inner_text() == "Play"
+    page.keyboard.press("ArrowLeft")
+    assert page.locator("#label").text_content() == "u = 0.75"
+
+
+def test_the_arrow_keys_are_left_to_what_uses_them_itself(open_page):
+    page = open_page("#chest/pleural_effusion/0/5", viewport={"width": 320, "height": 812})
+    page.locator("#slider").press("ArrowLeft")
+    assert page.locator("#label").text_content() == "u = 0.50"  # one step, not the slider's and another
+    table = page.locator("#summary .scroll")
+    table.press("ArrowRight")  # fits: nothing to scroll
+    assert page.locator("#label").text_content() == "u = 0.75"
+    page.locator("#summary table").evaluate("(table) => { table.style.width = '900px'; }")
+    table.press("ArrowLeft")
+    page.locator("#latents .point[tabindex='0']").press("ArrowUp")
+    page.locator("#attributes input:checked").press("ArrowRight")
+    assert page.locator("#label").text_content() == "u = 0.75"
+    assert chosen(page, "attributes") == "support_devices"
+
+
 def test_the_difference_is_white_red_and_blue(open_page):
     page = open_page("#chest/support_devices/rendered-7/3")
     image, change = pixels(page).astype(float), pixels(page, "change").astype(int)
@@ -473,6 +500,42 @@ def test_nothing_is_wider_than_the_window(open_page):
             assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+def with_a_long_word(domain, word):
+    """The domain with a word without spaces in every text that comes from outside."""
+    patients = tuple(
+        dataclasses.replace(
+            patient,
+            title=f"{patient.kind} {word}",
+            trajectories=tuple(dataclasses.replace(t, title=t.title + word, prompt=word) for t in patient.trajectories),
+        )
+        for patient in domain.patients
+    )
+    return dataclasses.replace(
+        domain,
+        title=word,
+        neutral_prompt=word,
+        heads=tuple(head + word for head in domain.heads),
+        patients=patients,
+        summary=[(title + word, metrics) for title, metrics in domain.summary],
+    )
+
+
+def test_a_word_of_300_letters_is_broken(open_page, explorer, tmp_path):
+    word = "w" * 300
+    domains = tuple(with_a_long_word(domain, word) for domain in explorer.domains)
+    path = tmp_path / "long.html"
+    write(Explorer(f"Trajectories {word}", f"ldm evaluate {word}", word, domains), path)
+    for width in (360, 1280):
+        page = open_page("#chest/support_devices/0/3", path=path, viewport={"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+        # Whatever is wider than its box would be cut off: nothing but what can be scrolled may be.
+        wide = """[...document.querySelectorAll('main *, header *')].filter((node) => !node.closest('.faces, .unseen')
+            && node.getBoundingClientRect().right > document.documentElement.clientWidth).map((node) => node.tagName)"""
+        assert set(page.evaluate(wide)) <= {"TABLE", "THEAD", "TBODY", "TR", "TH", "TD"}
+        name, table = box_in_view(page, "#summary tbody th >> nth=0"), box_in_view(page, "#summary .scroll")
+        assert 100 < name["width"] < 0.6 * table["width"]  # leaves room for the figures, and is no tower of letters
+
+
 def test_texts_are_shown_as_written_and_the_command_can_be_copied(open_page, explorer):
     page = open_page(permissions=["clipboard-read", "clipboard-write"])
     assert page.locator("h1").text_content() == explorer.title
@@ -487,6 +550,8 @@ def test_a_page_without_classifier_distances_map_and_table_says_so(open_page, tm
     write(noise_explorer(frames=4, size=32), tmp_path / "bare.html")
     page = open_page(path=tmp_path / "bare.html")
     assert "No classifier" in page.locator("#probabilities").inner_text()
-    assert "LPIPS was not measured" in page.locator("#unmeasured").inner_text()
+    unmeasured = page.locator("#unmeasured").inner_text()
+    assert "LPIPS was not measured" in unmeasured
+    assert "ldm evaluate --fetch" in unmeasured  # how to get it
     for absent in ("#lpips", "#ssim", "#directions", "#latents", "#summary", "#known", "#paths", "#domains"):
         assert page.locator(absent).is_hidden(), absent
