@@ -215,6 +215,11 @@ HEADER = SWAPS.splitlines()[0]
             HEADER.replace("10_effusion", "10_efusion").replace(",15_support_devices", ""),
             "unknown column '10_efusion', .*'10_effusion'?; every attribute needs .* missing 15_support_devices$",
         ),
+        (HEADER.replace("10_effusion", "010_efusion"), "unknown column '010_efusion', did you mean '10_effusion'?$"),
+        (
+            HEADER.replace("neutral_effusion", "neutral_efusion").replace("45_effusion", "45-effusion"),
+            "unknown column 'neutral_efusion', .*; unknown column '45-effusion', did you mean '45_effusion'?$",
+        ),
         ("seed,neutral_hair,5_hair,neutral_hairs,10_hairs", "missing 10_hair, 5_hairs$"),  # alike, and both meant
         (HEADER.replace("10_effusion", "5_effusion"), "the header has '5_effusion' twice"),
         (HEADER.replace("10_effusion", "05_effusion"), "the header has '05_effusion' twice"),

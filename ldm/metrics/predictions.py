@@ -4,8 +4,8 @@
     interpolations   seed,disease,0_hairs,0_ink,1_hairs,1_ink,...,49_hairs,49_ink       frame 0 is the neutral image
 
 One row a seed, one file the swaps to one attribute; the classifiers and the steps are found from the header, in any
-order, and other columns are passed over. An empty cell is a missing value, and so are those that pandas takes for one (NaN, NA, null,
-None and so on).
+order, and other columns are passed over. An empty cell, or what pandas takes for one (NaN, NA, null, None), is a
+missing value.
 
 Letters: n seeds, K classifiers, S swap steps or frames.
 """
@@ -144,19 +144,24 @@ def _probability_columns(path: Path, header: Sequence[str]) -> dict[str, dict[st
 def _describe_missing(columns: Mapping[str, Mapping[str, int]], steps: set[str], header: Sequence[str]) -> str:
     """What is misspelt in the header and, apart from that, what is missing; "" if nothing."""
     stray = _misspelt_attributes(columns)
-    misspelt = {f"{step}_{name}": f"{step}_{meant}" for name, meant in stray.items() for step in columns[name]}
-    missing = [f"{step}_{name}" for name in columns if name not in stray for step in sorted(steps - set(columns[name]))]
-    missing = [name for name in missing if name not in misspelt.values()]
+    meant = {header[at]: f"{step}_{right}" for name, right in stray.items() for step, at in columns[name].items()}
+    lacking = [f"{step}_{name}" for name in columns if name not in stray for step in sorted(steps - set(columns[name]))]
     others = [name for name in header if not COLUMN.fullmatch(name)]
-    for wanted in missing:
-        if near := difflib.get_close_matches(wanted, others, n=1, cutoff=0.8):
-            misspelt.setdefault(near[0], wanted)
-    missing = [name for name in missing if name not in misspelt.values()]
-    told = [f"unknown column {name!r}, did you mean {meant!r}?" for name, meant in misspelt.items()][:SHOWN]
+    for wanted in lacking:
+        near = difflib.get_close_matches(wanted, others, n=1, cutoff=0.8)
+        if near and wanted not in meant.values():
+            meant.setdefault(near[0], wanted)
+    misspelt = [f"unknown column {name!r}, did you mean {meant[name]!r}?" for name in header if name in meant]
+    missing = [name for name in lacking if name not in meant.values()]
+    told = [_first(misspelt, "; ")] if misspelt else []
     if missing:
-        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
-        told.append(f"every attribute needs the same steps, missing {', '.join(missing[:SHOWN])}{more}")
+        told.append(f"every attribute needs the same steps, missing {_first(missing, ', ')}")
     return "; ".join(told)
+
+
+def _first(texts: Sequence[str], separator: str) -> str:
+    more = [f"and {len(texts) - SHOWN} more"] if len(texts) > SHOWN else []
+    return separator.join([*texts[:SHOWN], *more])
 
 
 def _misspelt_attributes(columns: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
@@ -164,7 +169,8 @@ def _misspelt_attributes(columns: Mapping[str, Mapping[str, int]]) -> dict[str, 
     stray: dict[str, str] = {}
     by_size = sorted(columns, key=lambda name: -len(columns[name]))
     for place, name in enumerate(by_size):
-        lacking = [other for other in by_size[:place] if other not in stray and not columns[name].keys() & columns[other]]
+        larger = [other for other in by_size[:place] if other not in stray]
+        lacking = [other for other in larger if not columns[name].keys() & columns[other].keys()]
         if near := difflib.get_close_matches(name, lacking, n=1):
             stray[name] = near[0]
     return stray
@@ -191,8 +197,7 @@ def _probabilities(
         except ValueError as fault:
             faults.append(f"line {line}: {fault}")
     if faults:
-        more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        raise ValueError(f"{path}: {len(faults)} of {len(rows)} rows do not fit: {'; '.join(faults[:SHOWN])}{more}")
+        raise ValueError(f"{path}: {len(faults)} of {len(rows)} rows do not fit: {_first(faults, '; ')}")
     if not rows:
         raise ValueError(f"{path}: a header without rows")
     return tuple(seeds), values
