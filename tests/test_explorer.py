@@ -492,12 +492,15 @@ def test_an_address_opens_a_view_and_a_wrong_one_does_no_harm(open_page):
 
 def test_nothing_is_wider_than_the_window(open_page):
     page = open_page("#chest/pleural_effusion/0/0", viewport={"width": 375, "height": 812})
-    for width in (375, 320, 760, 1100, 375):
+    for width in (375, 360, 320, 760, 1100, 375):
         page.set_viewport_size({"width": width, "height": 812})
         until(page, f"document.querySelector('#probabilities svg').clientWidth < {width}")  # it was drawn anew
         for patient in ("0", "7"):  # without and with the truth
             choose(page, "patients", patient)
             assert page.evaluate("document.documentElement.scrollWidth") <= width
+            for left, right in (("#image", "#change"), ("#truth", "#error"))[: 1 + (patient == "7")]:
+                tops = [page.locator(each).bounding_box()["y"] for each in (left, right)]
+                assert abs(tops[0] - tops[1]) < 0.1  # however many lines their captions take; layouts round to 1/64 px
 
 
 def with_a_long_word(domain, word):
