@@ -331,9 +331,19 @@ def load_pixels(path: Path) -> Pixels:
 
 
 def read_record(out: Path) -> dict[str, Any]:
-    """The run.json of a folder; empty where there is none."""
-    path = out / "run.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    """The run.json of a folder; empty where there is none. Raises ValueError where it is no JSON object."""
+    return read_json(out / "run.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file. Raises ValueError, naming the file, for anything else."""
+    try:
+        content = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, found something else ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

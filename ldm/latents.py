@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +98,7 @@ class SeedFolder:
                 _, found = _read_header(path)
             except _DamagedFile:
                 log.warning("%s: damaged, its seed is computed again", path)
-                path.unlink()
+                path.unlink(missing_ok=True)  # another process may have found it too
                 continue
             _check_settings(path, found, _as_json(settings))
 
@@ -164,11 +164,19 @@ def iterate_latents(path: Path) -> Iterator[tuple[int, str, Tensor]]:
             yield _seed_of(key), key.partition("/")[2], file.get_tensor(key)
 
 
+def check_seeds(path: Path, seeds: Iterable[int]) -> None:
+    """ValueError, naming the first, where what `run_seeds` wrote lacks one of these seeds."""
+    keys, _ = _read_header(path)
+    held = {_seed_of(key) for key in keys}
+    for seed in seeds:
+        if seed not in held:
+            raise ValueError(f"seed: {path} has no seed {seed}; it has {sorted(held)}")
+
+
 def load_seed(path: Path, seed: int) -> dict[str, Tensor]:
     """One seed's tensors out of what `run_seeds` wrote. Raises ValueError: damaged, or no such seed."""
     keys, _ = _read_header(path)
-    if seed not in (seeds := {_seed_of(key) for key in keys}):
-        raise ValueError(f"seed: {path} has no seed {seed}; it has {sorted(seeds)}")
+    check_seeds(path, [seed])
     with _opened(path) as file:
         return {key.partition("/")[2]: file.get_tensor(key) for key in keys if _seed_of(key) == seed}
 

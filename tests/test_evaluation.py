@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from ldm import classifier as classifiers
 from ldm import pipeline
@@ -194,6 +196,59 @@ def test_seeds_that_a_run_does_not_hold_are_named(instruments, tmp_path):
     task = task_of(plan=plan_of(CHEST, (0, 7)), run=tmp_path / "run")
     with pytest.raises(ValueError, match=r"has no seed 7; it has \[0\]"):
         evaluate(instruments, tmp_path / "out", task)
+
+
+@pytest.fixture
+def finished(instruments, tmp_path):
+    """The folder of a traversal of two seeds."""
+    folder = tmp_path / "run"
+    run_traversal(instruments.sd, plan_of(CHEST, bezier_points=0), folder, images=False)
+    return folder
+
+
+def task_of_run(folder: Path) -> Task:
+    cell, plan = cell_of_run(folder)
+    return Task(cell=cell, plan=plan, run=folder, averaged=(1, 2))
+
+
+def test_a_run_of_other_weights_is_refused_before_it_is_decoded(instruments, finished, tmp_path):
+    record = json.loads((finished / "run.json").read_text())
+    (finished / "run.json").write_text(
+        json.dumps(record | {"weights_sha256": "0" * 64, "weights": ["sd15.safetensors"]})
+    )
+    with pytest.raises(ValueError, match=r"made with the weights 000000000000 \(sd15.safetensors\), .* say --weights"):
+        evaluate(instruments, tmp_path / "out", task_of_run(finished))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_was_made_anew_is_not_continued(instruments, finished, tmp_path):
+    task = task_of_run(finished)
+    evaluate(instruments, tmp_path / "out", task)
+    again = evaluate(instruments, tmp_path / "out", task)
+    tensors = load_file(finished / "latents.safetensors")
+    with safe_open(finished / "latents.safetensors", "pt") as file:
+        save_file(
+            {name: tensor + name.startswith("seed0001") for name, tensor in tensors.items()},
+            finished / "latents.safetensors",
+            file.metadata(),
+        )
+    with pytest.raises(ValueError, match=r"run: seed 1 is no longer what .*trajectories was measured on; use a new"):
+        evaluate(instruments, tmp_path / "out", task)
+    assert again is not None
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("{", r"run.json: expected JSON, found something else"),
+        ("[]", r"run.json: expected a JSON object, found list"),
+        ('{"styles": {}, "seeds": [0]}', r"run.json: has no 'steps'; let `ldm traverse` write the folder anew"),
+    ],
+)
+def test_a_damaged_record_is_named(finished, content, complaint):
+    (finished / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=complaint):
+        cell_of_run(finished)
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,20 @@ from ldm.evaluation import report
 from ldm.evaluation.cells import PHANTOM_CELLS, cell_of_run
 from ldm.evaluation.instruments import Instruments
 from ldm.evaluation.processes import Processes
-from ldm.evaluation.run import Task, Workplace, evaluate_cell
-from ldm.experiment import write_json
+from ldm.evaluation.run import Task, Workplace, check, evaluate_cell
+from ldm.experiment import read_json, write_json
 from ldm.metrics import perceptual, predictions
 from ldm.plan import Traversal, parse_integers
 from tools import options
 
-GUIDANCE = 3.0  # of the shipped model: see the card in weights/README.md
+# The options that only sampling takes, with their defaults; None: as many as there are seeds, or as is needed.
+SAMPLED = {
+    **{"cells": ",".join(PHANTOM_CELLS), "seeds": "0-15", "steps": 50, "negative": "", "max_batch": None},
+    "guidance": 3.0,  # of the shipped model: see the card in weights/README.md
+    **{"baseline_seeds": None, "truth_seeds": None, "truth_swap_steps": None, "truth_guidance": 1.0},
+}
+BASELINE_SEEDS = 8
+TRUTH_SWAP_STEPS = (5, 10, 15, 25, 35)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,18 +59,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     tables.add_argument("--attribute", help="the attribute that the table's trajectories swap in")
 
-    phantoms = parser.add_argument_group("phantoms, where no RUN is given")
-    phantoms.add_argument("--cells", default=",".join(PHANTOM_CELLS), help="default: %(default)s")
-    phantoms.add_argument("--seeds", default="0-15", help="such as 0-199 (default %(default)s)")
-    phantoms.add_argument("--steps", type=int, default=50, help="DDIM steps (default %(default)s)")
-    phantoms.add_argument("--guidance", type=float, default=GUIDANCE, help="guidance scale (default %(default)s)")
-    phantoms.add_argument("--negative", default="", help="the prompt that guidance pushes away from (default: empty)")
+    # Absent unless typed, so that an option which would do nothing is refused.
+    phantoms = parser.add_argument_group(
+        "phantoms, where no RUN is given", "a RUN was sampled with its own", argument_default=argparse.SUPPRESS
+    )
+    phantoms.add_argument("--cells", help=f"default: {SAMPLED['cells']}")
+    phantoms.add_argument("--seeds", help=f"such as 0-199 (default {SAMPLED['seeds']})")
+    phantoms.add_argument("--steps", type=int, help=f"DDIM steps (default {SAMPLED['steps']})")
+    phantoms.add_argument("--guidance", type=float, help=f"guidance scale (default {SAMPLED['guidance']})")
+    phantoms.add_argument("--negative", help="the prompt that guidance pushes away from (default: empty)")
     phantoms.add_argument(
-        "--baseline-seeds", type=int, default=8, help="so many for the baselines (default %(default)s)"
+        "--baseline-seeds", type=int, help=f"so many for the baselines (default {BASELINE_SEEDS}; one seed has none)"
     )
     phantoms.add_argument("--truth-seeds", type=int, help="rendered patients (default: as many as --seeds)")
-    phantoms.add_argument("--truth-swap-steps", default="5,10,15,25,35", help="of those (default %(default)s)")
-    phantoms.add_argument("--truth-guidance", type=float, default=1.0, help="of those (default %(default)s)")
+    phantoms.add_argument(
+        "--truth-swap-steps",
+        help=f"of those (default {','.join(map(str, TRUTH_SWAP_STEPS))}, and those of --swap-steps)",
+    )
+    phantoms.add_argument("--truth-guidance", type=float, help=f"of those (default {SAMPLED['truth_guidance']})")
     phantoms.add_argument("--max-batch", type=int, help="most rows in one U-Net call, to bound memory")
     options.add_model(parser)
     options.add_cuda_graph(parser)
@@ -71,7 +84,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises ValueError for whatever does not fit, before anything is overwritten."""
-    averaged = parse_integers(args.swap_steps, "--swap-steps") if args.swap_steps else None
+    averaged = None if args.swap_steps is None else parse_integers(args.swap_steps, "--swap-steps")
+    refuse_idle_options(args)
+    for name, default in SAMPLED.items():
+        vars(args).setdefault(name, default)
     if args.predictions:
         score_table(args, averaged)
         return
@@ -81,6 +97,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--out: missing; name a folder to write, such as out/evaluation")
     if args.shown_seeds < 1:
         raise ValueError(f"--shown-seeds: got {args.shown_seeds}, expected 1 or more")
+    refuse_to_replace(args.out, "cfrt", "the report of a table")
     averaged = averaged or predictions.AVERAGED_SWAP_STEPS
     tasks = [task_of_run(folder, averaged) for folder in args.runs] or phantom_tasks(args, averaged)
     if len({task.cell.name for task in tasks}) < len(tasks):
@@ -91,12 +108,15 @@ def run(args: argparse.Namespace) -> None:
     sd = options.load_model(args)
     graphed = options.graphed_unet(args, sd)
     lpips = perceptual.load_lpips(args.lpips, fetch=args.fetch)
-    places, results = {}, {}
-    for task in tasks:
-        file = args.classifier or fitting_classifier(task)
-        instruments = Instruments(sd, classifiers.load(file, sd.device), file, lpips, graphed)
-        places[task.cell.name] = Workplace(instruments, args.out, processes, options.max_batch(args))
-        results[task.cell.name] = evaluate_cell(places[task.cell.name], task)
+    files = {task.cell.name: args.classifier or fitting_classifier(task) for task in tasks}
+    instruments = {
+        file: Instruments(sd, classifiers.load(file, sd.device), file, lpips, graphed) for file in set(files.values())
+    }
+    places = {
+        name: Workplace(instruments[file], args.out, processes, options.max_batch(args)) for name, file in files.items()
+    }
+    check(tasks, places)
+    results = {task.cell.name: evaluate_cell(places[task.cell.name], task) for task in tasks}
     processes.leave()
     if not processes.first:
         return
@@ -105,6 +125,23 @@ def run(args: argparse.Namespace) -> None:
     report.write(metrics, tasks, places, args.out, args.shown_seeds)
     print(report.headline(metrics))
     print(f"look at {args.out / 'index.html'}, then at {args.out / 'tables'} and {args.out / 'figures'}")
+
+
+def refuse_idle_options(args: argparse.Namespace) -> None:
+    """ValueError for an option that would do nothing beside a RUN or --predictions."""
+    idle = [name for name in SAMPLED if name in args] if args.runs or args.predictions else []
+    if args.predictions:
+        idle += [name for name in ("classifier", "data", "fetch") if getattr(args, name)]
+    if idle:
+        option, beside = "--" + idle[0].replace("_", "-"), "--predictions" if args.predictions else "RUN"
+        raise ValueError(f"{option}: it does nothing beside {beside}, whose samples exist; leave it out")
+
+
+def refuse_to_replace(out: Path, key: str, what: str) -> None:
+    """ValueError where OUT/metrics.json is of the other kind, told by a key that only that has."""
+    path = out / "metrics.json"
+    if key in read_json(path):
+        raise ValueError(f"--out: {path} is {what}, which this would replace; name another folder")
 
 
 def task_of_run(folder: Path, averaged: tuple[int, ...]) -> Task:
@@ -116,6 +153,7 @@ def task_of_run(folder: Path, averaged: tuple[int, ...]) -> Task:
 def phantom_tasks(args: argparse.Namespace, averaged: tuple[int, ...]) -> list[Task]:
     """The cells of the phantoms, sampled here."""
     seeds = parse_integers(args.seeds, "--seeds")
+    few = min(BASELINE_SEEDS, len(seeds)) if len(seeds) > 1 else 0  # the linear direction is a mean over other seeds
     names = [name.strip() for name in args.cells.split(",")]
     for name in names:
         if name not in PHANTOM_CELLS:
@@ -133,9 +171,13 @@ def phantom_tasks(args: argparse.Namespace, averaged: tuple[int, ...]) -> list[T
                 styles=PHANTOM_CELLS[name].styles,
             ),
             averaged=averaged,
-            baseline_seeds=min(args.baseline_seeds, len(seeds)),
+            baseline_seeds=few if args.baseline_seeds is None else min(args.baseline_seeds, len(seeds)),
             truth_seeds=len(seeds) if args.truth_seeds is None else args.truth_seeds,
-            truth_swap_steps=parse_integers(args.truth_swap_steps, "--truth-swap-steps"),
+            truth_swap_steps=(
+                tuple(sorted({*TRUTH_SWAP_STEPS, *averaged}))
+                if args.truth_swap_steps is None
+                else parse_integers(args.truth_swap_steps, "--truth-swap-steps")
+            ),
             truth_guidance=args.truth_guidance,
         )
         for name in dict.fromkeys(names)
@@ -165,26 +207,28 @@ def count(folder: Path) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def score_table(args: argparse.Namespace, averaged: tuple[int, ...] | None) -> None:
-    """Print and write the report of a table of probabilities."""
+    """Print the report of a table of probabilities, of every attribute unless one is named; write that one's."""
     if args.runs:
         raise ValueError(
             f"RUN: got {[str(folder) for folder in args.runs]} beside --predictions; expected one or the other"
         )
-    if args.attribute is None:
-        found = predictions.read(*args.predictions).attributes
-        raise ValueError(
-            f"--attribute: missing; which one do the trajectories swap in? The table has {', '.join(found)}"
-        )
     table = predictions.read(*args.predictions)
-    scores = {
-        "command": command_line(),
-        "attribute": args.attribute,
-        **predictions.report(table, args.attribute, averaged),
-    }
+    if args.attribute is None and args.out is not None:
+        raise ValueError(
+            f"--attribute: missing; which one do the trajectories swap in? The table has {', '.join(table.attributes)}"
+        )
+    if args.out is not None:
+        refuse_to_replace(args.out, "cells", "an evaluation")
+    names = table.attributes if args.attribute is None else (args.attribute,)
+    reports = [
+        {"command": command_line(), "attribute": name, **predictions.report(table, name, averaged)} for name in names
+    ]
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        write_json(args.out / "metrics.json", scores)
-    print(report.of_table(scores))
+        write_json(args.out / "metrics.json", reports[0])
+    if len(reports) > 1:
+        print("No --attribute: each of them, as if it were the one that the trajectories swap in.\n")
+    print("\n\n".join(report.of_table(scores) for scores in reports))
 
 
 def command_line() -> str:

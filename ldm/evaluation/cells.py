@@ -72,7 +72,15 @@ def cell_of_run(folder: Path) -> tuple[Cell, Traversal]:
         partial = folder / "partial"
         found = "one that was cut off: run the same `ldm traverse` again to finish it" if partial.exists() else "none"
         raise ValueError(f"{folder}: expected a finished traversal (run.json and latents.safetensors), found {found}")
-    plan = Traversal(
+    try:
+        plan = _plan_of(record)
+    except KeyError as missing:
+        raise ValueError(f"{folder / 'run.json'}: has no {missing}; let `ldm traverse` write the folder anew") from None
+    return Cell(folder.name, folder.name, plan.neutral, plan.styles), plan
+
+
+def _plan_of(record: Mapping[str, Any]) -> Traversal:
+    return Traversal(
         seeds=tuple(record["seeds"]),
         steps=record["steps"],
         guidance=record["guidance"],
@@ -87,4 +95,3 @@ def cell_of_run(folder: Path) -> tuple[Cell, Traversal]:
         indexing=record["indexing"],
         bezier_points=record["bezier_points"],
     )
-    return Cell(folder.name, folder.name, plan.neutral, plan.styles), plan

@@ -6,18 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from ldm.evaluation import pictures, truth
-from ldm.evaluation.run import Task, Workplace, settings_of
+from ldm.evaluation import pictures
+from ldm.evaluation.run import Task, Workplace, read_latents, settings_of
 from ldm.evaluation.trajectories import FRAMES
-from ldm.latents import SeedFolder
 from ldm.metrics.cfrt import READINGS
 from ldm.report import explorer
 from ldm.report.image_figures import LatentMap
 from ldm.report.plots import write_figures
-from ldm.report.results import estimate, find
+from ldm.report.results import MAIN_READING, estimate, find
 from ldm.report.tables import write_tables
 
 Json = dict[str, Any]
@@ -104,16 +102,16 @@ def write(metrics: Json, tasks: Sequence[Task], places: Mapping[str, Workplace],
 
 
 def _decoded(place: Workplace, task: Task, count: int) -> list[pictures.Shown]:
-    folder = place.folder(task, "trajectories", settings_of(place.instruments, task.plan))
+    folder = place.trajectories(task)
     found = []
     for seed in task.plan.seeds[:count]:
-        found.append(pictures.decode(place.instruments, task.plan, seed, *_latents(folder, seed), pictures.POINTS))
+        found.append(pictures.decode(place.instruments, task.plan, seed, *read_latents(folder, seed), pictures.POINTS))
     return found
 
 
 def _map(place: Workplace, task: Task, shown: Sequence[pictures.Shown]) -> LatentMap | None:
-    folder = place.folder(task, "trajectories", settings_of(place.instruments, task.plan))
-    latents = {seed: _latents(folder, seed) for seed in task.plan.seeds[:MAP_SEEDS]}
+    folder = place.trajectories(task)
+    latents = {seed: read_latents(folder, seed) for seed in task.plan.seeds[:MAP_SEEDS]}
     return pictures.latent_map(task.plan, latents, task.averaged, shown)
 
 
@@ -128,18 +126,11 @@ def _domain(
     cell, instruments = task.cell, place.instruments
     patients = [pictures.generated_patient(instruments, cell, task.plan, of) for of in shown]
     if task.truth_seeds:
-        plan = task.truth_plan
-        folder = place.folder(task, "truth", settings_of(instruments, plan) | truth.SETTINGS)
+        plan, folder = task.truth_plan, place.truth(task)
         for seed in range(min(count, task.truth_seeds)):
-            decoded = pictures.decode(instruments, plan, seed, *_latents(folder, seed), 0)
+            decoded = pictures.decode(instruments, plan, seed, *read_latents(folder, seed), 0)
             patients.append(pictures.rendered_patient(instruments, cell, plan, decoded))
     return pictures.domain(instruments, cell, task.plan, patients, at, _summary(metrics["cells"][cell.name]))
-
-
-def _latents(folder: SeedFolder, seed: int) -> tuple[Tensor, Tensor]:
-    """Neutral (C, H, W) and swaps (A, S, C, H, W)."""
-    read = folder.read(seed, ["latents.neutral", "latents.swaps"])
-    return read["latents.neutral"], read["latents.swaps"]
 
 
 def _summary(cell: Json) -> list[tuple[str, dict[str, str]]]:
@@ -187,8 +178,14 @@ def of_table(scores: Json) -> str:
         counts = ", ".join(f"{name} {found[name]}" for name in ("n", "ties", "dropped"))
         chance = f", chance {found['chance']:.2f}" if found["chance"] is not None else ""
         lines.append(f"  {reading:16} {_short(found):22} {counts}{chance}")
-    lines.append(f"  {'flip rate':16} {_short(scores['flip_rate'])}")
+    present = scores["flip_rate"]["already_present"]
+    lines.append(f"  {'flip rate':16} {_short(scores['flip_rate']):22} already present before {present}")
     lines.append(f"  {'target change':16} {_short(scores['target_change'])}")
     off = scores["largest_off_target"]
     lines.append(f"  {'off target':16} {off['attribute'] or '-'} {_short(off)}")
+    curves = scores["per_swap_step"]
+    lines.append("  " + f"{'swap step':16} " + " ".join(f"{step:5}" for step in curves["swap_steps"]))
+    for name in (MAIN_READING, "strict", "flip_rate", "target_change", "off_target"):
+        values = " ".join("    -" if value is None else f"{value:5.2f}" for value in curves[name])
+        lines.append(f"  {name if name in READINGS else name.replace('_', ' '):16} {values}")
     return "\n".join(lines)

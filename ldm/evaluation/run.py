@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -22,7 +23,7 @@ from ldm.evaluation import baselines, summary, truth
 from ldm.evaluation.cells import CLASS_HEAD, Cell
 from ldm.evaluation.instruments import Instruments
 from ldm.evaluation.processes import Processes
-from ldm.evaluation.trajectories import FRAMES, SampleSeed, from_run, measure, sampled
+from ldm.evaluation.trajectories import FRAMES, SampleSeed, check_run, from_run, measure, sampled, stacked
 from ldm.experiment import latent_shape
 from ldm.latents import SeedFolder
 from ldm.plan import Traversal
@@ -69,24 +70,78 @@ class Workplace:
     processes: Processes
     max_batch: int | None = None
 
-    def folder(self, task: Task, name: str, settings: Mapping[str, Any]) -> SeedFolder:
-        """OUT/seeds/<cell>/<name>"""
+    def trajectories(self, task: Task) -> SeedFolder:
+        """What was measured on every seed. Raises ValueError where it was measured with other settings."""
+        return self._folder(task, "trajectories", settings_of(self.instruments, task.plan))
+
+    def baselines(self, task: Task) -> SeedFolder:
+        """The same of the baselines."""
+        seeds = list(task.plan.seeds)
+        settings = settings_of(self.instruments, task.plan) | {"averaged": list(task.averaged), "of_seeds": seeds}
+        # The linear direction is a mean over all seeds: with more of them it is another baseline.
+        return self._folder(task, f"baselines_of_{len(seeds)}", settings)
+
+    def truth(self, task: Task) -> SeedFolder:
+        """The same of the rendered patients."""
+        return self._folder(task, "truth", settings_of(self.instruments, task.truth_plan) | truth.SETTINGS)
+
+    def _folder(self, task: Task, name: str, settings: Mapping[str, Any]) -> SeedFolder:
         return SeedFolder(self.out / "seeds" / task.cell.name / name, settings)
+
+
+def check(tasks: Sequence[Task], places: Mapping[str, Workplace]) -> None:
+    """Everything that can be refused before anything is sampled or measured, which may take days.
+
+    Args:    places: by the cell's name.
+    Raises:  ValueError: a classifier does not know the attributes or the size of the images; a run lacks seeds, was
+             made with other weights, or is no longer the one that was measured; the folder holds an evaluation with
+             other settings.
+    """
+    for task in tasks:
+        instruments = places[task.cell.name].instruments
+        instruments.heads(tuple(task.plan.styles), CLASS_HEAD)
+        instruments.check_size(latent_shape(instruments.sd, task.plan))
+        if task.run:
+            check_run(task.run, task.plan.seeds, instruments.sd)
+    for task in tasks:
+        place = places[task.cell.name]
+        measured = place.trajectories(task)
+        if task.run:
+            _check_unchanged(task.run, task.plan, measured)
+        if task.baseline_seeds:
+            place.baselines(task)
+        if task.truth_seeds:
+            place.truth(task)
+
+
+def _check_unchanged(run: Path, plan: Traversal, measured: SeedFolder) -> None:
+    """ValueError where a seed's latents are not those that were measured: the run was made anew in the same folder."""
+    now = from_run(run)
+    for seed in sorted(measured.seeds() & set(plan.seeds)):
+        latents = now(seed)
+        neutral, swaps = read_latents(measured, seed)
+        if not (torch.equal(latents["neutral"], neutral) and torch.equal(stacked(latents, plan), swaps)):
+            raise ValueError(f"{run}: seed {seed} is no longer what {measured.folder} was measured on; use a new --out")
+
+
+def read_latents(folder: SeedFolder, seed: int) -> tuple[Tensor, Tensor]:
+    """One seed's neutral latent (C, H, W) and swaps (A, S, C, H, W)."""
+    read = folder.read(seed, ["latents.neutral", "latents.swaps"])
+    return read["latents.neutral"], read["latents.swaps"]
 
 
 def evaluate_cell(place: Workplace, task: Task) -> Json | None:
     """Measure what is missing of a cell, and summarise it.
 
     Returns: the cell's part of metrics.json; None in all processes but the first.
-    Raises:  ValueError: the folder holds an evaluation with other settings, or the classifier does not know the
-             attributes or the size of the images.
+    Raises:  ValueError: see `check`.
     """
+    check([task], {task.cell.name: place})
     instruments, plan = place.instruments, task.plan
     heads = instruments.heads(tuple(plan.styles), CLASS_HEAD)
-    instruments.check_size(latent_shape(instruments.sd, plan))
     votes = summary.Votes(instruments.classifier.attributes, heads, tuple(plan.styles))
 
-    trajectories = place.folder(task, "trajectories", settings_of(instruments, plan))
+    trajectories = place.trajectories(task)
     source: SampleSeed = from_run(task.run) if task.run else sampled(instruments, plan, place.max_batch)
     fill(trajectories, plan.seeds, lambda seed: measure(instruments, plan, source(seed)), place, task)
     found = stack(trajectories, plan.seeds)
@@ -106,21 +161,16 @@ def _baselines(
     """See `summary.compare_baselines`."""
     instruments, plan = place.instruments, task.plan
     seeds = plan.seeds[: task.baseline_seeds]
-    settings = settings_of(instruments, plan) | {"averaged": list(task.averaged), "of_seeds": list(plan.seeds)}
-    # The linear direction is a mean over all seeds: with more of them it is another baseline.
-    folder = place.folder(task, f"baselines_of_{len(plan.seeds)}", settings)
-
-    def latents(seed: int) -> tuple[Tensor, Tensor]:
-        read = trajectories.read(seed, ["latents.neutral", "latents.swaps"])
-        return read["latents.neutral"], read["latents.swaps"]
+    folder = place.baselines(task)
 
     @cache  # once, and only if a seed is missing
     def directions() -> tuple[Tensor, int]:
-        return baselines.direction_sum(latents(seed) for seed in plan.seeds)
+        return baselines.direction_sum(read_latents(trajectories, seed) for seed in plan.seeds)
 
     def compare(seed: int) -> Mapping[str, Tensor]:
+        latents = read_latents(trajectories, seed)
         return baselines.measure_baselines(
-            instruments, plan, seed, *latents(seed), directions(), task.averaged, place.max_batch
+            instruments, plan, seed, *latents, directions(), task.averaged, place.max_batch
         )
 
     fill(folder, seeds, compare, place, task)
@@ -131,7 +181,7 @@ def _baselines(
 def _truth(place: Workplace, task: Task, votes: summary.Votes) -> dict[str, Json]:
     """See `summary.summarise_truth`."""
     instruments, cell, plan = place.instruments, task.cell, task.truth_plan
-    folder = place.folder(task, "truth", settings_of(instruments, plan) | truth.SETTINGS)
+    folder = place.truth(task)
     others = truth.gallery(cell, instruments.classifier.input_size)
     seeds = range(task.truth_seeds)
     fill(

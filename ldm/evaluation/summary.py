@@ -163,6 +163,8 @@ def summarise_truth(votes: Votes, swap_steps: Sequence[int], averaged: Sequence[
                 "latent": stats.mean(found["floor.latent"])["value"],
                 "skill": stats.mean(found["floor.skill"][:, a])["value"],
                 "leakage": stats.mean(found["floor.leakage"][:, a])["value"],
+                "retrieval": stats.share(found["floor.retrieved"][:, a])["value"],
+                "oracle": stats.share(found["floor.oracle"])["value"],
             },
             "strength_correlation": {key: strength[key] for key in ("value", "n", "interval")},
         }

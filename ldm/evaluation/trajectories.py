@@ -5,7 +5,7 @@ A seed is sampled and measured by itself, so that no number depends on which see
 Letters: A attributes, S swap steps, F frames of the curve, K heads, C H W of a latent.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ldm.evaluation.instruments import Instruments
-from ldm.experiment import curves, default_max_batch, latent_shape, prompt_tree, sample, swap_name
-from ldm.latents import load_seed
+from ldm.experiment import curves, default_max_batch, latent_shape, prompt_tree, read_record, sample, swap_name
+from ldm.latents import check_seeds, load_seed
 from ldm.metrics import directions
+from ldm.pipeline import StableDiffusion
 from ldm.plan import Traversal
 
 SampleSeed = Callable[[int], Mapping[str, Tensor]]
@@ -44,6 +45,23 @@ def sampled(instruments: Instruments, plan: Traversal, max_batch: int | None) ->
 def from_run(folder: Path) -> SampleSeed:
     """Latents of a finished traversal; asked for a seed that it does not hold, it raises ValueError."""
     return partial(load_seed, folder / "latents.safetensors")
+
+
+def check_run(folder: Path, seeds: Sequence[int], sd: StableDiffusion) -> None:
+    """ValueError where a finished traversal lacks a seed, or was made with other weights than `sd`."""
+    check_seeds(folder / "latents.safetensors", seeds)
+    record = read_record(folder)
+    made = record.get("weights_sha256"), record.get("weight_set")
+    if made != (given := (sd.weights_sha256(), sd.weight_set)):
+        files = ", ".join(map(str, record.get("weights", [])))
+        raise ValueError(
+            f"{folder}: made with the weights {_short(*made)} ({files}), to be decoded by {_short(*given)}; "
+            "say --weights (and --base, --ema) as `ldm traverse` was told"
+        )
+
+
+def _short(sha256: str | None, weight_set: str | None) -> str:
+    return f"{(sha256 or 'unknown')[:12]}{f' {weight_set}' if weight_set else ''}"
 
 
 def measure(instruments: Instruments, plan: Traversal, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:

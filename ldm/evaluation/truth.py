@@ -31,7 +31,11 @@ from ldm.plan import Traversal
 GALLERY_SEEDS = range(200)  # the other patients among whom an edited one must still be recognised
 DILATE_PX = 4  # half of a latent pixel: the autoencoder cannot place an edge more finely
 INVERSION_ITERATIONS = 3
-SETTINGS = {"gallery": len(GALLERY_SEEDS), "dilate_px": DILATE_PX, "inversion_iterations": INVERSION_ITERATIONS}
+FLOORS = ("psnr_db", "latent", "skill", "leakage", "retrieved", "oracle")
+SETTINGS = {
+    **{"gallery": len(GALLERY_SEEDS), "dilate_px": DILATE_PX, "inversion_iterations": INVERSION_ITERATIONS},
+    "floors": list(FLOORS),  # a folder without one of them is of an earlier version, and is not continued
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,9 +95,10 @@ def measure_truth(
 
     Args:    plan: see `retraceable`.  others: see `gallery`.
     Returns: latents.neutral, latents.swaps; probabilities.original (K,), .neutral (K,) of the retraced image, .truth
-             (A, K), .swaps (A, S, K); skill, leakage, retrieved (0 or 1), oracle (0 or 1): (A, S); floor.psnr_db,
-             floor.latent (relative error of the round trip), floor.skill and floor.leakage (A,), of the true
-             counterfactual encoded and decoded: what a perfect edit would score here.
+             (A, K), .swaps (A, S, K); skill, leakage, retrieved (0 or 1), oracle (0 or 1): (A, S). What is lost
+             without any edit: floor.psnr_db and floor.latent (relative error) of the retraced original, whether it is
+             recognised, floor.retrieved (A,), and nearer to itself than to its counterfactuals, floor.oracle;
+             floor.skill and floor.leakage (A,) of the true counterfactual encoded and decoded, a perfect edit.
     """
     sd, attributes = instruments.sd, tuple(plan.styles)
     shape = latent_shape(sd, plan)
@@ -123,6 +128,8 @@ def measure_truth(
         "probabilities.swaps": instruments.probabilities(edited_pixels).unflatten(0, swaps.shape[:2]),
         "floor.psnr_db": psnr_db(retraced, original),
         "floor.latent": (neutral - encoded[0].cpu()).norm() / encoded[0].cpu().norm(),
+        "floor.retrieved": torch.stack([nearest_outside(retraced[None], own_and_others, m)[0] == 0 for m in masks]),
+        "floor.oracle": torch.from_numpy(ground_truth.oracle_class(retraced[None], images[None]) == 0)[0],
         "floor.skill": torch.from_numpy(ground_truth.skill(autoencoded[1:], truths, original.expand_as(truths))),
         "floor.leakage": torch.from_numpy(
             ground_truth.leakage(autoencoded[1:], autoencoded[:1].expand_as(truths), masks, DILATE_PX)
