@@ -20,13 +20,14 @@ from ldm.report.tables import (
     table_2,
     table_3,
     table_methods,
+    table_path,
     table_readings,
     table_truth,
     table_truth_steps,
     write_tables,
 )
 
-ALL = (table_1, table_2, table_3, table_readings, table_methods, table_truth, table_truth_steps)
+ALL = (table_1, table_2, table_3, table_readings, table_methods, table_path, table_truth, table_truth_steps)
 
 
 @pytest.fixture
@@ -176,14 +177,26 @@ def test_every_number_survives_csv_exactly_and_markdown_rounded(build, results):
 
 def test_table_1_has_a_row_per_head(results):
     table = table_1(results)
-    assert [row[:2] for row in table.rows[:3]] == [
-        ("Chest", "Pleural Effusion"),
-        ("Chest", "Support Devices"),
-        ("Skin", "MEL"),
+    assert [row[:2] for row in table.rows] == [
+        ("CheXpert phantoms (drawn)", "Pleural effusion"),
+        ("CheXpert phantoms (drawn)", "Support devices"),
+        ("ISIC 2019 phantoms (drawn)", "Melanoma"),
+        ("ISIC 2019 phantoms (drawn)", "Hair"),
+        ("ISIC 2019 phantoms (drawn)", "Gel bubbles"),  # titled as in the other tables
+        ("ISIC 2019 phantoms (drawn)", "Ruler"),
+        ("ISIC 2019 phantoms (drawn)", "Ink"),
     ]
-    f1 = results["classifiers"]["chest"]["attributes"]["Pleural Effusion"]["f1"]
+    f1 = results["classifiers"]["chexpert_classifier"]["attributes"]["pleural_effusion"]["f1"]
     assert table.rows[0][table.columns.index("F1")] == Estimate(f1["value"], *f1["interval"])
-    assert "tinynet_e" in table.note
+    assert "Networks: CheXpert phantoms (drawn): tinynet_e; ISIC 2019 phantoms (drawn): tinynet_e." in table.note
+
+
+def test_table_1_names_the_data_whatever_the_file_is_called(results):
+    first, second = results["classifiers"].values()
+    first["phantoms"] = False
+    del second["data"]
+    del second["phantoms"]
+    assert {row[0] for row in table_1(results).rows} == {"CheXpert", "Isic classifier"}
 
 
 def test_table_2_puts_the_paper_beside_ours_and_says_what_that_means(results):
@@ -214,16 +227,26 @@ def test_the_papers_values_stand_only_beside_the_papers_cells(results):
     assert table_2(results).rows[0][-2:] == (None, None)
 
 
-def test_a_distance_that_is_not_available_says_why_once(results):
+def test_table_2_says_what_its_means_are_over(results):
     note = table_2(results).note
-    assert note.count("LPIPS: the AlexNet backbone is not on disk") == 1
-    lpips = table_2(results).columns.index("LPIPS\nswaps")
-    assert {row[lpips] for row in table_2(results).rows} == {None}
+    assert "CFRT as own_head_signed, mean of swap steps 5, 10, 15 and of frames 30-49 of the curve." in note
+    assert "LPIPS and SSIM to the neutral image, mean of all swap steps and of the same frames." in note
+
+
+def test_a_distance_that_is_not_available_says_why_once(results):
+    table = table_2(results)
+    assert table.note.endswith("scores. LPIPS was not measured: no weights; `ldm evaluate --fetch` gets them.")
+    lpips = table.columns.index("LPIPS\nswaps")
+    assert {row[lpips] for row in table.rows} == {None}
+    assert r"no weights; \texttt{ldm evaluate --fetch} gets them." in latex(table)
 
 
 def test_table_3_counts(results):
-    assert table_3(results).rows[0] == ("Chest", "Images", 12004, 2119, 2493)
-    assert table_3(results).rows[1] == ("Chest", "Pleural Effusion", 12004 // 3, 2119 // 3, 2493 // 3)
+    data = "CheXpert"
+    assert table_3(results).rows[0] == (data, "Images", 12004, 2119, 2493)
+    assert table_3(results).rows[1] == (data, "Pleural effusion", 12004 // 3, 2119 // 3, 2493 // 3)
+    results["datasets"]["chexpert"]["phantoms"] = True
+    assert table_3(results).rows[0] == ("CheXpert phantoms (drawn)", "Images", 12004, 2119, 2493)
 
 
 def test_table_readings_has_every_reading_of_both_kinds(results):
@@ -243,12 +266,39 @@ def test_table_methods_takes_each_baseline_from_its_own_reference(results):
     scores["baselines"]["ramp_blend"]["difference"] = {
         "own_head_signed": {"value": -0.2, "interval": [-0.3, -0.1]},
     }
-    differences = {row[2]: row[4] for row in table_methods(results).rows[:7]}
+    differences = {row[2]: row[5] for row in table_methods(results).rows[:7]}
     assert differences["prompt swaps"] is None
     assert differences["straight chord"].value == value(scores["baselines"]["chord"]) - value(scores["interpolations"])
     linear = value(scores["baselines"]["linear_direction"]) - value(scores["swaps"])
     assert differences["linear direction"] == Estimate(linear)
     assert differences["ramped blend"] == Estimate(-0.2, -0.3, -0.1)
+
+
+def test_table_methods_says_how_many_seeds_each_method_has(results):
+    table = table_methods(results)
+    seeds = {row[2]: row[table.columns.index("n")] for row in table.rows[:7]}
+    assert seeds == {"prompt swaps": 200, "Bezier curve": 200, **dict.fromkeys(list(seeds)[2:], 8)}
+
+
+def test_table_path_puts_trajectories_between_a_line_and_a_walk(results):
+    table = table_path(results)
+    path = results["cells"]["nv"]["attributes"]["ink"]["path"]
+    assert len(table.rows) == 10 + 2
+    *row, no_line = table.rows[9]
+    assert row[:3] == ["Nevus", "Ink", 200]
+    measures = ("arc_over_chord", "total_turning", "line_residual", "first_direction")
+    assert row[3:] == [Estimate(path[measure]["value"], *path[measure]["interval"]) for measure in measures]
+    departs = path["first_direction"]["departs"]
+    assert no_line == Estimate(departs["value"], *departs["interval"])
+    assert table.rows[10] == ("Straight line", None, None, 1.0, 0.0, 0.0, 1.0, None)
+    assert table.rows[11] == ("Random walk", None, None, *(path[measure]["walk"] for measure in measures), None)
+    assert "No line: share of seeds whose first direction holds less than 95 %." in table.note
+
+
+def test_table_path_without_paths_has_no_rows(results):
+    for a in attributes(results):
+        del a.scores["path"]
+    assert table_path(results).rows == ()
 
 
 def test_table_truth_is_the_worst_where_the_edit_is_made(results):
@@ -265,8 +315,31 @@ def test_table_truth_is_the_worst_where_the_edit_is_made(results):
     assert table_truth(results).rows[0][3:7] == (None, None, None, None)
 
 
-def test_truth_per_swap_step_goes_from_the_late_swap_to_the_early_one(results):
-    assert [row[2] for row in table_truth_steps(results).rows[:9]] == SWAP_STEPS[::-1]
+def test_table_truth_has_the_floor_of_each_part_of_the_chain(results):
+    floors = {
+        **{"Floor: skill": "0.85", "Floor: leakage": "0.04", "Floor: retrieval": "0.99", "Floor: oracle": "0.97"},
+        **{"Latent error": "0.012", "PSNR (dB)": "31.4"},
+    }
+    row = from_csv(table_truth(results))[0]
+    assert {name: row[name] for name in floors} == floors
+    for a in attributes(results):  # files of before
+        del a.scores["truth"]["floor"]["retrieval"]
+    assert from_csv(table_truth(results))[0]["Floor: retrieval"] == "-"
+
+
+@pytest.mark.parametrize("build", [table_truth, table_truth_steps])
+def test_the_notes_say_whose_floor_is_whose(build, results):
+    assert "The floors of skill and leakage are the autoencoder's alone" in build(results).note
+    assert "Those of retrieval and oracle are the inversion's" in build(results).note
+
+
+def test_truth_per_swap_step_goes_from_the_late_swap_to_the_early_one_and_ends_at_the_floor(results):
+    table = table_truth_steps(results)
+    assert [row[2] for row in table.rows[:10]] == [*SWAP_STEPS[::-1], "floor"]
+    assert table.rows[9] == ("Chest X-ray", "Pleural effusion", "floor", 0.85, 0.04, 0.99, None, 0.97)
+    for a in attributes(results):
+        a.scores["truth"]["floor"] = {"psnr": 31.4}
+    assert "floor" not in {row[2] for row in table_truth_steps(results).rows}
 
 
 # ---- what is missing -------------------------------------------------------------------------------

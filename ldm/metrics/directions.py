@@ -126,7 +126,7 @@ def walk_geometry(points: int) -> dict[str, float]:
     """What a walk scores whose equal steps are all at right angles to each other, as random steps in many dimensions
     very nearly are.
 
-    first_direction   6 / (4 sin^2(pi / 2P) (P^2 - 1)), falling to 6 / pi^2 = 0.61          [Antognini 2018, for P -> oo]
+    first_direction   6 / (4 sin^2(pi / 2P) (P^2 - 1)), falling to 6 / pi^2 = 0.61             [Antognini 2018]
 
     The steps of a trajectory are not equal. That leaves the turning of such a walk as it is; the other measures come
     nearer to a line's, the more of the way is made in one step.

@@ -11,6 +11,7 @@ Sources: Zhang et al. 2018 (LPIPS); Wang et al. 2004 (SSIM).
 from __future__ import annotations
 
 import hashlib
+import logging
 import socket
 import warnings
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 from torchvision import models
 
+log = logging.getLogger(__name__)
+
 Net = Literal["alex", "vgg", "squeeze"]
 BACKBONES = {
     "alex": models.AlexNet_Weights.IMAGENET1K_V1,
@@ -38,13 +41,13 @@ SMALLEST_SSIM_PX = 11  # the window
 
 @dataclass(frozen=True)
 class Unavailable:
-    """Why LPIPS cannot be computed here, and what to do about it."""
+    """Why LPIPS cannot be computed here, and what to do about it; as text, a sentence fit for a table's note."""
 
     reason: str
     how_to_get_them: str
 
     def __str__(self) -> str:
-        return f"{self.reason}; {self.how_to_get_them}"
+        return f"LPIPS was not measured: {self.reason}; {self.how_to_get_them}"
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,10 @@ class Lpips:
 def load_lpips(net: Net = "alex", *, fetch: bool = False) -> Lpips | Unavailable:
     """LPIPS with a backbone's weights from torch's cache folder.
 
-    Nothing is downloaded without `fetch`, and a server that is silent for 20 s is given up. A weight file counts only
-    if its SHA-256 begins as its name says. torchvision publishes these files as pickles; they are read by torchvision's
-    own loader restricted to tensors (weights_only), and so does lpips read its linear heads.
+    Nothing is downloaded without `fetch`, and a server that is silent for 20 s is given up. The file's place and what
+    went wrong are told to the log, not in the answer, which reports print. A weight file counts only if its SHA-256
+    begins as its name says. torchvision publishes these files as pickles; they are read by torchvision's own loader
+    restricted to tensors (weights_only), and so does lpips read its linear heads.
 
     Args:    net: "alex" as in the paper, "vgg" or "squeeze".  fetch: download the weights if they are not there.
     Returns: the distance, or why there is none.
@@ -80,18 +84,17 @@ def load_lpips(net: Net = "alex", *, fetch: bool = False) -> Lpips | Unavailable
     """
     if net not in BACKBONES:
         raise ValueError(f"net: expected one of {list(BACKBONES)}, got {net!r}")
-    path = backbone_path(net)
-    how = f"put {BACKBONES[net].url} at {path}, or allow fetching"
-    if not path.exists():
-        if not fetch:
-            return Unavailable(f"LPIPS needs the ImageNet weights {path.name}, which are not on disk", how)
-        if failure := _fetch(BACKBONES[net].url, path):
-            return Unavailable(
-                f"LPIPS needs the ImageNet weights {path.name}, which could not be fetched ({failure})", how
-            )
+    path, url = backbone_path(net), BACKBONES[net].url
+    if not path.exists() and not fetch:
+        log.info("LPIPS: %s belongs at %s", url, path)
+        return Unavailable("its ImageNet weights were not on disk", "`ldm evaluate --fetch` gets them")
+    if not path.exists() and (failure := _fetch(url, path)):
+        log.info("LPIPS: %s could not be fetched to %s: %s", url, path, failure)
+        return Unavailable("its ImageNet weights could not be fetched", "`ldm evaluate --fetch` tries again")
     if not _sha256(path).startswith(_promised_sha256(path)):
-        how = f"delete {path}, and put {BACKBONES[net].url} there, or allow fetching"
-        return Unavailable(f"{path} is damaged: its SHA-256 is not the one that its name promises", how)
+        log.info("LPIPS: %s does not have the SHA-256 that its name promises; delete it", path)
+        reason = f"the SHA-256 of its ImageNet weights, {path.name}, is not the one that the name promises"
+        return Unavailable(reason, "delete that file, and `ldm evaluate --fetch` gets another")
     backbone = BACKBONES[net].get_state_dict(progress=False, weights_only=True)  # on disk: downloads nothing
     return Lpips(net, build_network(net, backbone))
 

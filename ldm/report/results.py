@@ -27,6 +27,8 @@ BASELINES = {
 FLIPPED = 0.9  # the flip rate from which on an edit counts as made
 ON_CURVE = ("chord",)  # baselines of the interpolations; the others are baselines of the swaps
 
+DATA_SETS = {"chexpert": "CheXpert", "isic": "ISIC 2019"}
+
 # Title of a cell -> (what the images are, which class).
 CELL_NAMES = {
     "Chest X-ray": ("Chest X-ray", None),
@@ -123,6 +125,12 @@ def attributes(results: Results, cell: str | None = None) -> list[Attribute]:
             for name, scores in (find(results, "cells", key, "attributes") or {}).items():
                 listed.append(Attribute(key, title, name, plain(find(scores, "title") or name), scores or {}))
     return listed
+
+
+def data_set_title(name: str, drawn: bool) -> str:
+    """A data set as a table names it: "chexpert" -> "CheXpert", or "CheXpert phantoms (drawn)"."""
+    title = DATA_SETS.get(name, plain(name))
+    return f"{title} phantoms (drawn)" if drawn else title
 
 
 def short(cell_title: str) -> str:

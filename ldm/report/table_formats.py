@@ -16,7 +16,9 @@ MISSING = "-"
 PRINTED_NUMBER = re.compile(r"\d+(\.\d+)?")
 MAX_ROWS_OF_A_FLOAT = 45  # what a page holds; a longer table breaks across pages
 MAX_COLUMNS_OF_FOOTNOTE_SIZE = 8  # what 6.875 in hold; a wider table is set a size smaller
-MAX_INTERVALS_ABREAST = 3  # with more columns of intervals than this, an interval stands under its value
+# With more columns, or more of intervals, an interval stands under its value.
+MAX_COLUMNS_ABREAST = 12
+MAX_INTERVALS_ABREAST = 3
 
 LATEX_ESCAPES = {
     "\\": r"\textbackslash{}",
@@ -33,7 +35,7 @@ class Table:
     """What a table says, in no format yet.
 
     columns: their heads; a line break in one is kept where the format can.  rows: one cell a column, None where
-    nothing was measured.  note: what a reader must know, in sentences; may be empty.
+    nothing was measured.  note: what a reader must know, in sentences, `code` between backticks; may be empty.
     """
 
     title: str
@@ -76,7 +78,7 @@ def latex(table: Table) -> str:
     heads = " & ".join(_latex_head(head, side) for head, side in zip(table.columns, sides, strict=True))
     body = [r"\toprule", heads + r" \\", r"\midrule", *([r"\endhead"] if long else []), *_latex_rows(table)]
     columns = f"@{{}}{''.join(sides)}@{{}}"
-    caption, note = rf"\caption{{{escape(table.title)}}}", escape(table.note)
+    caption, note = rf"\caption{{{escape(table.title)}}}", _latex_note(table.note)
     if long:
         inside = [rf"\begin{{longtable}}{{{columns}}}", caption + r" \\", *body, r"\bottomrule", r"\end{longtable}"]
         lines = ["{" + _latex_size(r"\scriptsize"), *inside, *([r"\noindent " + note] if note else []), "}"]
@@ -141,6 +143,11 @@ def _latex_size(size: str) -> str:
     return size + r"\setlength{\tabcolsep}{2.5pt}"
 
 
+def _latex_note(note: str) -> str:
+    """What stands between backticks is code, in which two hyphens stay two."""
+    return re.sub(r"`([^`]*)`", r"\\texttt{\1}", escape(note))
+
+
 def _latex_head(head: str, side: str) -> str:
     lines = [escape(line) for line in head.split("\n")]
     return lines[0] if len(lines) == 1 else rf"\shortstack[{side}]{{" + r"\\".join(lines) + "}"
@@ -150,7 +157,7 @@ def _latex_rows(table: Table) -> list[str]:
     """The rows; leading words that repeat the row above are left out, and a new first word gets some space above."""
     words = _text_columns(table)
     leading = words.index(False) if False in words else len(words)
-    stacked = sum(_interval_columns(table)) > MAX_INTERVALS_ABREAST
+    stacked = len(table.columns) > MAX_COLUMNS_ABREAST or sum(_interval_columns(table)) > MAX_INTERVALS_ABREAST
     end = r" \\[2pt]" if stacked else r" \\"
     lines: list[str] = []
     above: tuple[Cell, ...] = ()

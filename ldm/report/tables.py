@@ -19,6 +19,7 @@ from ldm.report.results import (
     Estimate,
     Results,
     attributes,
+    data_set_title,
     estimate,
     find,
     number,
@@ -37,6 +38,7 @@ __all__ = [
     "table_2",
     "table_3",
     "table_methods",
+    "table_path",
     "table_readings",
     "table_truth",
     "table_truth_steps",
@@ -64,22 +66,27 @@ NOT_COMPARABLE = (
     "here, and the shipped one knows drawn phantoms only. The two are not comparable as scores."
 )
 
+FLOORS = (
+    "The floors of skill and leakage are the autoencoder's alone: the true counterfactual, encoded and decoded. Those "
+    "of retrieval and oracle are the inversion's: the original inverted and sampled again without any edit, still "
+    "nearest to itself among the patients, outside the attribute's mask, and to itself among its renderings."
+)
+
 
 def table_1(results: Results) -> Table:
     """The attribute classifiers on held-out images (paper, Table 1)."""
     rows: list[tuple[Cell, ...]] = []
-    for data, classifier in (find(results, "classifiers") or {}).items():
+    networks = []
+    for key, classifier in (find(results, "classifiers") or {}).items():
+        data = _data_set(find(classifier, "data") or key, classifier)
         for name, scores in (find(classifier, "attributes") or {}).items():
-            counts = [number(find(scores, key)) for key in ("n", "positives")]
-            judged = [estimate(find(scores, key)) for key in ("accuracy", "f1", "auroc")]
-            rows.append((plain(data), plain(name), *counts, *judged, number(find(scores, "ece"))))
+            counts = [number(find(scores, count)) for count in ("n", "positives")]
+            judged = [estimate(find(scores, share)) for share in ("accuracy", "f1", "auroc")]
+            rows.append((data, _titles(results).get(name, plain(name)), *counts, *judged, number(find(scores, "ece"))))
+        networks += [f"{data}: {model}"] if (model := find(classifier, "model")) else []
     columns = ("Data set", "Attribute", "Images", "Positives", "Accuracy", "F1", "AUROC", "ECE")
-    models = {
-        plain(data): find(classifier, "model") for data, classifier in (find(results, "classifiers") or {}).items()
-    }
-    named = [f"{data}: {model}" for data, model in models.items() if model]
     note = "Held-out images; 95 % intervals; ECE: expected calibration error."
-    return Table("Attribute classifiers", columns, tuple(rows), " ".join([note, *_sentence("Networks", named)]))
+    return Table("Attribute classifiers", columns, tuple(rows), " ".join([note, *_sentence("Networks", networks)]))
 
 
 def table_2(results: Results) -> Table:
@@ -93,8 +100,8 @@ def table_2(results: Results) -> Table:
     measures = [f"{metric}\n{kind}" for metric in ("CFRT", "LPIPS", "SSIM") for kind in ("swaps", "interp.")]
     paper = [f"paper,\n{kind}\n(CheXpert\n/ ISIC)" for kind in ("swaps", "interp.")]
     note = (
-        f"CFRT as own_head_signed, mean of {_samples(results)}; LPIPS and SSIM to the neutral image; 95 % intervals; "
-        "interp.: samples interpolated along the Bezier curve."
+        f"CFRT as own_head_signed, mean of {_samples(results)}. LPIPS and SSIM to the neutral image, mean of all swap "
+        "steps and of the same frames. 95 % intervals; interp.: samples interpolated along the Bezier curve."
     )
     sentences = [note, NOT_COMPARABLE, *_unavailable(results)]
     columns = ("Data set", "Class", "Attribute", *measures, *paper)
@@ -108,7 +115,8 @@ def table_3(results: Results) -> Table:
     for data, split in (find(results, "datasets") or {}).items():
         labels = dict.fromkeys(label for part in parts for label in (find(split, part) or {}))
         for label in sorted(labels, key=lambda label: label != "images"):
-            rows.append((plain(data), plain(label), *(number(find(split, part, label)) for part in parts)))
+            title = _titles(results).get(label, plain(label))
+            rows.append((_data_set(data, split), title, *(number(find(split, part, label)) for part in parts)))
     note = "Images, then those that are positive for each label."
     return Table("Data sets", ("Data set", "Label", "Train", "Validation", "Test"), tuple(rows), note)
 
@@ -146,12 +154,42 @@ def table_methods(results: Results) -> Table:
             ours = find(a.scores, "interpolations" if name in ON_CURVE else "swaps")
             rows.append((a.images, a.title, label, *_method(find(a.scores, "baselines", name), ours)))
     note = (
-        "CFRT as own_head_signed. Minus ours: the straight chord against the Bezier curve, the others against the "
-        "prompt swaps; below zero the baseline is worse. Target: mean change of the target's probability; off-target: "
-        "the largest mean change of another attribute's. 95 % intervals."
+        "n: seeds. CFRT as own_head_signed. Minus ours: the straight chord against the Bezier curve, the others "
+        "against the prompt swaps, on the seeds of the baseline; below zero the baseline is worse. Target: mean change "
+        "of the target's probability; off-target: the largest mean change of another attribute's. 95 % intervals."
     )
-    columns = ("Images", "Attribute", "Method", "CFRT", "Minus ours", "Strict", "Flip rate", "Target", "Off-target")
+    columns = (
+        *("Images", "Attribute", "Method", "n", "CFRT", "Minus ours", "Strict", "Flip rate", "Target", "Off-target"),
+    )
     return Table("Baselines", columns, tuple(rows), note)
+
+
+def table_path(results: Results) -> Table:
+    """How far the trajectories are from straight lines, between a line and a walk (the paper's claim, eq. 4)."""
+    measures = ("arc_over_chord", "total_turning", "line_residual", "first_direction")
+    rows: list[tuple[Cell, ...]] = []
+    shown = [a for a in attributes(results) if find(a.scores, "path", "first_direction")]
+    for a in shown:
+        along = find(a.scores, "path", "first_direction")
+        found = [estimate(find(a.scores, "path", measure)) for measure in measures]
+        rows.append((a.images, a.title, number(find(along, "n")), *found, estimate(find(along, "departs"))))
+    for label, reference in (("Straight line", "straight"), ("Random walk", "walk")) if shown else ():
+        known = [number(find(shown[0].scores, "path", measure, reference)) for measure in measures]
+        rows.append((label, None, None, *known, None))
+    limit = number(find(shown[0].scores, "path", "first_direction", "departs", "below")) if shown else None
+    note = (
+        "Paths from neutral over late swaps to early ones, in the latents; means over n seeds with 95 % intervals. "
+        "Arc / chord: length over the distance between the ends. Turning: the sum of the angles between segments. "
+        "Residual: root mean square distance from the best line, over the chord. First direction: share of the points' "
+        "variance along their first principal direction. Random walk: as many points, all steps of one length and at "
+        "right angles to each other. The steps of a trajectory are of different lengths; in a walk that leaves the "
+        "turning as it is and mostly brings the rest nearer to a line."
+    )
+    no_line = f" No line: share of seeds whose first direction holds less than {100 * limit:.0f} %." if limit else ""
+    columns = (
+        *("Images", "Attribute", "n", "Arc / chord", "Turning\n(rad)", "Residual", "First\ndirection", "No line"),
+    )
+    return Table("Trajectories between a line and a walk", columns, tuple(rows), note + no_line)
 
 
 def table_truth(results: Results) -> Table:
@@ -164,24 +202,26 @@ def table_truth(results: Results) -> Table:
         row: list[Cell] = [a.images, a.title, number(find(truth, "n")), ", ".join(f"{s}" for s in flipped) or None]
         row += [min(_when_flipped(truth, "skill"), default=None), max(_when_flipped(truth, "leakage"), default=None)]
         row += [min(_when_flipped(truth, "retrieval"), default=None)]
-        row += [number(find(truth, "floor", name)) for name in ("skill", "leakage", "psnr")]
+        floors = ("skill", "leakage", "retrieval", "oracle", "latent", "psnr")
+        row += [number(find(truth, "floor", name)) for name in floors]
         row += [estimate(find(truth, "strength_correlation")), estimate(ceiling)]
         rows.append(tuple(row))
     note = (
         f"Skill, leakage and identity retrieval@1: the worst over the swap steps that flip at least {FLIPPED:.0%}, "
-        "which the column before them names. Floor: what a perfect edit would score, the true counterfactual encoded "
-        "and decoded. Inversion: the original, inverted and sampled again. Strength: Spearman correlation of target "
-        "probability with the edit's strength. Ceiling: CFRT (own_head_signed) over the one on true pairs."
+        f"which the column before them names. {FLOORS} Latent error and PSNR: of the same image against the original, "
+        "before decoding and after. Strength: Spearman correlation of target probability with the edit's strength. "
+        "Ceiling: CFRT (own_head_signed) over the one on true pairs."
     )
     columns = (
-        *("Images", "Attribute", "n", "Swap steps\nflipped", "Skill", "Leakage", "Retrieval"),
-        *("Floor:\nskill", "Floor:\nleakage", "Inversion:\nPSNR (dB)", "Strength", "Share of\nceiling"),
+        *("Images", "Attribute", "n", "Steps\nflipped", "Skill", "Leakage", "Retrieval"),
+        *("Floor:\nskill", "Floor:\nleakage", "Floor:\nretrieval", "Floor:\noracle"),
+        *("Latent\nerror", "PSNR\n(dB)", "Strength", "Share of\nceiling"),
     )
     return Table("Swaps against the true counterfactual", columns, tuple(rows), note)
 
 
 def table_truth_steps(results: Results) -> Table:
-    """The same for every swap step."""
+    """The same for every swap step, and under the steps their floor."""
     measures = ("skill", "leakage", "retrieval", "flip_rate", "oracle")
     rows: list[tuple[Cell, ...]] = []
     for a in attributes(results):
@@ -189,7 +229,13 @@ def table_truth_steps(results: Results) -> Table:
         curves = [series(find(a.scores, "truth", "per_swap_step", name), len(steps)) for name in measures]
         for i in sorted(range(len(steps)), key=lambda i: -steps[i]):
             rows.append((a.images, a.title, int(steps[i]), *(number(float(curve[i])) for curve in curves)))
-    note = "Skill: 1 is the true counterfactual, 0 no edit. Leakage: share of the squared change outside the mask."
+        floors = [number(find(a.scores, "truth", "floor", name)) for name in measures]
+        if steps and floors != [None] * len(measures):
+            rows.append((a.images, a.title, "floor", *floors))
+    note = (
+        "Skill: 1 is the true counterfactual, 0 no edit. Leakage: share of the squared change outside the mask. "
+        f"Oracle: share of edits that are nearest to their own true counterfactual among the renderings. {FLOORS}"
+    )
     columns = ("Images", "Attribute", "Swap step", "Skill", "Leakage", "Retrieval", "Flip rate", "Oracle")
     return Table("Swaps against the true counterfactual, per swap step", columns, tuple(rows), note)
 
@@ -202,7 +248,8 @@ def write_tables(results: Results, out: Path) -> list[Path]:
     tables = {
         **{"table_1": table_1(results), "table_2": table_2(results), "table_3": table_3(results)},
         **{"table_readings": table_readings(results), "table_methods": table_methods(results)},
-        **{"table_truth": table_truth(results), "table_truth_steps": table_truth_steps(results)},
+        **{"table_path": table_path(results), "table_truth": table_truth(results)},
+        **{"table_truth_steps": table_truth_steps(results)},
     }
     written = []
     for name, table in tables.items():
@@ -223,7 +270,7 @@ def write_tables(results: Results, out: Path) -> list[Path]:
 
 
 def _method(report: object, ours: object) -> list[Cell]:
-    """CFRT, its difference to ours, strict, flip rate, change of the target and the largest one off it."""
+    """n, CFRT, its difference to ours, strict, flip rate, change of the target and the largest one off it."""
     cfrt = estimate(find(report, "cfrt", MAIN_READING))
     given = estimate(find(report, "difference", MAIN_READING))
     reference = estimate(find(ours, "cfrt", MAIN_READING))
@@ -231,7 +278,8 @@ def _method(report: object, ours: object) -> list[Cell]:
         given = Estimate(cfrt.value - reference.value)
     values = [estimate(find(report, *path)) for path in (("cfrt", "strict"), ("flip_rate",), ("target_change",))]
     off_target = number(find(report, "largest_off_target", "value"))
-    return [cfrt, given, *(value.value if value else None for value in values), off_target]
+    n = number(find(report, "cfrt", MAIN_READING, "n"))
+    return [n, cfrt, given, *(value.value if value else None for value in values), off_target]
 
 
 def _steps_flipped(truth: object) -> list[int]:
@@ -262,10 +310,14 @@ def _samples(results: Results) -> str:
 
 def _unavailable(results: Results) -> list[str]:
     """Why a distance is missing, each reason once."""
-    reasons = dict.fromkeys(
-        f"{metric.upper()}: {reason}"
-        for a in attributes(results)
-        for metric in ("lpips", "ssim")
-        if (reason := find(a.scores, metric, "unavailable"))
-    )
-    return [reason.rstrip(".") + "." for reason in reasons]
+    reasons = [find(a.scores, metric, "unavailable") for a in attributes(results) for metric in ("lpips", "ssim")]
+    return [f"{reason}".rstrip(".") + "." for reason in dict.fromkeys(reasons) if reason]
+
+
+def _data_set(name: str, node: object) -> str:
+    return data_set_title(name, drawn=bool(find(node, "phantoms")))
+
+
+def _titles(results: Results) -> dict[str, str]:
+    """Key of an attribute -> its title in the cells."""
+    return {a.key: a.title for a in attributes(results)}
