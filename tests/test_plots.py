@@ -16,12 +16,14 @@ from matplotlib.colors import to_hex
 from matplotlib.text import Text
 from PIL import Image
 
+from ldm.metrics.cfrt import cfrt
 from ldm.report import plots
 from ldm.report.charts import _cosine
 from ldm.report.image_figures import evenly
 from ldm.report.latent_map import MAX_THUMBNAILS, spread_out
 from ldm.report.plot_style import COLUMN_WIDTH, PAGE_WIDTH, looks, save_figure
 from ldm.report.plots import LatentMap, Material, NothingToDraw, tsne
+from ldm.report.results import attributes
 
 TITLES = ["Chest X-ray", "Melanoma", "Melanocytic nevus"]
 SHORT = {"Chest X-ray": "Chest X-ray", "Melanoma": "Melanoma", "Melanocytic nevus": "Nevus"}
@@ -269,11 +271,21 @@ def test_curves_hold_the_values(figures, results):
     assert line.get_xdata().tolist() == SWAP_STEPS
 
 
-def test_the_floor_is_a_line(figures, results):
-    leakage = figures["figure_truth"].axes[3]
-    floors = {line.get_ydata()[0] for line in leakage.lines if line.get_linestyle() == "--"}
-    assert floors == {results["cells"]["chest"]["attributes"]["pleural_effusion"]["truth"]["floor"]["leakage"]}
-    assert "floor: a perfect edit" in said(figures["figure_truth"])
+def test_each_floor_is_a_line_of_its_own_kind(figures, results):
+    truth = results["cells"]["chest"]["attributes"]["pleural_effusion"]["truth"]
+    for row, name, style in ((0, "skill", "--"), (1, "leakage", "--"), (2, "retrieval", "-.")):
+        lines = figures["figure_truth"].axes[3 * row].lines
+        assert {line.get_ydata()[0] for line in lines if line.get_linestyle() == style} == {truth["floor"][name]}
+    assert {"autoencoder's floor", "inversion's floor"} <= said(figures["figure_truth"])
+
+
+def test_a_floor_that_was_not_measured_is_not_in_the_legend():
+    results = made_up_results()
+    for a in attributes(results):
+        del a.scores["truth"]["floor"]["retrieval"]
+    words_of_it = said(plots.figure_truth(results))
+    assert "autoencoder's floor" in words_of_it
+    assert "inversion's floor" not in words_of_it
 
 
 def test_an_axis_grows_for_values_out_of_the_usual():
@@ -282,21 +294,54 @@ def test_an_axis_grows_for_values_out_of_the_usual():
     assert plots.figure_truth(results).axes[0].get_ylim()[0] < -2.5
 
 
-def test_an_interval_over_the_swap_steps_is_drawn_where_it_is_given():
+def test_an_axis_grows_for_intervals_and_floors(figures):
+    lowest = figures["figure_truth"].axes[6].get_ylim()[0]
+    assert lowest < 0.6  # where the made-up intervals of retrieval begin
     results = made_up_results()
-    per_step = results["cells"]["chest"]["attributes"]["pleural_effusion"]["swaps"]["per_swap_step"]
-    per_step["interval"] = {"flip_rate": [[x - 0.1, x + 0.1] for x in per_step["flip_rate"]]}
+    results["cells"]["nv"]["attributes"]["ink"]["truth"]["floor"]["retrieval"] = 0.2
+    assert plots.figure_truth(results).axes[6].get_ylim()[0] < 0.2
+
+
+def test_intervals_over_the_swap_steps_are_bands(figures, results):
+    panels = np.reshape(figures["figure_cfrt"].axes, (3, 3))
+    assert [[len(axes.collections) for axes in row] for row in panels] == [[2, 4, 4]] * 3
+    interval = results["cells"]["chest"]["attributes"]["pleural_effusion"]["swaps"]["per_swap_step"]["interval"]
+    outline = panels[2, 0].collections[0].get_paths()[0].vertices
+    assert {tuple(point) for point in outline} >= {(SWAP_STEPS[0], end) for end in interval["flip_rate"][0]}
+
+
+def test_what_cfrt_writes_is_drawn_with_bands():
+    rng = np.random.default_rng(0)
+    found = cfrt(rng.random((30, 2)), rng.random((30, 2, 3, 2)), ["a", "b"], ["a", "b"], swap_steps=[5, 10, 15])
+    written = {"cells": {"c": {"title": "C", "attributes": {name: {"swaps": of} for name, of in found.items()}}}}
+    assert [len(axes.collections) for axes in plots.figure_cfrt(written).axes] == [2, 2, 2]
+
+
+def test_without_an_interval_there_is_no_band():
+    results = made_up_results()
+    del results["cells"]["chest"]["attributes"]["pleural_effusion"]["swaps"]["per_swap_step"]["interval"]
     panels = np.reshape(plots.figure_cfrt(results).axes, (3, 3))
-    assert [len(axes.collections) for axes in panels[:, 0]] == [0, 0, 1]
+    assert [len(axes.collections) for axes in panels[:, 0]] == [1, 1, 1]
 
 
-def test_figure_methods_has_every_method(figures):
+def test_figure_methods_has_every_method_and_its_seeds(figures):
     panels = np.reshape(figures["figure_methods"].axes, (3, 3))
     methods = [tick.get_text() for tick in panels[0, 0].get_yticklabels()]
-    assert methods[:2] == ["prompt swaps", "Bezier curve"]
+    assert methods[:3] == ["prompt swaps, n = 200", "Bezier curve, n = 200", "linear direction, n = 8"]
     assert len(methods) == 7
     assert [axes.get_xlabel() for axes in panels[-1]] == ["CFRT (own head)", "CFRT (strict)", "flip rate"]
     assert [row[0].get_ylabel() for row in panels] == TITLES
+
+
+def test_seeds_that_differ_are_a_span():
+    results = made_up_results()
+    chord = results["cells"]["nv"]["attributes"]["ink"]["baselines"]["chord"]
+    chord["cfrt"]["own_head_signed"]["n"] = 5
+    for a in attributes(results):
+        a.scores["baselines"]["ramp_blend"]["cfrt"]["own_head_signed"]["n"] = None
+    methods = [tick.get_text() for tick in plots.figure_methods(results).axes[0].get_yticklabels()]
+    assert methods[3] == "straight chord, n = 5-8"
+    assert "ramped blend" in methods
 
 
 # ---- what is missing -------------------------------------------------------------------------------

@@ -41,6 +41,8 @@ from ldm.report.results import (
     series,
 )
 
+LineStyle = Literal[":", "--", "-."]
+
 SWAP_STEP = "swap step s"
 COSINE_COLOURS = colormaps["RdBu"].with_extremes(bad="#d9d9d9")
 
@@ -134,6 +136,7 @@ def figure_cfrt(results: Results) -> Figure:
             chances = [find(a.scores, "swaps", "cfrt", measure.key, "chance") for a in attributes(results, cell)]
             for chance in {number(chance) for chance in chances} - {None}:
                 axes.axhline(chance, color=GREY, linestyle=":", linewidth=0.8)
+        _show_all(row, measure)
     add_legend(figure, [*swatches(list(looks(results).values())), _line(":", "chance level")])
     return figure
 
@@ -142,8 +145,9 @@ def figure_cfrt(results: Results) -> Figure:
 def figure_truth(results: Results) -> Figure:
     """Skill, leakage and identity retrieval against the true counterfactual over the swap step.
 
-    A filled marker is a swap step that flips at least 90 %. A dashed line is the floor: what a perfect edit would
-    score, the true counterfactual encoded and decoded. Intervals as in `figure_cfrt`.
+    A filled marker is a swap step that flips at least 90 %. Intervals as in `figure_cfrt`. A dashed line is the floor
+    that the autoencoder sets: what the true counterfactual scores, encoded and decoded. A dash-dotted one is that of
+    the inversion: how often the original is still recognised after it, without any edit.
 
     Raises:  NothingToDraw: without ground truth.
     """
@@ -152,15 +156,20 @@ def figure_truth(results: Results) -> Figure:
         Measure("leakage", "leakage", (0.0, 0.2)),
         Measure("retrieval", "identity\nretrieval@1", (0.8, 1.0)),
     ]
+    floors: dict[str, LineStyle] = {"skill": "--", "leakage": "--", "retrieval": "-."}
     figure, panels = _panels_over_steps(results, measures, "truth", mark_flipped=True)
-    known = looks(results)
+    known, drawn = looks(results), set()
     for row, measure in zip(panels, measures, strict=True):
         for axes, cell in zip(row, cells(results), strict=True):
             for a in attributes(results, cell):
                 if (floor := number(find(a.scores, "truth", "floor", measure.key))) is not None:
-                    axes.axhline(floor, color=known[a.key].colour, linestyle="--", linewidth=0.7)
+                    style = floors[measure.key]
+                    axes.axhline(floor, color=known[a.key].colour, linestyle=style, linewidth=0.7)
+                    drawn.add(style)
+        _show_all(row, measure)
+    marks = {"--": _line("--", "autoencoder's floor"), "-.": _line("-.", "inversion's floor")}
     others = [
-        _line("--", "floor: a perfect edit"),
+        *(mark for style, mark in marks.items() if style in drawn),
         Line2D([], [], color=GREY, marker="o", linestyle="", label=f"flips \N{GREATER-THAN OR EQUAL TO} {FLIPPED:.0%}"),
         Line2D([], [], color=GREY, marker="o", linestyle="", markerfacecolor="white", label="flips fewer"),
     ]
@@ -189,9 +198,6 @@ def _panels_over_steps(
             for a in (a for a in drawn if a.cell == cell):
                 _curve(axes, a.scores[part]["per_swap_step"], measure.key, known[a.key], mark_flipped)
             axes.grid(axis="y")
-        ends = [*measure.span, *(y for axes in row for line in axes.lines for y in line.get_ydata())]
-        pad = 0.04 * (np.nanmax(ends) - np.nanmin(ends))
-        row[0].set_ylim(np.nanmin(ends) - pad, np.nanmax(ends) + pad)
     for axes, title in zip(panels[0], titles.values(), strict=True):
         axes.set_title(title)
         axes.set_xticks(steps[:: -(-len(steps) // 9)])
@@ -200,6 +206,14 @@ def _panels_over_steps(
         axes.set_xlabel(SWAP_STEP)
     figure.align_ylabels()
     return figure, panels
+
+
+def _show_all(row: Sequence[Axes], measure: Measure) -> None:
+    """Limits of one row of panels that cut off no curve, no interval and no floor."""
+    ends = np.array([*measure.span, *(end for axes in row for end in axes.dataLim.intervaly)])
+    low, high = ends[np.isfinite(ends)].min(), ends[np.isfinite(ends)].max()
+    pad = 0.04 * (high - low)
+    row[0].set_ylim(low - pad, high + pad)
 
 
 def _curve(axes: Axes, per_step: Any, key: str, look: Look, mark_flipped: bool) -> None:
@@ -220,7 +234,7 @@ def _curve(axes: Axes, per_step: Any, key: str, look: Look, mark_flipped: bool) 
         axes.fill_between(steps, low, high, color=look.colour, alpha=0.15, linewidth=0)
 
 
-def _line(style: Literal[":", "--"], label: str) -> Line2D:
+def _line(style: LineStyle, label: str) -> Line2D:
     return Line2D([], [], color=GREY, linestyle=style, linewidth=0.8, label=label)
 
 
@@ -229,7 +243,9 @@ def _line(style: Literal[":", "--"], label: str) -> Line2D:
 
 @styled
 def figure_methods(results: Results) -> Figure:
-    """The swaps, the Bezier curve and the baselines by CFRT and flip rate, with intervals, a column of panels a cell.
+    """The swaps, the Bezier curve and the baselines by CFRT and flip rate, with intervals, a row of panels a cell.
+
+    n is the number of seeds that a method was measured on.
 
     Raises:  NothingToDraw: without a baseline.
     """
@@ -242,6 +258,7 @@ def figure_methods(results: Results) -> Figure:
         (("cfrt", "strict"), "CFRT (strict)"),
         (("flip_rate",), "flip rate"),
     )
+    names = [label + _seeds(results, path) for label, path in methods.items()]
     titles, known = cells(results), looks(results)
     figure = new_figure(PAGE_WIDTH, 0.26 * len(methods) * len(titles) + 0.9)
     panels = figure.subplots(len(titles), len(measures), sharex=True, sharey=True, squeeze=False)
@@ -253,7 +270,7 @@ def figure_methods(results: Results) -> Figure:
                 offset = 0.7 * ((i + 0.5) / len(of_cell) - 0.5)
                 reports = [find(a.scores, *path) for path in methods.values()]
                 _dots(axes, [find(report, *measure) for report in reports], offset, known[a.key])
-            axes.set_yticks(range(len(methods)), list(methods))
+            axes.set_yticks(range(len(names)), names)
             axes.tick_params(axis="y", length=0)
             axes.axhline(1.5, color=GREY, linewidth=0.6)
             axes.grid(axis="x")
@@ -262,6 +279,14 @@ def figure_methods(results: Results) -> Figure:
         axes.set_xlabel(label)
     add_legend(figure, swatches(list(known.values()), line=False))
     return figure
+
+
+def _seeds(results: Results, method: Sequence[str]) -> str:
+    """The seeds behind a method's CFRT, ", n = 8" or, where attributes differ, ", n = 5-8"; empty where none says."""
+    found = [number(find(a.scores, *method, "cfrt", MAIN_READING, "n")) for a in attributes(results)]
+    counts = sorted({n for n in found if n is not None})
+    span = f"{counts[0]}-{counts[-1]}" if len(counts) > 1 else "".join(f"{n}" for n in counts)
+    return f", n = {span}" if span else ""
 
 
 def _dots(axes: Axes, scores: Sequence[Any], offset: float, look: Look) -> None:
