@@ -20,7 +20,7 @@ from ldm.metrics.cfrt import cfrt
 from ldm.report import plots
 from ldm.report.charts import _cosine
 from ldm.report.image_figures import evenly
-from ldm.report.latent_map import MAX_THUMBNAILS, spread_out
+from ldm.report.latent_map import MAX_THUMBNAILS, beside, spread_out
 from ldm.report.plot_style import COLUMN_WIDTH, PAGE_WIDTH, looks, save_figure
 from ldm.report.plots import LatentMap, Material, NothingToDraw, tsne
 from ldm.report.results import attributes
@@ -197,11 +197,20 @@ def test_figure_4_shows_every_point_in_its_colour(figures, material, results):
     chest = [c for c in figure.axes[0].collections if isinstance(c, PathCollection)]
     names = list(dict.fromkeys(material.tsne["chest"].attribute))
     assert names == ["neutral", "pleural_effusion", "support_devices"]
-    assert [len(c.get_offsets()) for c in chest] == [6, 54, 54]
+    assert [len(c.get_offsets()) for c in chest] == [54, 54, 6]  # neutral last, over the swaps that hardly moved
     colours = [to_hex(c.get_facecolor()[0]).upper() for c in chest]
-    assert colours[1:] == [looks(results)[name].colour for name in names[1:]]
-    sizes = chest[1].get_sizes()  # of one seed's swaps, s = 5 first
+    assert colours[:2] == [looks(results)[name].colour for name in names[1:]]
+    sizes = chest[0].get_sizes()  # of one seed's swaps, s = 5 first
     assert (np.diff(sizes[:9]) < 0).all()
+
+
+def test_neutral_has_a_dark_rim_and_is_larger_than_the_swaps(figures):
+    *swaps, neutral = [c for c in figures["figure_4"].axes[0].collections if isinstance(c, PathCollection)]
+    assert to_hex(neutral.get_edgecolor()[0]) == "#000000"
+    assert neutral.get_linewidth() > 0
+    assert neutral.get_sizes().min() > max(c.get_sizes().max() for c in swaps)
+    (mark,) = [mark for mark in figures["figure_4"].legends[0].legend_handles if mark.get_label() == "Neutral"]
+    assert mark.get_markeredgecolor() == "black"
 
 
 def test_thumbnails_never_overlap(figures):
@@ -212,10 +221,36 @@ def test_thumbnails_never_overlap(figures):
             assert a[1] <= b[0] or b[1] <= a[0] or a[3] <= b[2] or b[3] <= a[2]
 
 
-def test_thumbnails_by_hand():
+def test_thumbnails_are_tied_to_their_points_and_beside_them(figures, material):
+    for axes, cell in zip(figures["figure_4"].axes, ("chest", "mel", "nv"), strict=True):
+        points = {tuple(point) for point in material.tsne[cell].points}
+        assert len(axes.lines) == len(axes.images)
+        for line, image in zip(axes.lines, axes.images, strict=True):
+            (x, y), (x_end, y_end) = line.get_xydata()
+            left, right, bottom, top = image.get_extent()
+            assert (x, y) in points
+            assert not (left <= x <= right and bottom <= y <= top)
+            assert left <= x_end <= right
+            assert bottom <= y_end <= top
+
+
+def test_which_points_get_a_thumbnail_by_hand():
     points = np.array([[0.0, 0.0], [0.05, 0.0], [0.9, 0.0], [5.0, 0.0], [-0.8, 0.1]])
-    # 3 would be cut off; 2 is the farthest from the middle, 4 from 2, 1 from both; that leaves no room for 0.
-    assert spread_out(points, range(5), side=0.3, middle=np.zeros(2), room=1.0) == [2, 4, 1]
+    # Of all but 3: 2 is the farthest from the middle, 4 from 2, 1 from both; that leaves no room for 0.
+    assert spread_out(points, [0, 1, 2, 4], apart=0.3, middle=np.zeros(2)) == [2, 4, 1]
+
+
+def test_a_thumbnail_goes_where_it_hides_nothing():
+    x, y = np.meshgrid(np.linspace(-0.9, 0.9, 19), np.linspace(-0.9, 0.0, 10))
+    points = np.stack([x.ravel(), y.ravel()], axis=1)  # the lower half is full, the upper one empty
+    above = int(np.flatnonzero((points == [0.0, 0.0]).all(axis=1))[0])
+    corner = beside(points, [above], side=0.2, middle=np.zeros(2), reach=1.0)[above]
+    assert corner[1] > 0
+    assert np.abs(corner + 0.1 - points[above]).max() < 0.3  # and near its point
+
+
+def test_a_thumbnail_without_room_is_left_out():
+    assert beside(np.zeros((1, 2)), [0], side=1.9, middle=np.zeros(2), reach=1.0) == {}
 
 
 def test_a_map_of_one_point_is_drawn(results):

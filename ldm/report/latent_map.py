@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -12,7 +13,6 @@ from numpy.typing import ArrayLike, NDArray
 from ldm.report.image_figures import LatentMap, Material
 from ldm.report.plot_style import (
     COLUMN_WIDTH,
-    GREY,
     PAGE_WIDTH,
     Look,
     NothingToDraw,
@@ -25,13 +25,17 @@ from ldm.report.plot_style import (
 )
 from ldm.report.results import Results, cells
 
-NEUTRAL = Look("Neutral", GREY, "*")
-THUMBNAIL = 0.15  # side, as a share of the panel's
+Floats = NDArray[np.float64]
+
+NEUTRAL = Look("Neutral", "white", "*")
+RIM = "black"  # of neutral, and of the thumbnails that show it
+NEUTRAL_SIZE = 2.2  # its marker's area against that of a swap: it is what all else is compared with
+THUMBNAIL = 0.12  # side, as a share of the panel's
 MAX_THUMBNAILS = 10
 MAX_VECTOR_POINTS = 1500  # above this the points of a PDF are stored as pixels, or it would be slow to open
 
 
-def tsne(latents: ArrayLike, seed: int = 0) -> NDArray[np.float64]:
+def tsne(latents: ArrayLike, seed: int = 0) -> Floats:
     """t-SNE of latents, the same for the same latents (van der Maaten and Hinton, 2008).
 
     Reduced to 50 principal components first, which is what the authors of t-SNE do; started from the first two of
@@ -68,8 +72,12 @@ def figure_4(results: Results, material: Material) -> Figure:
         raise NothingToDraw("material.tsne: no map of any cell")
     known = looks(results)
     present = {name for _, latent_map in shown for name in latent_map.attribute}
-    entries = [look for key, look in known.items() if key in present]
-    legend = swatches([*entries, *([NEUTRAL] if present - known.keys() else [])], line=False)
+    legend = swatches([look for key, look in known.items() if key in present], line=False)
+    if present - known.keys():
+        legend.append(
+            Line2D([], [], color=NEUTRAL.colour, marker="*", linestyle="", markeredgecolor=RIM, markersize=5.5)
+        )
+        legend[-1].set(label=NEUTRAL.title, markeredgewidth=0.5)
     legend.append(Line2D([], [], linestyle="", label="larger: an earlier swap"))
 
     columns = min(3, len(shown))
@@ -84,62 +92,84 @@ def figure_4(results: Results, material: Material) -> Figure:
 
 
 def _panel(axes: Axes, latent_map: LatentMap, known: dict[str, Look]) -> None:
-    """One map: the points by attribute, and over them as many thumbnails as find room."""
+    """One map: the swaps by attribute, over them the neutral latents, and thumbnails beside some of the points."""
     points = np.asarray(latent_map.points, dtype=np.float64)
     middle = (points.max(axis=0) + points.min(axis=0)) / 2
-    reach = 1.08 * max(float(np.ptp(points, axis=0).max()) / 2, 1e-9)
+    reach = 1.12 * max(float(np.ptp(points, axis=0).max()) / 2, 1e-9)
     area = np.clip(4000 / len(points), 2.5, 12.0) * _strength(latent_map.swap_step)
     names = np.asarray(latent_map.attribute)
-    for name in dict.fromkeys(latent_map.attribute):
-        of_name, look = names == name, known.get(name, NEUTRAL)
+    for name in sorted(dict.fromkeys(latent_map.attribute), key=lambda name: name not in known):
+        of_name, look, swapped = names == name, known.get(name, NEUTRAL), name in known
         axes.scatter(
             points[of_name, 0],
             points[of_name, 1],
-            s=area[of_name],
-            c=look.colour,
+            s=area[of_name] * (1.0 if swapped else NEUTRAL_SIZE),
+            color=to_rgba(look.colour, 0.75 if swapped else 0.5),  # what lies under a star shines through
             marker=look.marker,
-            linewidths=0,
-            alpha=0.75,
+            linewidths=0 if swapped else 0.5,
+            edgecolors=None if swapped else RIM,
             rasterized=len(points) > MAX_VECTOR_POINTS,
         )
 
     side = 2 * reach * THUMBNAIL
-    room = reach - side / 2
-    for i in spread_out(points, sorted(latent_map.thumbnails), side, middle, room):
-        left, bottom = points[i] - side / 2
-        box = (left, left + side, bottom, bottom + side)
-        axes.imshow(latent_map.thumbnails[i], extent=box, aspect="auto", zorder=3)
-        colour = known.get(latent_map.attribute[i], NEUTRAL).colour
-        axes.add_patch(Rectangle((left, bottom), side, side, fill=False, edgecolor=colour, linewidth=1.0, zorder=4))
+    chosen = spread_out(points, sorted(latent_map.thumbnails), side, middle)
+    for i, corner in beside(points, chosen, side, middle, reach).items():
+        colour = known[names[i]].colour if names[i] in known else RIM
+        nearest = np.clip(points[i], corner, corner + side)
+        axes.plot(*zip(points[i], nearest, strict=True), color=colour, linewidth=0.7, zorder=3)
+        box = (corner[0], corner[0] + side, corner[1], corner[1] + side)
+        axes.imshow(latent_map.thumbnails[i], extent=box, aspect="auto", zorder=4)
+        axes.add_patch(Rectangle(tuple(corner), side, side, fill=False, edgecolor=colour, linewidth=0.8, zorder=5))
 
     axes.set(xlim=(middle[0] - reach, middle[0] + reach), ylim=(middle[1] - reach, middle[1] + reach))
     axes.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
 
 
-def spread_out(
-    points: NDArray[np.float64], wanted: Sequence[int], side: float, middle: NDArray[np.float64], room: float
-) -> list[int]:
-    """Which of the wanted points get a thumbnail: greedily the one farthest from those chosen, never overlapping.
+def spread_out(points: Floats, wanted: Sequence[int], apart: float, middle: Floats) -> list[int]:
+    """Which of the wanted points get a thumbnail: greedily the one farthest from those chosen.
 
-    Args:    points: (M, 2).  side: of a thumbnail, in the same unit.  middle: (2,) of the panel.  room: how far from
-             the middle a thumbnail's centre may lie without being cut off.
+    Args:    points: (M, 2).  apart: how far, in x or in y, the chosen must lie from each other.  middle: (2,) of the
+             panel.
     Returns: indices into points, at most 10, in the order chosen.
     """
-    left = [i for i in wanted if np.abs(points[i] - middle).max() <= room]
+    left = list(wanted)
     chosen: list[int] = []
     while left and len(chosen) < MAX_THUMBNAILS:
         from_others = [_distance(points, i, chosen, middle) for i in left]
         chosen.append(left[int(np.argmax(from_others))])
-        left = [i for i in left if np.abs(points[i] - points[chosen[-1]]).max() > 1.1 * side]
+        left = [i for i in left if np.abs(points[i] - points[chosen[-1]]).max() > apart]
     return chosen
 
 
-def _distance(points: NDArray[np.float64], i: int, chosen: Sequence[int], middle: NDArray[np.float64]) -> float:
+def beside(points: Floats, chosen: Sequence[int], side: float, middle: Floats, reach: float) -> dict[int, Floats]:
+    """Where the thumbnails go: near their points, where they hide the fewest points and no other thumbnail.
+
+    Args:    points: (M, 2).  chosen: those with a thumbnail, the first placed first.  side: of a thumbnail, in the
+             same unit.  middle: (2,) of the panel.  reach: from the middle to the panel's edge.
+    Returns: index -> (2,) lower left corner; a thumbnail that finds no room is left out.
+    """
+    angles = np.arange(16) * (2 * np.pi / 16)
+    round_about = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    steps = np.concatenate([side * far * round_about for far in (0.8, 1.2, 1.8, 2.6)])  # near ones first: they win ties
+    placed: dict[int, Floats] = {}
+    for i in chosen:
+        centres = points[i] + steps
+        inside = np.abs(centres - middle).max(axis=1) <= reach - 0.55 * side
+        for corner in placed.values():
+            inside &= np.abs(centres - (corner + side / 2)).max(axis=1) > 1.1 * side
+        if inside.any():
+            from_points = np.abs(points - centres[:, None]).max(axis=2)  # (centres, M)
+            hidden = (from_points <= 0.55 * side).sum(axis=1).astype(np.float64)
+            placed[i] = centres[np.where(inside, hidden, np.inf).argmin()] - side / 2
+    return placed
+
+
+def _distance(points: Floats, i: int, chosen: Sequence[int], middle: Floats) -> float:
     others = points[list(chosen)] if chosen else middle[None]
     return float(np.linalg.norm(others - points[i], axis=1).min())
 
 
-def _strength(swap_steps: Sequence[int | None]) -> NDArray[np.float64]:
+def _strength(swap_steps: Sequence[int | None]) -> Floats:
     """A marker's area against the mean one: 0.5 for the latest swap, 1.5 for the earliest, 1 where nothing is known."""
     steps = np.array([np.nan if s is None else s for s in swap_steps], dtype=np.float64)
     known = steps[np.isfinite(steps)]
