@@ -74,10 +74,9 @@ def figure_4(results: Results, material: Material) -> Figure:
     present = {name for _, latent_map in shown for name in latent_map.attribute}
     legend = swatches([look for key, look in known.items() if key in present], line=False)
     if present - known.keys():
-        legend.append(
-            Line2D([], [], color=NEUTRAL.colour, marker="*", linestyle="", markeredgecolor=RIM, markersize=5.5)
-        )
-        legend[-1].set(label=NEUTRAL.title, markeredgewidth=0.5)
+        (neutral,) = swatches([NEUTRAL], line=False)
+        neutral.set(markeredgecolor=RIM, markeredgewidth=0.5, markersize=5.5)
+        legend.append(neutral)
     legend.append(Line2D([], [], linestyle="", label="larger: an earlier swap"))
 
     columns = min(3, len(shown))

@@ -165,7 +165,7 @@ def table_methods(results: Results) -> Table:
 
 
 def table_path(results: Results) -> Table:
-    """How far the trajectories are from straight lines, between a line and a walk (the paper's claim, eq. 4)."""
+    """How far the trajectories are from a straight line, and how far from a random walk (the paper's claim, eq. 4)."""
     measures = ("arc_over_chord", "total_turning", "line_residual", "first_direction")
     rows: list[tuple[Cell, ...]] = []
     shown = [a for a in attributes(results) if find(a.scores, "path", "first_direction")]
@@ -189,7 +189,9 @@ def table_path(results: Results) -> Table:
     columns = (
         *("Images", "Attribute", "n", "Arc / chord", "Turning\n(rad)", "Residual", "First\ndirection", "No line"),
     )
-    return Table("Trajectories between a line and a walk", columns, tuple(rows), note + no_line)
+    return Table(
+        "Paths of the trajectories, beside a straight line and a random walk", columns, tuple(rows), note + no_line
+    )
 
 
 def table_truth(results: Results) -> Table:
