@@ -69,6 +69,7 @@ def _classifier(place: Workplace) -> Json:
         "file": file.name,
         "model": trained.model,
         "data": trained.report.get("data_set"),
+        "phantoms": bool(trained.report.get("phantoms")),
         "attributes": {
             row["attribute"]: {
                 **{key: row[key] for key in ("n", "positives", "ece")},
