@@ -221,7 +221,7 @@ def test_paths_that_a_line_would_do_for_are_lines():
     slight, deep = (directions.path_geometry(np.stack([u, 4 * sag * u * (1 - u)], axis=1)) for sag in (0.1, 0.5))
     assert 0.95 < slight["first_direction"] < 0.999  # far from exact, and yet one direction holds it
     assert deep["first_direction"] < 0.95
-    found = directions.non_linearity([slight, slight, slight, deep])["first_direction"]["departs"]
+    found = directions.non_linearity([slight, slight, slight, deep], 10)["first_direction"]["departs"]
     assert found == {"below": 0.95, **stats.share([0, 0, 0, 1])}
 
 
@@ -230,10 +230,10 @@ def test_every_measure_has_both_references_and_an_interval():
     starts, ends = rng.normal(size=(2, 10, 64))
     u = np.linspace(0, 1, 10)[:, None]
     lines = [(a + u * (b - a)).astype(np.float32) for a, b in zip(starts, ends, strict=True)]
-    straight = directions.non_linearity([directions.path_geometry(line) for line in lines], points=10)
+    straight = directions.non_linearity([directions.path_geometry(line) for line in lines], 10)
     assert straight["first_direction"]["departs"]["value"] == 0
     bent = [line + 5 * u * (1 - u) * rng.normal(size=64) for line in lines]
-    curved = directions.non_linearity([directions.path_geometry(path) for path in bent], points=10)
+    curved = directions.non_linearity([directions.path_geometry(path) for path in bent], 10)
     assert curved["first_direction"]["departs"]["value"] == 1
     for measure, found in curved.items():
         assert found["n"] == 10
@@ -247,14 +247,9 @@ def test_every_measure_has_both_references_and_an_interval():
     json.dumps(curved, allow_nan=False)
 
 
-def test_without_the_number_of_points_there_is_no_walk():
-    found = directions.non_linearity([directions.path_geometry([[0, 0], [3, 0], [3, 4]])])
-    assert {measure["walk"] for measure in found.values()} == {None}
-
-
 def test_seeds_without_a_path_are_left_out():
     still = directions.path_geometry(np.ones((3, 2)))
     corner = directions.path_geometry([[0, 0], [3, 0], [3, 4]])
-    found = directions.non_linearity([still, corner])
+    found = directions.non_linearity([still, corner], 3)
     assert (found["arc_over_chord"]["value"], found["arc_over_chord"]["n"]) == (pytest.approx(1.4), 1)
     assert found["first_direction"]["departs"]["n"] == 1

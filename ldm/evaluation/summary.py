@@ -77,7 +77,7 @@ def summarise(
                 "row": cosines["row"]["value"],
                 "row_interval": cosines["row"]["interval"],
             },
-            "path": directions.non_linearity(geometries, points=1 + len(swap_steps)),
+            "path": directions.non_linearity(geometries, 1 + len(swap_steps)),
         }
     return {"title": cell.title, "neutral_prompt": cell.neutral, "n": len(neutral), "attributes": attributes}
 

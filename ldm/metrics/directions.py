@@ -142,16 +142,16 @@ def walk_geometry(points: int) -> dict[str, float]:
 
 
 def non_linearity(
-    geometries: Sequence[Mapping[str, float]], *, points: int | None = None, seed: int = 0
+    geometries: Sequence[Mapping[str, float]], points: int, *, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
     """The paper's claim that trajectories are not lines, tested over seeds.
 
-    Args:    geometries: one `path_geometry` a seed.  points: P of every path; None: no walk to compare with.
-    Returns: measure -> straight and walk (what a line and `walk_geometry` score; null where there is none), value, n,
+    Args:    geometries: one `path_geometry` a seed.  points: P of every path.
+    Returns: measure -> straight (what a line scores), walk (what `walk_geometry` does; no curvatures), value, n,
              interval (bootstrap of the mean); and in first_direction departs: value, n, interval (Wilson) of the share
              of seeds whose path is no line, since its first direction holds less than `below` of the variance.
     """
-    walk = dict.fromkeys(STRAIGHT, np.nan) if points is None else walk_geometry(points)
+    walk = walk_geometry(points)
     report: dict[str, dict[str, Any]] = {}
     for measure, straight in STRAIGHT.items():
         values = [geometry[measure] for geometry in geometries]

@@ -124,7 +124,7 @@ def report(seeds: Sequence[Seen], attribute: int, swap_steps: Sequence[int]) -> 
     matrices = np.stack([of.cosines[attribute] for of in seeds])
     return {
         "directions": directions.cosine_summary(matrices, swap_steps),
-        "straightness": directions.non_linearity([of.geometry[attribute] for of in seeds]),
+        "straightness": directions.non_linearity([of.geometry[attribute] for of in seeds], 1 + len(swap_steps)),
         "shared": shared([of.directions[attribute] for of in seeds]),
     }
 
