@@ -241,6 +241,19 @@ def test_a_distance_that_is_not_available_says_why_once(results):
     assert r"no weights; \texttt{ldm evaluate --fetch} gets them." in latex(table)
 
 
+def test_table_3_without_data_is_of_what_the_classifiers_saw(results):
+    del results["datasets"]
+    for classifier in results["classifiers"].values():
+        classifier |= {"data": "chexpert", "phantoms": True, "images": {"train": 80, "validation": 9, "test": 11}}
+        classifier["attributes"] = {"pleural_effusion": {"n": 11, "positives": 4}}
+    table = table_3(results)
+    data = "CheXpert phantoms (drawn)"
+    assert table.rows == ((data, "Images", 80, 9, 11), (data, "Pleural effusion", None, None, 4))
+    assert "trained and tested on" in table.note
+    results["classifiers"] = {"of old": {"attributes": {}}}
+    assert table_3(results).rows == ()
+
+
 def test_table_3_counts(results):
     data = "CheXpert"
     assert table_3(results).rows[0] == (data, "Images", 12004, 2119, 2493)

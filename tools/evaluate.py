@@ -49,7 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--lpips", default="alex", choices=("alex", "vgg", "squeeze"), help="network (default alex)")
     parser.add_argument("--fetch", action="store_true", help="download LPIPS' ImageNet weights if they are not on disk")
-    parser.add_argument("--data", type=Path, action="append", default=[], help="a data set to count in Table 3")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        action="append",
+        default=[],
+        help="a data set to count in Table 3 (default: what the classifiers learned)",
+    )
     parser.add_argument("--shown-seeds", type=int, default=6, help="in figures and explorer (default %(default)s)")
 
     tables = parser.add_argument_group("from a table alone")

@@ -70,6 +70,7 @@ def _classifier(place: Workplace) -> Json:
         "model": trained.model,
         "data": trained.report.get("data_set"),
         "phantoms": bool(trained.report.get("phantoms")),
+        "images": trained.report.get("images"),
         "attributes": {
             row["attribute"]: {
                 **{key: row[key] for key in ("n", "positives", "ece")},

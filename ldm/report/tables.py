@@ -109,15 +109,23 @@ def table_2(results: Results) -> Table:
 
 
 def table_3(results: Results) -> Table:
-    """Images and positives per label in each part of the data sets (paper, Table 3)."""
+    """Images and positives per label in each part of the data sets (paper, Table 3).
+
+    Of those that were counted; where none was, of the classifiers'.
+    """
     parts = ("train", "validation", "test")
     rows: list[tuple[Cell, ...]] = []
-    for data, split in (find(results, "datasets") or {}).items():
+    counted = find(results, "datasets")
+    for data, split in (counted or _seen_by_classifiers(results)).items():
         labels = dict.fromkeys(label for part in parts for label in (find(split, part) or {}))
         for label in sorted(labels, key=lambda label: label != "images"):
             title = _titles(results).get(label, plain(label))
             rows.append((_data_set(data, split), title, *(number(find(split, part, label)) for part in parts)))
     note = "Images, then those that are positive for each label."
+    if not counted:
+        note += (
+            " What the attribute classifiers were trained and tested on, which keeps the positives of the test only."
+        )
     return Table("Data sets", ("Data set", "Label", "Train", "Validation", "Test"), tuple(rows), note)
 
 
@@ -314,6 +322,18 @@ def _unavailable(results: Results) -> list[str]:
     """Why a distance is missing, each reason once."""
     reasons = [find(a.scores, metric, "unavailable") for a in attributes(results) for metric in ("lpips", "ssim")]
     return [f"{reason}".rstrip(".") + "." for reason in dict.fromkeys(reasons) if reason]
+
+
+def _seen_by_classifiers(results: Results) -> dict[str, dict[str, object]]:
+    """What `table_3` takes, as far as the classifiers' files know it."""
+    seen: dict[str, dict[str, object]] = {}
+    for key, classifier in (find(results, "classifiers") or {}).items():
+        parts = {part: {"images": count} for part, count in (find(classifier, "images") or {}).items()}
+        for name, scores in (find(classifier, "attributes") or {}).items() if "test" in parts else ():
+            parts["test"][name] = find(scores, "positives")
+        if parts:
+            seen[find(classifier, "data") or key] = {**parts, "phantoms": find(classifier, "phantoms")}
+    return seen
 
 
 def _data_set(name: str, node: object) -> str:
