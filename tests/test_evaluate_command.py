@@ -116,6 +116,7 @@ def test_rows_that_do_not_fit_are_named_by_line(tmp_path, capsys):
         (["--swap-steps", "7", "--out", "o"], "[7] are not among the trajectory's"),
         (["--steps", "20", "--out", "o"], "expected a swap after 0..20 steps"),
         (["--shown-seeds", "0", "--out", "o"], "--shown-seeds: got 0"),
+        (["--threads", "0", "--out", "o"], "--threads: got 0"),
         (["--truth-swap-steps", "10,15", "--out", "o"], "expected [5, 10, 15] among them, missing [5]"),
         (["--seeds", "0", "--baseline-seeds", "1", "--out", "o"], "expected two or more"),
         (["--classifier", str(CHEST), "--seeds", "0-1", "--out", "o"], "the classifier has no 'hair'"),

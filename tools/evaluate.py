@@ -1,7 +1,7 @@
 """`ldm evaluate`: everything that the paper reports, and what only phantoms allow.
 
 ldm evaluate --seeds 0-199 --out out/evaluation             the shipped phantom model, all three cells
-ldm evaluate out/glasses --classifier mine.safetensors      trajectories that exist
+ldm evaluate out/glasses --weights FILE --classifier FILE   trajectories that exist
 ldm evaluate --predictions FILE.csv --attribute hair        a table of probabilities, no model
 torchrun --nproc-per-node 2 --no-python ldm evaluate ...    seeds shared among processes; the numbers stay the same
 """
@@ -10,6 +10,8 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+
+import torch
 
 from ldm import classifier as classifiers
 from ldm.data import folders, splits
@@ -55,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="a data set to count in Table 3 (default: what the classifiers learned)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="CPU threads of each process (default %(default)s, as under torchrun; more change the last bits)",
     )
     parser.add_argument("--shown-seeds", type=int, default=6, help="in figures and explorer (default %(default)s)")
 
@@ -103,6 +111,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--out: missing; name a folder to write, such as out/evaluation")
     if args.shown_seeds < 1:
         raise ValueError(f"--shown-seeds: got {args.shown_seeds}, expected 1 or more")
+    if args.threads < 1:
+        raise ValueError(f"--threads: got {args.threads}, expected 1 or more")
     refuse_to_replace(args.out, "cfrt", "the report of a table")
     averaged = averaged or predictions.AVERAGED_SWAP_STEPS
     tasks = [task_of_run(folder, averaged) for folder in args.runs] or phantom_tasks(args, averaged)
@@ -122,6 +132,7 @@ def run(args: argparse.Namespace) -> None:
         name: Workplace(instruments[file], args.out, processes, options.max_batch(args)) for name, file in files.items()
     }
     check(tasks, places)
+    torch.set_num_threads(args.threads)  # sums of several threads are taken in another order
     results = {task.cell.name: evaluate_cell(places[task.cell.name], task) for task in tasks}
     processes.leave()
     if not processes.first:
