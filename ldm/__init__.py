@@ -6,8 +6,9 @@ import os
 # as measured. Torch reads this once, at its first tensor, so `import ldm` should come before that.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-from ldm import bezier, conditioning, guidance, inversion, samplers, schedule, trajectory
+from ldm import conditioning, guidance, samplers, schedule
 from ldm.pipeline import StableDiffusion, load
+from ldm.traversal import bezier, inversion, prompt_tree
 
 __all__ = [
     "StableDiffusion",
@@ -16,7 +17,7 @@ __all__ = [
     "guidance",
     "inversion",
     "load",
+    "prompt_tree",
     "samplers",
     "schedule",
-    "trajectory",
 ]

@@ -11,9 +11,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm import ops
-from ldm.projections import keys_values, project
-from ldm.taps import MultiHead
+from ldm.fast import ops
+from ldm.fast.projections import keys_values, project
+from ldm.probe.taps import MultiHead
 
 
 class GroupNorm(nn.GroupNorm):

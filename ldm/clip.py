@@ -8,9 +8,9 @@ embedding nor the layer before (which is SD2's).
 import torch
 from torch import Tensor, nn
 
-from ldm import ops
 from ldm.config import CLIPConfig
-from ldm.taps import MultiHead, Tapped
+from ldm.fast import ops
+from ldm.probe.taps import MultiHead, Tapped
 
 
 class Embeddings(nn.Module):

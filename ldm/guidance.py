@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ldm import ops
-from ldm.projections import Unchanged, differentiated, keep, recording
+from ldm.fast import ops
+from ldm.fast.projections import Unchanged, differentiated, keep, recording
 
 UNetFn = Callable[[Tensor, float, Tensor], Tensor]
 """eps = unet(x_t, t, context): (B, 4, H/8, W/8), training timestep, (B, L, D); all in the network's dtype."""
@@ -52,7 +52,7 @@ def guided(
     Returns: eps_fn(x_t, t, step), eps in x_t's dtype whatever the U-Net's: float32 latents under a half-precision
              network are rounded for each call only. It counts the U-Net rows evaluated in `.rows`; `.steps` is
              the schedule's length, which a sampler compares with its own. It is for one run: what the network makes
-             of a prompt is made once, so weights that change between steps may go unheard (`ldm.projections.keep`).
+             of a prompt is made once, so weights that change between steps may go unheard.
     Raises:  ValueError: uncond missing, or of another length, (L, D), dtype or device than the schedule's contexts.
     """
     if max_batch is not None and max_batch < 1:

@@ -21,16 +21,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ldm import checkpoint, ops, projections
+from ldm import checkpoint
 from ldm.checkpoint import KeyReport
 from ldm.clip import CLIPTextEncoder
 from ldm.config import Config
+from ldm.fast import ops, projections
 from ldm.schedule import Schedule
 from ldm.tokenizer import Tokenizer
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 
-PHANTOM_WEIGHTS = Path(__file__).parent.parent / "weights" / "phantom.safetensors"
+PACKAGE = Path(__file__).parent
+WEIGHTS = PACKAGE / "weights" if (PACKAGE / "weights").exists() else PACKAGE.parent / "weights"  # installed, checkout
+PHANTOM_WEIGHTS = WEIGHTS / "phantom.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +58,7 @@ class StableDiffusion:
 
     @property
     def backend(self) -> ops.Backend:
-        """What its networks compute with on its device, see `ldm.ops`: "triton" or "torch"."""
+        """What its networks compute with on its device, see `ldm.fast.ops`: "triton" or "torch"."""
         return ops.resolved(self.device)
 
     @property
@@ -112,7 +115,7 @@ def load(
              ema: "ema" or "plain", needed only where a file holds both sets of U-Net weights.
              base: a whole model to take from what `path` lacks; for U-Net-only files of fine-tuning frameworks.
              backend: "auto" (fused kernels on a GPU that has them), "torch" or "triton", for the whole process, see
-             `ldm.ops`; None leaves the process's choice, which begins as "auto".
+             `ldm.fast.ops`; None leaves the process's choice, which begins as "auto".
     Returns: the model in evaluation mode. With dtype float16 or bfloat16 the autoencoder is float32 all the same:
              in float16 its activations overflow, in bfloat16 images lose grey levels.
     Raises:  CheckpointError (a ValueError): in one line what the path is instead, or which keys do not fit.

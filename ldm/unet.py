@@ -26,7 +26,7 @@ from ldm.blocks import (
     run_each,
 )
 from ldm.config import UNetConfig
-from ldm.taps import Tapped
+from ldm.probe.taps import Tapped
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
@@ -63,7 +63,7 @@ class UNetBlocks:
         UNet(SD15.unet, UNetBlocks(transformer_block=WithLinearAttention))
 
     Each is called as its default is. Numbers are in `UNetConfig` and travel with the weights; code does not, so weights
-    of a network with other blocks are loaded into that network: see `ldm.surgery`.
+    of a network with other blocks are loaded into that network: see `ldm.probe.surgery`.
     """
 
     resnet: type[nn.Module] = ResnetBlock
@@ -170,7 +170,7 @@ class UpBlock(nn.Module):
         blocks: UNetBlocks,
     ) -> None:
         super().__init__()
-        self.skips = nn.ModuleList([nn.Identity() for _ in skip_channels])  # a name for each, see ldm/taps
+        self.skips = nn.ModuleList([nn.Identity() for _ in skip_channels])  # a name for each, see ldm/probe/taps
         inputs = [in_channels] + [channels] * (len(skip_channels) - 1)
         self.resnets = nn.ModuleList(
             [_resnet(a + skip, channels, config, blocks) for a, skip in zip(inputs, skip_channels, strict=True)]

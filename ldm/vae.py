@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ldm.blocks import Downsample, ResnetBlock, SpatialAttention, Upsample, require_shape, run_each
 from ldm.config import VAEConfig
-from ldm.taps import Tapped
+from ldm.probe.taps import Tapped
 
 
 @dataclass(frozen=True)

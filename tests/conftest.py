@@ -3,6 +3,7 @@
 The full-size networks are built at most once a run: 4.3 GB in float32, half a minute of generating weights.
 """
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,15 @@ from ldm.vae import AutoencoderKL
 # Properties meet the same examples in every run, and no clock decides over them.
 settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("steady")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Kernels run in Triton's interpreter, on CPU tensors; with `-m gpu` they run as they are, on the GPU.
+
+    Triton reads this when a kernel is decorated, also those of its own library: so before its first import.
+    """
+    if config.getoption("markexpr") != "gpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ from functools import cache
 import numpy as np
 from made_up_results import SWAP_STEPS
 
-from ldm.data import phantom
-from ldm.report.plots import LatentMap, Material, tsne
+from ldm import phantom
+from ldm.study.report.plots import LatentMap, Material, tsne
 
 DOMAINS = {"chest": ("chest", frozenset()), "mel": ("skin", frozenset({"melanoma"})), "nv": ("skin", frozenset())}
 KEYS = {"chest": ("pleural_effusion", "support_devices"), "skin": ("hair", "gel_bubble", "ruler", "ink")}

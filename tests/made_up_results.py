@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm.metrics.directions import STRAIGHT, walk_geometry
+from ldm.study.metrics.directions import STRAIGHT, walk_geometry
 
 SWAP_STEPS = [5, 10, 15, 20, 25, 30, 35, 40, 45]
 READINGS = ("own_head_signed", "own_head_abs", "single_f", "strict")

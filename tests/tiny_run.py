@@ -35,6 +35,6 @@ def write_data(folder: Path, first: int = 1) -> Path:
 
 
 def command(weights: Path, data: Path, out: Path, *more: str) -> list[str]:
-    """What `tools.cli.main` is called with; latents lie beside OUT."""
+    """What `ldm_tools.cli.main` is called with; latents lie beside OUT."""
     common = ["finetune", "--weights", str(weights), "--data", str(data), "--out", str(out), "--workers", "1"]
     return [*common, "--batch", "2", "--accumulate", "1", "--lr", "1e-3", "--cache", str(out.parent / "latents"), *more]

@@ -29,14 +29,14 @@ from tqdm import tqdm
 
 from ldm.bench.harness import Timing, time_in_turn
 from ldm.data import captions
-from ldm.data.phantom import render
-from ldm.inversion import edict
+from ldm.phantom import render
 from ldm.pipeline import StableDiffusion, to_uint8
-from ldm.real_images import METHODS, Inversion, Method, bind, invert, relative_error, retrace
-from ldm.report.figures import Pixels
-from ldm.report.plot_style import COLOURS, GREY, MARKERS, PAGE_WIDTH, add_legend, new_figure, styled
 from ldm.samplers import Sampler, ddim
 from ldm.schedule import Schedule
+from ldm.study.report.plot_style import COLOURS, GREY, MARKERS, PAGE_WIDTH, add_legend, new_figure, styled
+from ldm.traversal.figures import Pixels
+from ldm.traversal.inversion import edict
+from ldm.traversal.real_images import METHODS, Inversion, Method, bind, invert, relative_error, retrace
 
 TARGET = 1e-3  # the round trip's error at guidance 1, 50 steps, float32
 FIRST_SEED = 5_000_000  # of rendered images; no model here was trained on these

@@ -105,7 +105,7 @@ def _code_for(site: Site, gpu: Gpu, backward: bool) -> list[dict[str, Any]]:
 
 
 def _recorded(kernel: str, width: int, capability: int) -> dict[str, Any]:
-    from kernels import attention, compiling
+    from ldm_kernels import attention, compiling
 
     chosen = next(
         c for c in attention.CONFIGURATIONS if c.kernel == kernel and c.width == width and capability in c.capabilities
@@ -114,9 +114,7 @@ def _recorded(kernel: str, width: int, capability: int) -> dict[str, Any]:
     _, rows = compiling.recorded()
     found = [row for row in rows if (row.name, row.capability) == (name, capability)]
     if not found:
-        raise ValueError(
-            f"kernels/compiled.json: no {name!r} for sm_{capability}; record it with --compile-only --record"
-        )
+        raise ValueError(f"compiled.json: no {name!r} for sm_{capability}; record it with --compile-only --record")
     return {**asdict(found[0]), **{key: getattr(chosen, key) for key in ("kernel", "own", "loop", "warps")}}
 
 

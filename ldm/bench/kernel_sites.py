@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm import ops
 from ldm.blocks import (
     GEGLU,
     Attention,
@@ -25,6 +24,7 @@ from ldm.blocks import (
     SpatialTransformer,
 )
 from ldm.config import CONTEXT_TOKENS, SD15, UNetConfig
+from ldm.fast import ops
 from ldm.unet import UNet
 
 HALF_BYTES = 2
@@ -164,7 +164,7 @@ def step_flops(config: UNetConfig = SD15.unet) -> int:
 
 @dataclass(frozen=True)
 class Call:
-    """A site made ready to run: its operation as `ldm.ops` has it, and leaves to differentiate with respect to."""
+    """A site made ready to run: its operation as `ldm.fast.ops` has it, and leaves to differentiate with respect to."""
 
     run: Callable[[], Tensor]
     leaves: tuple[Tensor, ...]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ldm import ops
 from ldm.bench.harness import matmul_gflops
 from ldm.bench.kernel_predictions import BATCHES
 from ldm.bench.kernel_sites import Site, prepare, sites
-from ldm.cuda_graph import CudaCapture
+from ldm.fast import ops
+from ldm.fast.cuda_graph import CudaCapture
 
 # ---- the compiler ----------------------------------------------------------------------------------
 
@@ -28,7 +28,7 @@ def compile_all(prefix: str, processes: int | None, record: bool) -> tuple[list[
              compared with what is recorded, if that came from the Triton that is installed.
     Returns: a line each, and what is wrong with them.
     """
-    from kernels import compiling
+    from ldm_kernels import compiling
 
     rows = compiling.compile_all(only=lambda name, _: name.startswith(prefix), processes=processes)
     wrong = [line for row in rows for line in compiling.complaints(row)]

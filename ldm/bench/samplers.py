@@ -34,13 +34,13 @@ from tqdm import tqdm
 
 from ldm.bench.harness import Timing, time_in_turn
 from ldm.conditioning import EmbeddingSchedule, constant
-from ldm.evaluation.instruments import Instruments
 from ldm.guidance import GuidedEps, guided
-from ldm.metrics.cfrt import cfrt
 from ldm.pipeline import StableDiffusion
 from ldm.samplers import RANDOM, SAMPLERS, initial_noise, step_noise
 from ldm.schedule import EVEN_SPACINGS, SPACINGS, Schedule, log_snr
-from ldm.trajectory import AtSwap, Branch, TreeResult, evaluations, traverse_tree
+from ldm.study.evaluation.instruments import Instruments
+from ldm.study.metrics.cfrt import cfrt
+from ldm.traversal.prompt_tree import AtSwap, Branch, TreeResult, evaluations, traverse_tree
 
 # euler is left out: it is ddim in other letters, which `check` verifies on the network at hand.
 COMPARED = tuple(name for name in SAMPLERS if name not in (*RANDOM, "euler"))

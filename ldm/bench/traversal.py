@@ -15,13 +15,13 @@ from torch import Tensor
 from ldm import pipeline
 from ldm.bench.harness import time_in_turn
 from ldm.conditioning import swap
-from ldm.experiment import default_max_batch, latent_shape, prompt_tree, sample
 from ldm.guidance import guided
 from ldm.pipeline import StableDiffusion
-from ldm.plan import Traversal
-from ldm.real_images import relative_error
 from ldm.samplers import ddim, initial_noise
-from ldm.trajectory import Branch, unet_rows
+from ldm.traversal.plan import Traversal
+from ldm.traversal.prompt_tree import Branch, unet_rows
+from ldm.traversal.real_images import relative_error
+from ldm.traversal.run_folder import default_max_batch, latent_shape, prompt_tree, sample
 
 Json = dict[str, Any]
 # Between the tree and the branches alone: batches of other sizes add up in another order, over all steps of a run.

@@ -128,7 +128,7 @@ def load_parts(
     if checkpoint.blocks:
         raise CheckpointError(
             f"{path}: its U-Net is built from other blocks ({checkpoint.blocks}), whose code is not in the file: "
-            "load it with ldm.surgery.load and those classes"
+            "load it with ldm.probe.surgery.load and those classes"
         )
     weight_set = ema if "unet_ema" in checkpoint.parts else None
     checkpoint = checkpoint.choose(ema)

@@ -28,10 +28,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ldm import classifier
-from ldm.classifier import Classifier
 from ldm.data.images import load_image
 from ldm.data.labelled import LabelledImages
+from ldm.study import classifier
+from ldm.study.classifier import Classifier
 from ldm.train.augmentation import CHEXPERT, ISIC, Augmentation, augment
 from ldm.train.loop import Recipe
 from ldm.train.phantom_set import draw

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.data.phantom import ATTRIBUTES
+from ldm.phantom import ATTRIBUTES
 from ldm.train.loop import Recipe, fit
 from ldm.train.phantom_set import PhantomSet, draw
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.data import captions
-from ldm.data.phantom import ATTRIBUTES, render, sample_attributes
+from ldm.phantom import ATTRIBUTES, render, sample_attributes
 
 DOMAINS = tuple(ATTRIBUTES)
 

@@ -17,10 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from ldm import conditioning, guidance, samplers
-from ldm.report import figures
 from ldm.schedule import TRAIN_STEPS, Schedule
 from ldm.train.diffusion import Network
 from ldm.train.objective import Examples, FineTuning, Material, squared_errors, stream
+from ldm.traversal import figures
 from ldm.unet import UNet
 from ldm.vae import DiagonalGaussian
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from kernels import attention
-from kernels.configurations import Configuration
-from kernels.specs import Spec
+from ldm_kernels import attention
+from ldm_kernels.configurations import Configuration
+from ldm_kernels.specs import Spec
 
 EVERYWHERE = (80, 86, 89, 90)
 

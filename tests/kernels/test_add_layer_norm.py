@@ -5,11 +5,10 @@ import torch
 from accuracy import assert_as_exact_as_torch, randn, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ldm_kernels import add_layer_norm as module
+from ldm_kernels.add_layer_norm import add_layer_norm, add_layer_norm_backward_op, add_layer_norm_op
 from torch import Tensor
 from torch.nn import functional as F
-
-from kernels import add_layer_norm as module
-from kernels.add_layer_norm import add_layer_norm, add_layer_norm_backward_op, add_layer_norm_op
 
 
 def reference(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

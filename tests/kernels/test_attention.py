@@ -5,14 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from ldm_kernels import attention as kernel
+from ldm_kernels.attention import attention
+from ldm_kernels.configurations import Configuration, candidates, run_first_that_fits
+from ldm_kernels.heads import pieces
 from torch import Tensor
 from torch.nn import functional as F
 from triton.runtime.errors import OutOfResources
-
-from kernels import attention as kernel
-from kernels.attention import attention
-from kernels.configurations import Configuration, candidates, run_first_that_fits
-from kernels.heads import pieces
 
 LOW = (torch.float16, torch.bfloat16)
 
@@ -280,7 +279,7 @@ def test_causal_wants_as_many_keys_as_queries():
 
 
 def test_no_kernel_runs_on_a_cpu_by_itself(monkeypatch):
-    monkeypatch.setattr("kernels.heads.interpreting", lambda kernel: False)
+    monkeypatch.setattr("ldm_kernels.heads.interpreting", lambda kernel: False)
     with pytest.raises(ValueError, match="q: on cpu, expected a CUDA device"):
         attention(GOOD, GOOD, GOOD)
 
@@ -310,7 +309,7 @@ def test_a_head_is_cut_into_powers_of_two(width, layout, expected):
 @pytest.mark.parametrize("capability", [80, 86, 87, 89, 90, 100, 120])
 @pytest.mark.parametrize("name", ["forward", "dq", "dkdv"])
 def test_every_width_has_configurations_on_every_gpu(name, capability, monkeypatch):
-    monkeypatch.setattr("kernels.configurations.capability", lambda x: capability)
+    monkeypatch.setattr("ldm_kernels.configurations.capability", lambda x: capability)
     offered = max(known for known in (80, 86, 89, 90) if known <= capability)
     for width in range(8, 161, 8):
         found = candidates(kernel.CONFIGURATIONS, name, torch.empty(1, 1, 1, width))
@@ -319,13 +318,13 @@ def test_every_width_has_configurations_on_every_gpu(name, capability, monkeypat
 
 
 def test_a_gpu_before_ampere_is_refused(monkeypatch):
-    monkeypatch.setattr("kernels.configurations.capability", lambda x: 75)
+    monkeypatch.setattr("ldm_kernels.configurations.capability", lambda x: 75)
     with pytest.raises(ValueError, match=r"capability 7\.5, expected 8\.0 or newer"):
         attention(GOOD, GOOD, GOOD)
 
 
 def test_what_does_not_fit_is_said_once_and_not_tried_again(caplog, monkeypatch):
-    monkeypatch.setattr("kernels.configurations._too_large", set())
+    monkeypatch.setattr("ldm_kernels.configurations._too_large", set())
     large, fits = small(40)[0], replace(small(40)[0], own=16)
     tried: list[Configuration] = []
 

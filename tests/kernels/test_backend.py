@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldm import ops
 from ldm.config import SD15
+from ldm.fast import ops
 from ldm.unet import UNet
 
 # SD1.5's head widths 40 and 80, and 77 tokens; everything else as small as it gets.

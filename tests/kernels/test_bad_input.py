@@ -8,13 +8,13 @@ import re
 import pytest
 import torch
 from accuracy import randn
+from ldm_kernels import add_layer_norm, attention, cross_attention, geglu, group_norm_silu, guided_ddim_step
+from ldm_kernels.heads import why_unsupported
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import add_layer_norm, attention, cross_attention, geglu, group_norm_silu, guided_ddim_step
-from kernels.heads import why_unsupported
-from ldm import ops
+from ldm.fast import ops
 
 KERNELS = ("attention", "cross_attention", "geglu", "add_layer_norm", "group_norm_silu", "guided_ddim_step")
 

@@ -5,9 +5,8 @@ from importlib.metadata import version
 
 import known_bad
 import pytest
-
-from kernels import compiling
-from kernels.compiling import GPUS, Compiled, busiest_loop, complaints, count, parse_code, programs_at_once
+from ldm_kernels import compiling
+from ldm_kernels.compiling import GPUS, Compiled, busiest_loop, complaints, count, parse_code, programs_at_once
 
 SASS = """
         code for sm_80

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from ldm_kernels import cross_attention as kernel
+from ldm_kernels.attention import attention
+from ldm_kernels.configurations import Configuration, candidates
+from ldm_kernels.cross_attention import cross_attention, cross_attention_probabilities
 from torch import Tensor
-
-from kernels import cross_attention as kernel
-from kernels.attention import attention
-from kernels.configurations import Configuration, candidates
-from kernels.cross_attention import cross_attention, cross_attention_probabilities
 
 
 def small(width: int, tile: int = 32, layout: str = "split") -> list[Configuration]:
@@ -234,7 +233,7 @@ def test_heads_and_tokens_that_are_not_there_are_refused(chosen_heads, tokens, c
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 120])
 def test_every_width_has_configurations_on_every_gpu(capability, monkeypatch):
-    monkeypatch.setattr("kernels.configurations.capability", lambda x: capability)
+    monkeypatch.setattr("ldm_kernels.configurations.capability", lambda x: capability)
     for width in range(8, 161, 8):
         for name in ("forward", "dq", "dkdv"):
             assert candidates(kernel.CONFIGURATIONS, name, torch.empty(1, 1, 1, width))

@@ -5,10 +5,9 @@ import torch
 from accuracy import assert_as_exact_as_torch, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ldm_kernels.geglu import geglu, geglu_backward_op, geglu_op
 from torch import Tensor
 from torch.nn import functional as F
-
-from kernels.geglu import geglu, geglu_backward_op, geglu_op
 
 
 def reference(x: Tensor) -> Tensor:

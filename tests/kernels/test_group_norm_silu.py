@@ -5,12 +5,11 @@ import torch
 from accuracy import assert_as_exact_as_torch, randn, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ldm_kernels import group_norm_silu as module
+from ldm_kernels.checks import require_alike
+from ldm_kernels.group_norm_silu import Tiling, group_norm_silu, group_norm_silu_backward_op, group_norm_silu_op
 from torch import Tensor
 from torch.nn import functional as F
-
-from kernels import group_norm_silu as module
-from kernels.checks import require_alike
-from kernels.group_norm_silu import Tiling, group_norm_silu, group_norm_silu_backward_op, group_norm_silu_op
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 

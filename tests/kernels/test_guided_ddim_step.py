@@ -5,11 +5,11 @@ from math import sqrt
 import pytest
 import torch
 from accuracy import randn, relative_error
+from ldm_kernels.guided_ddim_step import guided_ddim_step, guided_ddim_step_op
 from small_networks import ToyUNet, toy_context
 
-from kernels.guided_ddim_step import guided_ddim_step, guided_ddim_step_op
-from ldm import ops
 from ldm.conditioning import constant
+from ldm.fast import ops
 from ldm.guidance import guided
 from ldm.samplers import ddim, step_noise
 from ldm.schedule import Schedule

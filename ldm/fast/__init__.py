@@ -1,0 +1,1 @@
+"""Speed, installed into a loaded network from outside."""

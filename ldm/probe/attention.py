@@ -1,0 +1,151 @@
+"""Where each word looks while an image is drawn, by the cross-attention's probabilities; and is it the right place?
+
+A rendered phantom has an attribute whose true mask is known. It is encoded, inverted under the prompt that names the
+attribute, and drawn again from the noise found, so that the words' maps can be held against the mask.
+
+A map is coarse: 8 x 8 at best in the small model. So what the mask itself scores through the same grid is measured
+beside it, and what a random place would.
+
+Letters: B images, S steps, N layers, V words, h w of a layer's grid, G the finest grid's side, H W of an image.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from ldm.conditioning import constant
+from ldm.guidance import guided
+from ldm.phantom import render
+from ldm.pipeline import StableDiffusion
+from ldm.probe.parts import cross_attentions
+from ldm.probe.words import Word
+from ldm.samplers import ddim
+from ldm.study.evaluation.cells import Cell
+from ldm.study.evaluation.instruments import as_images
+from ldm.traversal.inversion import ddim_inversion
+
+ITERATIONS = 2  # of the inversion, a step; see `ldm.inversion`
+ATTRIBUTE_WORDS = {
+    "pleural_effusion": ("pleural", "effusion"),
+    "support_devices": ("support", "devices"),
+    "hair": ("hairs",),
+    "gel_bubble": ("gel", "bubbles"),
+    "ruler": ("ruler",),
+    "ink": ("ink",),
+    "melanoma": ("melanoma",),
+}
+
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Patients:
+    """Rendered images that show an attribute, and where."""
+
+    images: Tensor  # (B, 3, H, W) in [-1, 1]
+    masks: Bools  # (B, H, W)
+
+    @classmethod
+    def render(cls, cell: Cell, attribute: str, seeds: Sequence[int], size: int) -> "Patients":
+        shown = [render(cell.domain or "", seed, {**cell.base, attribute: True}, size) for seed in seeds]
+        return cls(
+            as_images(np.stack([of.to_uint8() for of in shown])), np.stack([of.masks[attribute] for of in shown])
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Looks:
+    """Where each word looked."""
+
+    layers: tuple[str, ...]  # names of the cross-attentions, in the order of execution
+    maps: tuple[Tensor, ...]  # for each layer (S, B, V, h, w): the mean over heads; all words of a pixel add up to 1
+
+    def mean_over_layers(self) -> Tensor:
+        """(S, B, V, G, G): every layer brought to the finest grid, and averaged."""
+        height, width = max(of.shape[-2:] for of in self.maps)
+        return torch.stack([resized(of, height, width) for of in self.maps]).mean(dim=0)
+
+
+def invert(sd: StableDiffusion, images: Tensor, context: Tensor, steps: int, done: Callable[[int], object]) -> Tensor:
+    """The noise (B, C, H/8, W/8) from which images (B, 3, H, W) come back under a context (1, L, D), at guidance 1."""
+    eps_fn = guided(sd.unet, constant(context, steps), 1.0)
+    x_0 = sd.encode_image(images).float()
+    with torch.no_grad():
+        for step in ddim_inversion(eps_fn, x_0, sd.schedule, steps, iterations=ITERATIONS):
+            done(ITERATIONS * len(step.x_t))
+    return step.x_t
+
+
+def look(
+    sd: StableDiffusion,
+    x_T: Tensor,
+    context: Tensor,
+    words: Sequence[Word],
+    steps: int,
+    done: Callable[[int], object] = lambda rows: None,
+) -> tuple[Looks, Tensor]:
+    """Draw from noise under one prompt, at guidance 1, and record where its words look.
+
+    Args:    x_T: (B, C, H/8, W/8).  context: (1, L, D).
+    Returns: the maps, and the latents drawn.
+    """
+    layers = cross_attentions(sd.unet)
+    eps_fn = guided(sd.unet, constant(context, steps), 1.0)
+    names = [f"{layer}.probabilities" for layer in layers]
+    with sd.unet.capture(*names, keep=lambda p: of_words(p.mean(dim=1), words)) as seen, torch.no_grad():
+        for step in ddim(eps_fn, x_T, sd.schedule, steps):
+            done(len(step.x_t))
+    height, width = x_T.shape[-2:]
+    maps = [on_grid(torch.stack(seen.runs[name]), height / width) for name in names]
+    return Looks(tuple(layers), tuple(maps)), step.x_t
+
+
+def of_words(probabilities: Tensor, words: Sequence[Word]) -> Tensor:
+    """(B, N, L) -> (B, N, V): what goes to a word is the sum of what goes to its tokens."""
+    return torch.stack([probabilities[..., list(word.tokens)].sum(dim=-1) for word in words], dim=-1)
+
+
+def on_grid(looked: Tensor, aspect: float) -> Tensor:
+    """(S, B, N, V), N = h w positions row by row -> (S, B, V, h, w) with h / w the aspect."""
+    width = round((looked.shape[2] / aspect) ** 0.5)
+    return looked.movedim(2, 3).unflatten(-1, (-1, width))
+
+
+def resized(maps: Tensor, height: int, width: int) -> Tensor:
+    """(..., h, w) -> (..., height, width), bilinear."""
+    flat = maps.reshape(-1, 1, *maps.shape[-2:]).float()
+    big = F.interpolate(flat, size=(height, width), mode="bilinear", align_corners=False)
+    return big.reshape(*maps.shape[:-2], height, width)
+
+
+def overlap(maps: Tensor, masks: Bools) -> NDArray[np.float64]:
+    """How well maps find a mask: intersection over union of the mask with as many of the map's brightest pixels.
+
+    As many as the mask has, so no threshold is chosen. Equally bright pixels are taken row by row.
+
+    Args:    maps: (..., B, h, w), brought to the masks' size.  masks: (B, H, W).
+    Returns: (..., B) in 0..1; NaN for an empty mask.
+    """
+    big = resized(maps, *masks.shape[1:]).flatten(-2).numpy()  # (..., B, H W)
+    order = np.argsort(-big, axis=-1, kind="stable")
+    scores = np.full(big.shape[:-1], np.nan)
+    for b, mask in enumerate(masks.reshape(len(masks), -1)):
+        if count := int(mask.sum()):
+            found = mask[order[..., b, :count]].sum(axis=-1)
+            scores[..., b] = found / (2 * count - found)
+    return scores
+
+
+def limits(masks: Bools, grid: int) -> Mapping[str, float]:
+    """What a map could score: "chance" of a random place, "ceiling" of the mask itself on a grid of that side.
+
+    Chance: k of n pixels at random meet k^2 / n of the mask, an intersection over union of k / (2 n - k).
+    """
+    share = masks.mean(axis=(1, 2))
+    coarse = F.adaptive_avg_pool2d(torch.from_numpy(masks).float()[:, None], grid)[:, 0]
+    return {"chance": float((share / (2 - share)).mean()), "ceiling": float(np.nanmean(overlap(coarse, masks)))}

@@ -1,0 +1,1 @@
+"""The paper: classifiers, metrics, evaluation, report."""

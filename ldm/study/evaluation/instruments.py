@@ -1,0 +1,103 @@
+"""What looks at latents: the decoder, the attribute classifier, LPIPS and SSIM.
+
+Letters: B images, K heads, C H W of a latent.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ldm import checkpoint
+from ldm.fast.cuda_graph import GraphedUNet
+from ldm.guidance import UNetFn
+from ldm.pipeline import StableDiffusion, to_uint8
+from ldm.study.classifier import Classifier, nearest
+from ldm.study.metrics import perceptual
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class Instruments:
+    """A model's decoder and the judges of its images."""
+
+    sd: StableDiffusion
+    classifier: Classifier
+    classifier_file: Path
+    lpips: perceptual.Lpips | perceptual.Unavailable = field(repr=False)
+    graphed: GraphedUNet | None = None  # see `ldm.traversal.run_folder.run_traversal`
+
+    @property
+    def unet(self) -> UNetFn:
+        """What samples."""
+        return self.sd.unet if self.graphed is None else self.graphed
+
+    @cached_property  # a checkpoint is gigabytes to hash
+    def fingerprint(self) -> dict[str, str | None]:
+        """Everything here that a measurement depends on."""
+        return {
+            "weights_sha256": self.sd.weights_sha256(),
+            "weight_set": self.sd.weight_set,
+            "dtype": str(self.sd.dtype).removeprefix("torch."),
+            "classifier_sha256": checkpoint.sha256(self.classifier_file),
+            "lpips": None if isinstance(self.lpips, perceptual.Unavailable) else self.lpips.net,
+        }
+
+    def check_size(self, shape: tuple[int, int, int]) -> None:
+        """ValueError where latents (C, H, W) give images of a size that the classifier was not trained on."""
+        height, width = (side * self.sd.config.vae.downscale for side in shape[1:])
+        if height != width or height != self.classifier.input_size:
+            size = self.classifier.input_size
+            raise ValueError(
+                f"images: {width} x {height} pixels, but {self.classifier_file} was trained on {size} x {size}; "
+                "use a classifier of that size (`ldm classify train`), or trajectories of this one's"
+            )
+
+    def pixels(self, latents: Tensor) -> Pixels:
+        """(B, C, H, W) -> (B, 8H, 8W, 3) bytes: every judge sees what a file would hold.
+
+        Decoded in pieces of one size whatever B is, for decoding takes more memory than the U-Net.
+        """
+        at_once = max(1, 16 * 16 * 16 // latents[0, 0].numel())
+        return np.concatenate([to_uint8(self.sd.decode_latents(piece)) for piece in latents.split(at_once)])
+
+    def probabilities(self, pixels: Pixels) -> Tensor:
+        """(B, H, W, 3) bytes -> (B, K)."""
+        return self.classifier.probabilities(as_images(pixels))
+
+    def ssim(self, pixels: Pixels, reference: Pixels) -> Tensor:
+        """Structural similarity of each image with the (H, W, 3) reference, (B,)."""
+        return perceptual.ssim(as_images(pixels), as_images(reference[None])[0])
+
+    def lpips_to(self, pixels: Pixels, reference: Pixels) -> Tensor:
+        """LPIPS of each image to the (H, W, 3) reference, (B,); NaN where its weights are not at hand."""
+        if isinstance(self.lpips, perceptual.Unavailable):
+            return torch.full((len(pixels),), torch.nan, dtype=torch.float64)
+        near = as_images(reference[None])[0]
+        return torch.cat([self.lpips(piece, near).double() for piece in as_images(pixels).split(16)])
+
+    def heads(self, attributes: tuple[str, ...], classes: str) -> tuple[str, ...]:
+        """The heads that compete in the CFRT, seen to hold every attribute: all but the class's, unless it is swapped.
+
+        Raises:  ValueError: an attribute that the classifier does not know, or fewer than two heads.
+        """
+        heads = tuple(name for name in self.classifier.attributes if name != classes or classes in attributes)
+        for name in attributes:
+            if name not in heads:
+                raise ValueError(
+                    f"attributes: the classifier has no {name!r}{nearest(name, heads)}; it has {', '.join(heads)}; "
+                    "use another --classifier, or name the styles as it does"
+                )
+        if len(heads) < 2:
+            raise ValueError(f"attributes: the classifier has {len(heads)} attribute; CFRT compares two or more")
+        return heads
+
+
+def as_images(pixels: Pixels) -> Tensor:
+    """(B, H, W, 3) bytes -> (B, 3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1.0

@@ -1,0 +1,180 @@
+"""What the seeds say together: the stacked measurements of a cell become its part of metrics.json.
+
+Letters: n seeds, A attributes, S swap steps, F frames, K heads, M averaged swap steps.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm.study.evaluation.baselines import CURVE_METHODS, SWAP_METHODS
+from ldm.study.evaluation.cells import CLASS_HEAD, Cell
+from ldm.study.evaluation.trajectories import FRAMES, PATH_FIGURES
+from ldm.study.metrics import directions, ground_truth, stats
+from ldm.study.metrics.cfrt import READINGS, cfrt, successes
+from ldm.study.metrics.perceptual import Unavailable
+
+Arrays = Mapping[str, NDArray[np.float64]]  # name, as in `trajectories.measure` -> (n, ...)
+Json = dict[str, Any]
+
+
+class Votes:
+    """Probabilities split into the heads that compete in the CFRT and the class that must not change."""
+
+    def __init__(self, classifier_heads: Sequence[str], heads: Sequence[str], attributes: Sequence[str]) -> None:
+        self.heads, self.attributes = tuple(heads), tuple(attributes)
+        self.columns = [list(classifier_heads).index(name) for name in heads]
+        decides = CLASS_HEAD in classifier_heads and CLASS_HEAD not in heads
+        self.decides = list(classifier_heads).index(CLASS_HEAD) if decides else None
+
+    def arguments(self, neutral: NDArray[np.float64], edited: NDArray[np.float64]) -> Json:
+        """What `cfrt` and `successes` take, from (n, K) and (n, A, S, K)."""
+        decided = self.decides is not None
+        return {
+            "neutral": neutral[..., self.columns],
+            "swapped": edited[..., self.columns],
+            "heads": self.heads,
+            "attributes": self.attributes,
+            "decision_neutral": neutral[..., self.decides] >= 0.5 if decided else None,
+            "decision_swapped": edited[..., self.decides] >= 0.5 if decided else None,
+        }
+
+
+def summarise(
+    cell: Cell,
+    votes: Votes,
+    swap_steps: Sequence[int],
+    averaged: Sequence[int],
+    found: Arrays,
+    lpips: object,
+) -> Json:
+    """The paper's figures of one cell.
+
+    Args:    swap_steps: the S steps.  averaged: those that CFRT averages.  found: of all seeds.
+             lpips: an `Unavailable` says why its figures are missing.
+    """
+    neutral = found["probabilities.neutral"]
+    swaps = cfrt(**votes.arguments(neutral, found["probabilities.swaps"]), swap_steps=swap_steps, averaged=averaged)
+    curve = cfrt(**votes.arguments(neutral, found["probabilities.curve"]), swap_steps=FRAMES)
+    attributes = {}
+    for a, name in enumerate(votes.attributes):
+        cosines = directions.cosine_summary(found["cosines"][:, a], swap_steps)
+        geometries = [dict(zip(PATH_FIGURES, row, strict=True)) for row in found["path"][:, a]]
+        attributes[name] = {
+            "title": cell.title_of(name),
+            "prompt": cell.styles[name],
+            "swaps": swaps[name],
+            "interpolations": curve[name],
+            "lpips": {"unavailable": str(lpips)} if isinstance(lpips, Unavailable) else _distance(found, "lpips", a),
+            "ssim": _distance(found, "ssim", a),
+            "directions": {
+                "swap_steps": cosines["swap_steps"],
+                "n": cosines["n"],
+                "matrix": cosines["mean"],
+                "against": cosines["row"]["against"],
+                "row": cosines["row"]["value"],
+                "row_interval": cosines["row"]["interval"],
+            },
+            "path": directions.non_linearity(geometries, 1 + len(swap_steps)),
+        }
+    return {"title": cell.title, "neutral_prompt": cell.neutral, "n": len(neutral), "attributes": attributes}
+
+
+def _distance(found: Arrays, name: str, a: int) -> Json:
+    """The mean over all swap steps, or frames, and seeds; and of each swap step alone."""
+    swaps, curve = found[f"{name}.swaps"][:, a], found[f"{name}.curve"][:, a]
+    return {
+        "swaps": {**stats.mean(swaps.mean(axis=1)), "per_swap_step": _means(swaps)},
+        "interpolations": stats.mean(curve.mean(axis=1)),
+    }
+
+
+def compare_baselines(
+    votes: Votes, swap_steps: Sequence[int], averaged: Sequence[int], found: Arrays, methods: Arrays
+) -> dict[str, Json]:
+    """Every baseline's report, by attribute, each with its difference to ours on the same seeds.
+
+    Args:    found: ours, of the seeds that the baselines have.  methods: see `baselines.measure_baselines`.
+    Returns: attribute -> method -> the report of `cfrt`, and difference: reading -> baseline minus ours, with a
+             bootstrap interval over the seeds.
+    """
+    neutral = found["probabilities.neutral"]
+    columns = [list(swap_steps).index(s) for s in averaged]
+    ours = {
+        **dict.fromkeys(SWAP_METHODS, found["probabilities.swaps"][:, :, columns]),
+        **dict.fromkeys(CURVE_METHODS, found["probabilities.curve"]),
+    }
+    compared: dict[str, Json] = {name: {} for name in votes.attributes}
+    for method, edited in methods.items():
+        arguments = votes.arguments(neutral, edited)
+        reports = cfrt(**arguments, swap_steps=FRAMES if method in CURVE_METHODS else averaged)
+        theirs, mine = successes(**arguments), successes(**votes.arguments(neutral, ours[method]))
+        for name, report in reports.items():
+            difference = {
+                reading: stats.paired_cluster_bootstrap(
+                    theirs[name][reading], mine[name][reading], np.arange(len(neutral))
+                )
+                for reading in READINGS
+            }
+            compared[name][method] = {**report, "difference": difference}
+    return compared
+
+
+def summarise_truth(votes: Votes, swap_steps: Sequence[int], averaged: Sequence[int], found: Arrays) -> dict[str, Json]:
+    """Ground truth by attribute, with the floor of autoencoder and inversion beside it.
+
+    CFRT here is counted against the retraced image; its ceiling is that of the rendered pairs.
+    """
+    original, neutral = found["probabilities.original"], found["probabilities.neutral"]
+    swaps = cfrt(**votes.arguments(neutral, found["probabilities.swaps"]), swap_steps=swap_steps, averaged=averaged)
+    ceiling = cfrt(**votes.arguments(original, found["probabilities.truth"][:, :, None]))
+    reports = {}
+    for a, name in enumerate(votes.attributes):
+        k = votes.columns[votes.heads.index(name)]
+        curves = {
+            "skill": found["skill"],
+            "leakage": found["leakage"],
+            "retrieval": found["retrieved"],
+            "oracle": found["oracle"],
+        }
+        strength = ground_truth.edit_strength_correlation(found["probabilities.swaps"][:, a, :, k], swap_steps)
+        reports[name] = {
+            "n": len(neutral),
+            "swaps": swaps[name],
+            "ceiling": ceiling[name],
+            "share_of_ceiling": {
+                reading: ground_truth.share_of_ceiling(
+                    swaps[name]["cfrt"][reading]["value"], ceiling[name]["cfrt"][reading]["value"]
+                )
+                for reading in READINGS
+            },
+            "per_swap_step": {
+                "swap_steps": list(swap_steps),
+                "flip_rate": swaps[name]["per_swap_step"]["flip_rate"],
+                **{curve: _means(values[:, a]) for curve, values in curves.items()},
+                "interval": {
+                    curve: [_interval(column, curve) for column in values[:, a].T] for curve, values in curves.items()
+                },
+            },
+            "floor": {
+                "psnr": stats.mean(found["floor.psnr_db"])["value"],
+                "latent": stats.mean(found["floor.latent"])["value"],
+                "skill": stats.mean(found["floor.skill"][:, a])["value"],
+                "leakage": stats.mean(found["floor.leakage"][:, a])["value"],
+                "retrieval": stats.share(found["floor.retrieved"][:, a])["value"],
+                "oracle": stats.share(found["floor.oracle"])["value"],
+            },
+            "strength_correlation": {key: strength[key] for key in ("value", "n", "interval")},
+        }
+    return reports
+
+
+def _means(values: NDArray[np.float64]) -> list[float | None]:
+    return [stats.mean(column)["value"] for column in values.T]
+
+
+def _interval(values: NDArray[np.float64], curve: str) -> list[float | None]:
+    """Of a share for what is counted, of a mean for what is measured."""
+    return (stats.share if curve in ("retrieval", "oracle") else stats.mean)(values)["interval"]

@@ -1,0 +1,167 @@
+"""Ground truth: a rendered phantom is encoded, inverted, swapped, and held against the rendered counterfactual.
+
+Only rendered images have a truth: a generated one has no seed of anatomy. What encoding and inversion lose by
+themselves, the floor, is measured beside everything: the neutral branch retraces the original.
+
+The negative prompt of these runs is the neutral one. Guidance then adds nothing to the neutral branch, which retraces
+the inversion at any scale, and strengthens only what the style changes.
+
+Letters: A attributes, S swap steps, K heads, G patients of the gallery, C H W of a latent, h w of an image.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.conditioning import constant
+from ldm.guidance import UNetFn, guided
+from ldm.phantom import Phantom, render
+from ldm.pipeline import StableDiffusion
+from ldm.study.evaluation.cells import Cell
+from ldm.study.evaluation.instruments import Instruments, as_images
+from ldm.study.evaluation.trajectories import stacked
+from ldm.study.metrics import ground_truth
+from ldm.traversal.inversion import ddim_inversion
+from ldm.traversal.plan import Traversal
+from ldm.traversal.run_folder import default_max_batch, latent_shape, prompt_tree, sample
+
+GALLERY_SEEDS = range(200)  # the other patients among whom an edited one must still be recognised
+DILATE_PX = 4  # half of a latent pixel: the autoencoder cannot place an edge more finely
+INVERSION_ITERATIONS = 3
+FLOORS = ("psnr_db", "latent", "skill", "leakage", "retrieved", "oracle")
+SETTINGS = {
+    **{"gallery": len(GALLERY_SEEDS), "dilate_px": DILATE_PX, "inversion_iterations": INVERSION_ITERATIONS},
+    "floors": list(FLOORS),  # a folder without one of them is of an earlier version, and is not continued
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Patient:
+    """A neutral phantom and what it looks like with each attribute."""
+
+    original: Phantom
+    counterfactuals: tuple[Phantom, ...]  # A
+
+    @classmethod
+    def of(cls, cell: Cell, seed: int, size: int) -> "Patient":
+        """Render them. Raises ValueError for a cell that is not of phantoms."""
+        if cell.domain is None:
+            raise ValueError(f"cell: {cell.name!r} is not of phantoms, so there is no ground truth")
+        domain, base = cell.domain, dict(cell.base)
+        edited = (render(domain, seed, base | {attribute: True}, size) for attribute in cell.styles)
+        return cls(render(domain, seed, base, size), tuple(edited))
+
+    def images(self) -> Tensor:
+        """The original, then the counterfactuals: (1 + A, 3, h, w) in [-1, 1]."""
+        return as_images(np.stack([of.to_uint8() for of in (self.original, *self.counterfactuals)]))
+
+    def masks(self, attributes: Sequence[str]) -> Tensor:
+        """Where each attribute may change the image: (A, h, w) bool."""
+        masks = [of.masks[name] for of, name in zip(self.counterfactuals, attributes, strict=True)]
+        return torch.from_numpy(np.stack(masks))
+
+
+def gallery(cell: Cell, size: int) -> Tensor:
+    """The neutral images of `GALLERY_SEEDS`: (G, 3, h, w)."""
+    images = [render(cell.domain or "", seed, dict(cell.base), size).to_uint8() for seed in GALLERY_SEEDS]
+    return as_images(np.stack(images))
+
+
+def retraceable(plan: Traversal, swap_steps: tuple[int, ...], guidance: float) -> Traversal:
+    """The same plan with the neutral prompt as the negative one, so that the neutral branch retraces an inversion."""
+    return replace(plan, negative=plan.neutral, eta=0.0, swap_steps=swap_steps, guidance=guidance)
+
+
+def invert(
+    sd: StableDiffusion, plan: Traversal, latents: Tensor, max_batch: int | None = None, unet: UNetFn | None = None
+) -> Tensor:
+    """x_T of some latents (B, C, H, W) under the plan's neutral prompt, at guidance 1; unet: None: the model's."""
+    context = sd.encode_prompts([plan.neutral])
+    eps_fn = guided(unet or sd.unet, constant(context, plan.steps), 1.0, max_batch=max_batch)
+    with torch.no_grad():
+        *_, last = ddim_inversion(
+            eps_fn, latents.float().to(sd.device), sd.schedule, plan.steps, iterations=INVERSION_ITERATIONS
+        )
+    return last.x_t
+
+
+def measure_truth(
+    instruments: Instruments, cell: Cell, plan: Traversal, seed: int, others: Tensor, max_batch: int | None
+) -> dict[str, Tensor]:
+    """One rendered patient, edited by every attribute at every swap step, against the truth.
+
+    Args:    plan: see `retraceable`.  others: see `gallery`.
+    Returns: latents.neutral, latents.swaps; probabilities.original (K,), .neutral (K,) of the retraced image, .truth
+             (A, K), .swaps (A, S, K); skill, leakage, retrieved (0 or 1), oracle (0 or 1): (A, S). What is lost
+             without any edit: floor.psnr_db and floor.latent (relative error) of the retraced original, whether it is
+             recognised, floor.retrieved (A,), and nearer to itself than to its counterfactuals, floor.oracle;
+             floor.skill and floor.leakage (A,) of the true counterfactual encoded and decoded, a perfect edit.
+    """
+    sd, attributes = instruments.sd, tuple(plan.styles)
+    shape = latent_shape(sd, plan)
+    patient = Patient.of(cell, seed, shape[1] * sd.config.vae.downscale)
+    images, masks = patient.images(), patient.masks(attributes)
+    original, truths = images[0], images[1:]
+    encoded = sd.encode_image(images).float()
+
+    x_T = invert(sd, plan, encoded[:1], max_batch, instruments.unet)
+    batch, tree = max_batch or default_max_batch(shape), prompt_tree(sd, plan)
+    result = sample(sd, plan, tree, [seed], batch, x_T=x_T, graphed=instruments.graphed)
+    latents = {name: rows[0].cpu() for name, rows in result.latents.items()}
+    neutral, swaps = latents["neutral"], stacked(latents, plan)
+
+    retraced = as_images(instruments.pixels(neutral[None]))[0]
+    edited_pixels = instruments.pixels(swaps.flatten(0, 1))
+    edited = as_images(edited_pixels).unflatten(0, swaps.shape[:2])
+    own_and_others = torch.cat([original[None], others[[g for g in range(len(others)) if GALLERY_SEEDS[g] != seed]]])
+    autoencoded = as_images(instruments.pixels(encoded))
+
+    found = {
+        "latents.neutral": neutral,
+        "latents.swaps": swaps,
+        "probabilities.original": instruments.classifier.probabilities(images)[0],
+        "probabilities.truth": instruments.classifier.probabilities(images)[1:],
+        "probabilities.neutral": instruments.classifier.probabilities(retraced[None])[0],
+        "probabilities.swaps": instruments.probabilities(edited_pixels).unflatten(0, swaps.shape[:2]),
+        "floor.psnr_db": psnr_db(retraced, original),
+        "floor.latent": (neutral - encoded[0].cpu()).norm() / encoded[0].cpu().norm(),
+        "floor.retrieved": torch.stack([nearest_outside(retraced[None], own_and_others, m)[0] == 0 for m in masks]),
+        "floor.oracle": torch.from_numpy(ground_truth.oracle_class(retraced[None], images[None]) == 0)[0],
+        "floor.skill": torch.from_numpy(ground_truth.skill(autoencoded[1:], truths, original.expand_as(truths))),
+        "floor.leakage": torch.from_numpy(
+            ground_truth.leakage(autoencoded[1:], autoencoded[:1].expand_as(truths), masks, DILATE_PX)
+        ),
+    }
+    for name, rows in {
+        "skill": [
+            ground_truth.skill(e, t.expand_as(e), original.expand_as(e)) for e, t in zip(edited, truths, strict=True)
+        ],
+        "leakage": [
+            ground_truth.leakage(e, retraced.expand_as(e), m.expand(len(e), -1, -1), DILATE_PX)
+            for e, m in zip(edited, masks, strict=True)
+        ],
+        "retrieved": [nearest_outside(e, own_and_others, m).numpy() == 0 for e, m in zip(edited, masks, strict=True)],
+        "oracle": [
+            ground_truth.oracle_class(e, images.expand(len(e), *images.shape)) == a + 1 for a, e in enumerate(edited)
+        ],
+    }.items():
+        found[name] = torch.from_numpy(np.stack(rows).astype(np.float64))
+    return found
+
+
+def nearest_outside(edited: Tensor, candidates: Tensor, mask: Tensor) -> Tensor:
+    """Which candidate each image is nearest to, in squared distance outside the mask; of equally near ones the first.
+
+    Args:    edited: (S, 3, h, w).  candidates: (G, 3, h, w).  mask: (h, w) bool.
+    Returns: (S,) int64.
+    """
+    outside = ~mask
+    return torch.stack([((candidates - image) * outside).square().sum(dim=(1, 2, 3)).argmin() for image in edited])
+
+
+def psnr_db(image: Tensor, reference: Tensor) -> Tensor:
+    """Peak signal to noise ratio of images in [-1, 1], whose range is 2."""
+    return 10 * torch.log10(4 / (image - reference).square().mean())

@@ -1,0 +1,177 @@
+"""What only phantoms allow: an edit compared with the counterfactual that it should have been.
+
+A phantom can be rendered with and without an attribute, and the two differ in that attribute's mask only. So an edit of
+the one can be held against the other pixel by pixel.
+
+Images are (B, 3, H, W), masks (B, H, W) booleans, numpy arrays or CPU tensors; values on one scale, as [-1, 1].
+Norms run over all pixels and channels of an image. Letters: B images or n seeds, H W pixels, C classes, S swap steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.ndimage import binary_dilation
+from scipy.spatial.distance import cdist
+from scipy.stats import rankdata
+
+from ldm.study.metrics import stats
+
+Floats = NDArray[np.float64]
+
+
+def skill(edited: ArrayLike, truth: ArrayLike, original: ArrayLike) -> Floats:
+    """How much of the way from the original to the true counterfactual an edit went.
+
+    skill = 1 - |edited - truth| / |original - truth|
+
+    Args:    edited, truth, original: (B, 3, H, W).
+    Returns: (B,): 1 perfect, 0 as good as no edit, negative worse; NaN where the truth is the original.
+    Raises:  ValueError: shapes that do not fit.
+    """
+    edited, truth, original = _images(edited=edited, truth=truth, original=original)
+    return 1 - _ratio(_norm(edited - truth), _norm(original - truth))
+
+
+def leakage(edited: ArrayLike, original: ArrayLike, mask: ArrayLike, dilate: int = 0) -> Floats:
+    """The share of an edit's squared change that lies outside the attribute's mask.
+
+    Args:    edited, original: (B, 3, H, W).  mask: (B, H, W), the pixels that the attribute may change.
+             dilate: pixels by which the mask is widened in all eight directions; a decoder cannot be sharper.
+    Returns: (B,) in 0..1; NaN where nothing changed.
+    Raises:  ValueError: shapes that do not fit, or a negative dilate.
+    """
+    edited, original = _images(edited=edited, original=original)
+    inside = dilated(_masks(mask, edited), dilate)
+    change = ((edited - original) ** 2).sum(axis=1)  # (B, H, W)
+    return _ratio(np.where(inside, 0, change).sum(axis=(1, 2)), change.sum(axis=(1, 2)))
+
+
+def dilated(masks: ArrayLike, pixels: int) -> NDArray[np.bool_]:
+    """Masks widened by so many pixels, sideways and diagonally.
+
+    Args:    masks: (B, H, W).
+    Raises:  ValueError: a negative number of pixels, or other shapes.
+    """
+    masks = np.asarray(masks, bool)
+    if pixels < 0 or masks.ndim != 3:
+        raise ValueError(f"dilate: expected 0 or more pixels and (B, H, W) masks, got {pixels} and {masks.shape}")
+    if pixels == 0:  # to scipy, 0 means "until nothing changes"
+        return masks
+    return binary_dilation(masks, structure=np.ones((1, 3, 3), bool), iterations=pixels)
+
+
+def identity_hits(edited: ArrayLike, originals: ArrayLike, masks: ArrayLike) -> NDArray[np.bool_]:
+    """Whether each edit is still nearer to its own original than to that of any other seed.
+
+    The distance is Euclidean over the pixels outside the edit's own mask, since inside it a change is wanted. Equally
+    near is a miss.
+
+    Args:    edited, originals: (n, 3, H, W), row for row one seed.  masks: (n, H, W).
+    Returns: (n,) booleans.
+    Raises:  ValueError: shapes that do not fit.
+    """
+    edited, originals = _images(edited=edited, originals=originals)
+    n, channels = edited.shape[:2]
+    outside = np.repeat(~_masks(masks, edited)[:, None], channels, axis=1).reshape(n, -1).astype(np.float64)
+    edited, originals = edited.reshape(n, -1), originals.reshape(n, -1)
+    hits = np.empty(n, bool)
+    for i in range(n):
+        distances = cdist(edited[[i]], originals, "sqeuclidean", w=outside[i])[0]
+        hits[i] = (distances[i] < np.delete(distances, i)).all()
+    return hits
+
+
+def identity_retrieval(edited: ArrayLike, originals: ArrayLike, masks: ArrayLike) -> dict[str, Any]:
+    """Retrieval@1: the share of `identity_hits`, with its Wilson interval: value, n, interval."""
+    return stats.share(identity_hits(edited, originals, masks))
+
+
+def oracle_class(edited: ArrayLike, renderings: ArrayLike, mask: ArrayLike | None = None) -> NDArray[np.int64]:
+    """Which of several renderings of its own seed an edit resembles most: a classifier that cannot be fooled.
+
+    With renderings without and with an attribute, and the attribute's mask, it tells whether the attribute is there;
+    with those of several classes, which class is shown.
+
+    Args:    edited: (B, 3, H, W).  renderings: (B, C, 3, H, W).  mask: (B, H, W) pixels that count; None: all.
+    Returns: (B,) int64 in 0..C-1, the nearest; of equally near ones the first.
+    Raises:  ValueError: shapes that do not fit.
+    """
+    (edited,), renderings = _images(edited=edited), np.asarray(renderings, np.float64)
+    if renderings.ndim != 5 or renderings.shape[:1] + renderings.shape[2:] != edited.shape or not renderings.shape[1]:
+        raise ValueError(
+            f"renderings: expected (B, classes, 3, H, W) for images {edited.shape}, got {renderings.shape}"
+        )
+    counted = np.ones(edited[:, 0].shape, bool) if mask is None else _masks(mask, edited)
+    squares = ((edited[:, None] - renderings) ** 2).sum(axis=2)  # (B, C, H, W)
+    return np.where(counted[:, None], squares, 0).sum(axis=(2, 3)).argmin(axis=1)
+
+
+def edit_strength_correlation(
+    target_probabilities: ArrayLike, swap_steps: Sequence[int], *, seed: int = 0
+) -> dict[str, Any]:
+    """Whether an earlier swap edits more: Spearman's correlation of the target's probability with edit strength.
+
+    An early swap is a strong edit, so strength falls with the swap step: 1 means that the probability rises with
+    every earlier swap.
+
+    Args:    target_probabilities: (n, S).  swap_steps: the S steps.
+    Returns: value (mean over seeds), n, interval (bootstrap), per_seed (n values; null where a row has a NaN or is
+             constant, and such a seed is left out).
+    Raises:  ValueError: shapes that do not fit, or fewer than two steps.
+    """
+    rows = np.asarray(target_probabilities, np.float64)
+    if rows.ndim != 2 or rows.shape[1] != len(swap_steps) or len(swap_steps) < 2:
+        raise ValueError(f"target_probabilities: expected (seeds, {len(swap_steps)} swap steps >= 2), got {rows.shape}")
+    # Spearman's is Pearson's of the ranks; equal values share their mean rank.
+    ranks, strength = _centred_ranks(rows), _centred_ranks(-np.asarray(swap_steps, np.float64)[None])
+    norms = np.sqrt((ranks**2).sum(axis=1) * (strength**2).sum())
+    correlations = _ratio((ranks * strength).sum(axis=1), norms)
+    per_seed = [stats.or_none(correlation) for correlation in correlations]
+    return {**stats.mean(correlations, seed=seed), "per_seed": per_seed}
+
+
+def share_of_ceiling(value: float | None, ceiling: float | None) -> float | None:
+    """A figure over what the true pairs reach: the classifier's own errors are not the edit's.
+
+    Returns: value / ceiling; null where either is missing or the ceiling is 0.
+    """
+    if value is None or not ceiling:
+        return None
+    return value / ceiling
+
+
+def _images(**named: ArrayLike) -> list[Floats]:
+    """The arguments as float64, all of one shape (B, 3, H, W)."""
+    arrays = {name: np.asarray(values, np.float64) for name, values in named.items()}
+    first = next(iter(arrays.values())).shape
+    for name, array in arrays.items():
+        if array.ndim != 4 or array.shape[1] != 3 or array.shape != first:
+            expected = "(B, 3, H, W)" if array.shape == first else f"{first}, as {next(iter(arrays))}"
+            raise ValueError(f"{name}: expected {expected}, got {array.shape}")
+    return list(arrays.values())
+
+
+def _masks(masks: ArrayLike, images: Floats) -> NDArray[np.bool_]:
+    array = np.asarray(masks)
+    if array.dtype != np.bool_ or array.shape != images[:, 0].shape:
+        raise ValueError(f"mask: expected booleans {images[:, 0].shape}, got {array.shape} {array.dtype}")
+    return array
+
+
+def _centred_ranks(rows: Floats) -> Floats:
+    """Ranks within each row minus their mean; a row with a NaN is all NaN."""
+    ranks = rankdata(rows, axis=1, nan_policy="propagate")
+    return ranks - ranks.mean(axis=1, keepdims=True)
+
+
+def _norm(images: Floats) -> Floats:
+    return np.sqrt((images**2).sum(axis=(1, 2, 3)))
+
+
+def _ratio(numerator: Floats, denominator: Floats) -> Floats:
+    """NaN instead of a division by zero."""
+    return np.where(denominator > 0, numerator / np.where(denominator > 0, denominator, 1), np.nan)

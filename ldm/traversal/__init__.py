@@ -1,0 +1,1 @@
+"""Trajectories through the latent space: prompt trees, curves, inversion, run folders."""

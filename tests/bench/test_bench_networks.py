@@ -1,0 +1,103 @@
+"""`ldm bench unet, vae, traverse, load`: what is counted and compared. No time itself is asserted."""
+
+import json
+
+import pytest
+import torch
+from ldm_tools import cli
+from tiny_model import write_tiny_model
+from torch import nn
+from torch.nn import functional as F
+
+from ldm import pipeline
+from ldm.bench import networks, traversal
+from ldm.config import CONTEXT_TOKENS, PHANTOM
+from ldm.probe.trace import trace_unet
+from ldm.traversal.plan import Traversal
+from ldm.unet import UNet
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("bench") / "tiny.safetensors")
+
+
+@pytest.fixture
+def plan():
+    return Traversal(
+        neutral="a", styles={"b": "b", "c": "c"}, seeds=(0,), steps=4, swap_steps=(1, 3), guidance=2.0, bezier_points=0
+    )
+
+
+def test_a_product_of_matrices_counts_two_operations_an_entry():
+    a, b = torch.zeros(10, 20), torch.zeros(20, 30)
+    assert networks.count_gflop(lambda: a @ b) == 2 * 10 * 20 * 30 / 1e9
+
+
+def test_a_fused_attention_counts_both_of_its_products():
+    q, k = torch.zeros(2, 3, 40, 8), torch.zeros(2, 3, 77, 8)
+    count = networks.count_gflop(lambda: F.scaled_dot_product_attention(q, k, k))
+    assert count == 2 * (2 * 2 * 3 * 40 * 77 * 8) / 1e9
+
+
+def test_the_count_is_that_of_the_trace():
+    unet, config = pipeline.load(pipeline.PHANTOM_WEIGHTS).unet, PHANTOM.unet
+    x_t = torch.zeros(1, 4, config.sample_size, config.sample_size)
+    count = networks.count_gflop(lambda: unet(x_t, 500, torch.zeros(1, CONTEXT_TOKENS, config.context_width)))
+    with torch.device("meta"):
+        blocks = trace_unet(UNet(config), (config.sample_size, config.sample_size))
+    assert count == pytest.approx(sum(block.flops for block in blocks) / 1e9)
+
+
+def test_ways_that_disagree_are_not_timed():
+    x = torch.ones(4, 4)
+    with pytest.raises(ValueError, match=r"other: .* away from eager"):
+        networks.measure({"eager": lambda: x @ x, "other": lambda: 1.01 * (x @ x)}, torch.float32, "cpu", 1, "x")
+
+
+def test_operations_and_blocks_share_all_of_the_time():
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 3, 3))
+    x = torch.zeros(2, 3, 32, 32)
+    shares = networks.by_operation(lambda: network(x))
+    assert {"convolution", "activation"} <= shares.keys()
+    assert sum(shares.values()) == pytest.approx(1)
+    blocks = networks.by_block({"first": network[0], "last": network[2]}, lambda: network(x))
+    assert blocks.keys() == {"first", "last", "rest"}
+    assert sum(blocks.values()) == pytest.approx(1)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network)  # nothing is left behind
+
+
+def test_the_tree_and_the_branches_alone_are_the_same_images(tiny, plan):
+    found = traversal.tree_against_separate(pipeline.load(tiny), plan, None, rounds=1)
+    assert (found["unet_rows"], found["unet_rows_separate"]) == (4 + 2 * (3 + 1), 5 * 4)
+    assert list(found["timings"]) == ["separate runs", "tree"]
+
+
+def test_a_tree_that_differs_from_its_branches_is_not_timed(tiny, plan, monkeypatch):
+    alone = traversal.run_alone
+    monkeypatch.setattr(traversal, "run_alone", lambda *args: 1.1 * alone(*args))
+    with pytest.raises(ValueError, match="away from the branch run alone"):
+        traversal.tree_against_separate(pipeline.load(tiny), plan, None, rounds=1)
+
+
+@pytest.mark.parametrize("subject", ["unet", "vae", "traverse", "load"])
+def test_the_commands_print_json(subject, tiny, capsys):
+    more = ["--steps", "10"] if subject == "traverse" else []
+    assert cli.main(["bench", subject, "--weights", str(tiny), "--rounds", "1", "--json", *more]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["peak_memory_mib"] > 0
+    assert found["environment"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["unet", "--batch", "0"], "--batch: got 0"),
+        (["vae", "--rounds", "0"], "--rounds: got 0"),
+        (["traverse", "--steps", "5"], "--rounds, --steps: got 3, 5"),
+        (["load", "--weights", "missing.safetensors"], "--weights: got missing.safetensors"),
+    ],
+)
+def test_options_that_do_not_fit_are_one_line(options, complaint, capsys):
+    assert cli.main(["bench", *options]) == 2
+    assert complaint in capsys.readouterr().err

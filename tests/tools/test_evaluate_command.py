@@ -1,0 +1,146 @@
+"""`ldm evaluate` as it is typed: a table of predictions alone, and one line for whatever does not fit."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+from ldm_tools import evaluate
+from ldm_tools.cli import main
+
+from ldm.study.classifier import PHANTOM_CLASSIFIERS
+
+CHEST = PHANTOM_CLASSIFIERS["chest"]
+
+STEPS = (5, 10, 15, 20)
+HEADER = ",".join(["seed", "path", *(f"{s}_{a}" for a in ("hair", "ink") for s in ("neutral", *STEPS))])
+
+
+def table(path: Path, *rows: str, header: str = HEADER) -> Path:
+    path.write_text("\n".join([header, *rows]) + "\n")
+    return path
+
+
+def row(seed: int, hair: list, ink: list) -> str:
+    return ",".join(map(str, [seed, f"{seed}.png", *hair, *ink]))
+
+
+HAIR_ONLY = row(0, [0.1, 0.9, 0.8, 0.7, 0.2], [0.1, 0.2, 0.1, 0.1, 0.1])  # d = 0.7 and 0.033
+INK_MORE = row(1, [0.1, 0.3, 0.3, 0.3, 0.9], [0.1, 0.9, 0.9, 0.9, 0.1])
+A_TIE = row(2, [0.1, 0.4, 0.4, 0.4, 0.4], [0.2, 0.5, 0.5, 0.5, 0.5])
+A_HOLE = row(3, [0.1, "nan", 0.4, 0.4, 0.4], [0.2, 0.5, 0.5, 0.5, 0.5])
+
+
+def test_a_table_alone_gives_the_report(tmp_path, capsys):
+    path = table(tmp_path / "p.csv", HAIR_ONLY, INK_MORE, A_TIE, A_HOLE)
+    out = tmp_path / "out"
+    assert main(["evaluate", "--predictions", str(path), "--attribute", "hair", "--out", str(out)]) == 0
+    scores = json.loads((out / "metrics.json").read_text())
+    signed = scores["cfrt"]["own_head_signed"]
+    assert (signed["value"], signed["n"], signed["ties"], signed["dropped"]) == (pytest.approx(1 / 3), 3, 1, 1)
+    assert signed["interval"][0] < 1 / 3 < signed["interval"][1]
+    assert scores["cfrt"]["single_f"]["value"] is None
+    assert "CFRT of hair, mean of swap steps 5, 10, 15" in capsys.readouterr().out
+
+
+def test_the_averaged_columns_can_be_chosen(tmp_path):
+    path = table(tmp_path / "p.csv", HAIR_ONLY, INK_MORE)
+    command = ["evaluate", "--predictions", str(path), "--attribute", "hair", "--swap-steps", "20"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    scores = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert scores["cfrt"]["own_head_signed"]["value"] == 1.0  # at s = 20 hair rises in both, ink in neither
+
+
+def test_without_an_attribute_every_one_is_reported(tmp_path, capsys):
+    path = table(tmp_path / "p.csv", HAIR_ONLY, INK_MORE)
+    assert main(["evaluate", "--predictions", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "CFRT of hair, mean of swap steps 5, 10, 15" in shown
+    assert "CFRT of ink, mean of swap steps 5, 10, 15" in shown
+    assert [line.split()[-4:] for line in shown.splitlines() if "own_head_signed" in line][1] == [
+        *("0.50", "0.50", "0.50", "1.00"),  # hair by swap step: at s = 20 it rises in both
+    ]
+
+
+def test_a_table_does_not_replace_an_evaluation_nor_the_other_way_round(tmp_path, capsys):
+    path, out = table(tmp_path / "p.csv", HAIR_ONLY), tmp_path / "out"
+    out.mkdir()
+    (out / "metrics.json").write_text('{"cells": {}}')
+    assert main(["evaluate", "--predictions", str(path), "--attribute", "hair", "--out", str(out)]) == 2
+    assert "is an evaluation, which this would replace; name another folder" in capsys.readouterr().err
+    assert (out / "metrics.json").read_text() == '{"cells": {}}'
+    (out / "metrics.json").write_text('{"cfrt": {}}')
+    assert main(["evaluate", "--seeds", "0", "--out", str(out)]) == 2
+    assert "is the report of a table, which this would replace" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--attribute", "hiar"], "did you mean 'hair'?"),
+        ([], "--attribute: missing; which one do the trajectories swap in? The table has hair, ink"),
+        (["--attribute", "hair", "--swap-steps", "5,45"], "the table has [5, 10, 15, 20], not [45]"),
+        (["--attribute", "hair", "RUN"], "expected one or the other"),
+        (["--attribute", "hair", "--seeds", "0-3"], "--seeds: it does nothing beside --predictions"),
+        (["--attribute", "hair", "--classifier", "c.safetensors"], "--classifier: it does nothing beside"),
+        (["--attribute", "hair", "--swap-steps", ""], "--swap-steps: got ''"),
+    ],
+)
+def test_what_a_table_cannot_answer_is_said_in_one_line(tmp_path, capsys, options, complaint):
+    path = table(tmp_path / "p.csv", HAIR_ONLY)
+    out = tmp_path / "out"
+    assert main(["evaluate", "--predictions", str(path), "--out", str(out), *options]) == 2
+    message = capsys.readouterr().err
+    assert complaint in message
+    assert message.count("\n") == 1
+    assert not out.exists()
+
+
+def test_rows_that_do_not_fit_are_named_by_line(tmp_path, capsys):
+    path = table(tmp_path / "p.csv", HAIR_ONLY, "1,x", row(2, [0.1, 1.2, 0, 0, 0], [0] * 5))
+    assert main(["evaluate", "--predictions", str(path), "--attribute", "hair"]) == 2
+    message = capsys.readouterr().err
+    assert "line 3" in message
+    assert "line 4" in message
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--cells", "nevvus", "--out", "o"], "did you mean 'nevus'?"),
+        (["--seeds", "0-3"], "--out: missing"),
+        (["--attribute", "hair", "--out", "o"], "it belongs to --predictions"),
+        (["nowhere", "--out", "o"], "expected a finished traversal"),
+        (["nowhere", "--guidance", "9", "--out", "o"], "--guidance: it does nothing beside RUN"),
+        (["--swap-steps", "7", "--out", "o"], "[7] are not among the trajectory's"),
+        (["--steps", "20", "--out", "o"], "expected a swap after 0..20 steps"),
+        (["--shown-seeds", "0", "--out", "o"], "--shown-seeds: got 0"),
+        (["--threads", "0", "--out", "o"], "--threads: got 0"),
+        (["--truth-swap-steps", "10,15", "--out", "o"], "expected [5, 10, 15] among them, missing [5]"),
+        (["--seeds", "0", "--baseline-seeds", "1", "--out", "o"], "expected two or more"),
+        (["--classifier", str(CHEST), "--seeds", "0-1", "--out", "o"], "the classifier has no 'hair'"),
+        (["--classifier", "none.safetensors", "--seeds", "0-1", "--out", "o"], "none.safetensors: no such file"),
+    ],
+)
+def test_bad_options_are_one_line_and_write_nothing(tmp_path, capsys, monkeypatch, options, complaint):
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", *options]) == 2
+    message = capsys.readouterr().err
+    assert complaint in message
+    assert message.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def parsed(*options: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    return argparse.Namespace(**evaluate.SAMPLED | vars(parser.parse_args(options)))
+
+
+def test_what_was_not_typed_fits_what_was():
+    one = evaluate.phantom_tasks(parsed("--seeds", "3"), (5, 20))
+    assert {task.baseline_seeds for task in one} == {0}  # no other seeds to take a mean over
+    assert {task.truth_swap_steps for task in one} == {(5, 10, 15, 20, 25, 35)}
+    (many,) = evaluate.phantom_tasks(parsed("--seeds", "0-19", "--cells", "nevus"), (5, 10, 15))
+    assert (many.baseline_seeds, many.truth_seeds, many.truth_swap_steps) == (8, 20, (5, 10, 15, 25, 35))

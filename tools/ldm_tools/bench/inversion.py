@@ -1,0 +1,89 @@
+"""`ldm bench inversion`: how exactly images come back from their noise, and what it costs.
+
+ldm bench inversion --out out/bench/inversion
+"""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from ldm.bench import harness, inversion
+from ldm.data.images import load_image
+from ldm.study.report.plot_style import save_figure
+from ldm.traversal.plan import parse_integers
+from ldm.traversal.real_images import finite
+from ldm.traversal.run_folder import write_json
+from ldm_tools.options import add_model, load_model
+
+DTYPES = ("float32", "bfloat16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the subject to `parser`."""
+    parser.description = (
+        "Invert rendered phantoms, or images of your own, by every method, number of steps, guidance and precision, "
+        "and retrace them. Prints the scorecard and writes inversion.json and inversion.png, .pdf."
+    )
+    parser.add_argument("--images", type=int, default=2, help="rendered ones, chests and nevi (default %(default)s)")
+    parser.add_argument(
+        "--image", nargs="+", type=Path, default=[], metavar="FILE", help="these instead; with --prompt"
+    )
+    parser.add_argument("--prompt", help="what they show")
+    parser.add_argument("--steps", default="10,50", help="default: %(default)s")
+    parser.add_argument("--guidance", default="1,7.5", help="scales, the same both ways (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of the timing (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("out/bench/inversion"), help="folder (default %(default)s)")
+    add_model(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that do not fit."""
+    steps = parse_integers(args.steps, "--steps")
+    guidance = scales(args.guidance)
+    if args.images < 1:
+        raise ValueError(f"--images: got {args.images}, expected 1 or more")
+    if bool(args.image) != bool(args.prompt):
+        raise ValueError("--image, --prompt: expected both or neither")
+    dtypes = DTYPES if args.dtype == "auto" else (args.dtype,)
+    models = {dtype: load_model(argparse.Namespace(**{**vars(args), "dtype": dtype})) for dtype in dtypes}
+    sd = models[dtypes[0]]
+    size = sd.latent_shape[1] * sd.config.vae.downscale
+    subjects = [
+        inversion.Subject(str(file), args.prompt, load_image(file, size)) for file in args.image
+    ] or inversion.phantoms(args.images, size)
+
+    rows = inversion.scorecard(models, subjects, inversion.cases(steps, guidance, dtypes))
+    timings = {
+        dtype: inversion.timings(models[dtype], subjects[0], min(steps), args.rounds) for dtype in dtypes
+    }  # fmt: skip
+    floor = {subject.name: inversion.psnr_db(sd, subject, inversion.encode(sd, subject)) for subject in subjects}
+    target = inversion.target_of(rows)
+    args.out.mkdir(parents=True, exist_ok=True)
+    result = {
+        "rows": [{name: finite(of) if isinstance(of, float) else of for name, of in row.items()} for row in rows],
+        "target": target,
+        "autoencoder_psnr_db": {name: finite(of) for name, of in floor.items()},
+        "timing_steps": min(steps),
+        "timings": {dtype: {name: asdict(of) for name, of in found.items()} for dtype, found in timings.items()},
+        "weights_sha256": sd.weights_sha256(),
+        "environment": harness.environment(),
+    }
+    write_json(args.out / "inversion.json", result)
+    save_figure(inversion.figure(rows), args.out / "inversion")
+    print(inversion.table(rows))
+    print("* with the prompt as the negative one.  The autoencoder alone, dB: ", end="")
+    print(", ".join(f"{name} {of:.2f}" for name, of in floor.items()))
+    for dtype, found in timings.items():
+        spent = ", ".join(f"{name} {of.median_ms:.0f} ms ({of.ratio:.2f} x)" for name, of in found.items())
+        print(f"{min(steps)} steps up, {dtype}: {spent}")
+    errors = ", ".join(f"{name} {error:.1e}" for name, error in target["errors"].items())
+    print(f"within {target['limit']:g} at guidance 1, {max(steps)} steps, float32: {target['reached']} ({errors})")
+    print(f"see {args.out / 'inversion.png'}")
+
+
+def scales(text: str) -> tuple[float, ...]:
+    """ "1,7.5" -> (1.0, 7.5). Raises ValueError, naming the option, for anything else."""
+    try:
+        return tuple(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError as error:
+        raise ValueError(f"--guidance: got {text!r}, expected numbers such as 1,7.5") from error

@@ -1,0 +1,61 @@
+"""`ldm bench kernels`: the fused kernels at every site of SD1.5's U-Net, against torch's own and the roofline.
+
+ldm bench kernels                           on a GPU: correctness, then times
+ldm bench kernels --compile-only            anywhere: compile every configuration for four GPUs, and hold it to bounds
+ldm bench kernels --predict                 anywhere: what each site should take on A100 and H100
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from ldm.bench import harness, kernel_predictions, kernels
+from ldm.traversal.run_folder import write_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the subject to `parser`."""
+    parser.description = "Time the kernels on this GPU, or say without one what was compiled and what is expected."
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--compile-only", action="store_true", help="compile for sm_80, 86, 89 and 90; exit 2 where a bound is broken"
+    )
+    what.add_argument("--predict", action="store_true", help="least times from compiled code and data sheets")
+    parser.add_argument("--record", action="store_true", help="with --compile-only: keep this to compare with later")
+    parser.add_argument("--only", default="", metavar="TEXT", help="with --compile-only: names that begin like this")
+    parser.add_argument("--processes", type=int, help="with --compile-only: at a time (default: one a core)")
+    parser.add_argument("--rounds", type=int, default=30, help="of the timing (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("out/bench/kernels"), help="folder (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Raises ValueError where compiled code breaks a bound, or a kernel computes something else."""
+    if args.record and (not args.compile_only or args.only):
+        raise ValueError("--record: expected with --compile-only and without --only, so that the record is whole")
+    if args.compile_only:
+        compile_only(args)
+    elif args.predict:
+        print("A PREDICTION from compiled code and data sheets: peaks, perfectly overlapped. Nothing here was timed.\n")
+        print(kernels.table(kernel_predictions.predictions()))
+        print("\nFurther fusions, not built, and the most that each would save of a step's least time:\n")
+        print(kernels.table(kernel_predictions.savings()))
+    elif not torch.cuda.is_available():
+        print("no CUDA GPU here: nothing to time (see --compile-only and --predict)")
+    else:
+        measured = kernels.measure(rounds=args.rounds)
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_json(args.out / "ldm_kernels.json", {**measured, "environment": harness.environment()})
+        text = kernels.table(measured["rows"])
+        (args.out / "ldm_kernels.md").write_text(text + "\n", encoding="utf-8")
+        print(text)
+
+
+def compile_only(args: argparse.Namespace) -> None:
+    """Compile, print the table, and raise ValueError for what is out of bounds or worse than recorded."""
+    rows, wrong = kernels.compile_all(args.only, args.processes, args.record)
+    if not rows:
+        raise ValueError(f"--only: no configuration's name begins like {args.only!r}")
+    print(kernels.table(rows))
+    if wrong:
+        raise ValueError(f"{len(wrong)} complaints: {'; '.join(wrong)}")

@@ -1,0 +1,128 @@
+"""`ldm bench samplers`: which sampler and spacing come closest to the flow, for how many evaluations.
+
+ldm bench samplers --out out/bench/samplers
+ldm bench samplers --weights FILE --neutral PROMPT --style NAME=PROMPT --guidance 1,7.5
+"""
+
+import argparse
+from pathlib import Path
+
+from ldm.bench import harness, samplers, samplers_report
+from ldm.pipeline import PHANTOM_WEIGHTS
+from ldm.samplers import SAMPLERS
+from ldm.schedule import SPACINGS
+from ldm.study import classifier as classifiers
+from ldm.study.evaluation.cells import PHANTOM_CELLS
+from ldm.study.evaluation.instruments import Instruments
+from ldm.study.metrics.perceptual import Unavailable
+from ldm.study.report.plot_style import save_figure
+from ldm.traversal.plan import parse_integers
+from ldm.traversal.run_folder import write_json
+from ldm_tools.options import add_model, add_own_prompts, load_model, own_prompts
+
+CELL = PHANTOM_CELLS["chest"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the subject to `parser`."""
+    parser.description = (
+        "Denoise the same noises by every sampler, spacing, guidance and number of evaluations, neutral and with a "
+        "prompt swapped in, and compare with a converged run. Prints tables; writes samplers.json, .csv, .png, .pdf."
+    )
+    default = samplers.Comparison(neutral=CELL.neutral, styles=CELL.styles)
+    add_own_prompts(parser, "the phantom chest's; the first style is what is swapped in")
+    parser.add_argument("--seeds", default="0", help="such as 0-7 (default: %(default)s)")
+    parser.add_argument("--guidance", default="1,3", help="scales (default: %(default)s)")
+    parser.add_argument("--evaluations", default="10,20,40", help="of a run, multiples of 10 (default: %(default)s)")
+    parser.add_argument("--samplers", default=",".join(default.samplers), help=f"some of {', '.join(SAMPLERS)}")
+    parser.add_argument("--spacings", default=",".join(default.spacings), help=f"some of {', '.join(SPACINGS)}")
+    parser.add_argument(
+        "--at-swap", choices=("reset", "keep"), default="reset", help="of a multistep sampler's history"
+    )
+    parser.add_argument("--reference-steps", type=int, default=default.reference_steps, help="default: %(default)s")
+    parser.add_argument("--cfrt-seeds", type=int, default=4, help="for the CFRT; 0: none (default: %(default)s)")
+    parser.add_argument("--classifier", type=Path, help="for the CFRT (default: the shipped one, for its prompts only)")
+    parser.add_argument("--rounds", type=int, default=3, help="of the timing (default: %(default)s)")
+    parser.add_argument("--max-batch", type=int, help="most rows in one U-Net call, to bound memory")
+    parser.add_argument("--out", type=Path, default=Path("out/bench/samplers"), help="folder (default: %(default)s)")
+    add_model(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that do not fit."""
+    comparison = comparison_of(args)
+    sd = load_model(args)
+    bench = samplers.Bench(sd, comparison, args.max_batch)
+    checks = samplers.check(bench)
+    timed = samplers.timings(bench, args.rounds)
+    rows, convergence = samplers.compare(bench)
+    orders = samplers.slopes(rows)
+    budget = comparison.budgets[len(comparison.budgets) // 2]
+    judge = classifier_of(args)
+    flips = []
+    if judge is not None and args.cfrt_seeds > 0:
+        no_lpips = Unavailable("not asked for", "see `ldm evaluate`")
+        instruments = Instruments(sd, classifiers.load(judge, sd.device), judge, no_lpips)
+        flips = list(samplers.flip_rates(bench, instruments, rows, budget, range(args.cfrt_seeds)))
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    result = {
+        "rows": rows,
+        "orders": orders,
+        "reference": convergence,
+        "cfrt": flips,
+        "checks": checks,
+        "timings": timed,
+        "peak_memory_mib": round(harness.peak_memory_mib(sd.device)),
+        "prompts": {"neutral": comparison.neutral, **comparison.styles},
+        "seeds": list(comparison.seeds),
+        "at_swap": comparison.at_swap,
+        "weights_sha256": sd.weights_sha256(),
+        "environment": harness.environment(),
+    }
+    write_json(args.out / "samplers.json", result)
+    (args.out / "samplers.csv").write_text(samplers_report.as_csv(rows))
+    save_figure(samplers_report.figure(rows, orders), args.out / "samplers")
+    print(samplers_report.table(rows, orders, timed))
+    for of in convergence:
+        print(
+            f"reference at guidance {of['guidance']:g}: {of['steps']} steps; one of half as many is "
+            f"{of['half_steps_error']:.1e} away, {of['half_steps_swap_error']:.1e} when swapped"
+        )
+    if flips:
+        print("\n" + samplers_report.flip_table(flips))
+    moved = max(of["batch_error"] for of in checks)
+    invariant = all(of["batch_invariant"] for of in checks)
+    print(
+        f"\nall the same twice; independent of the batch with one latent a call: {invariant} (else within {moved:.0e})"
+        f"; {result['peak_memory_mib']} MiB at most; see {args.out}"
+    )
+
+
+def comparison_of(args: argparse.Namespace) -> samplers.Comparison:
+    """What the options ask for, seen to be possible before the weights are read."""
+    styles = own_prompts(args)
+    if args.rounds < 1 or (args.max_batch is not None and args.max_batch < 1):
+        raise ValueError(f"--rounds, --max-batch: got {args.rounds}, {args.max_batch}, expected 1 or more")
+    try:
+        guidances = tuple(float(scale) for scale in args.guidance.split(","))
+    except ValueError as error:
+        raise ValueError(f"--guidance: got {args.guidance!r}, expected numbers such as 1,7.5") from error
+    return samplers.Comparison(
+        neutral=args.neutral or CELL.neutral,
+        styles=styles or CELL.styles,
+        seeds=parse_integers(args.seeds, "--seeds"),
+        guidances=guidances,
+        budgets=parse_integers(args.evaluations, "--evaluations"),
+        samplers=tuple(args.samplers.split(",")),
+        spacings=tuple(args.spacings.split(",")),
+        reference_steps=args.reference_steps,
+        at_swap=args.at_swap,
+    )
+
+
+def classifier_of(args: argparse.Namespace) -> Path | None:
+    """The classifier that fits the prompts; None where there is none."""
+    if args.classifier or args.style or args.weights != PHANTOM_WEIGHTS:
+        return args.classifier
+    return classifiers.PHANTOM_CLASSIFIERS["chest"]

@@ -1,0 +1,6 @@
+"""`ldm bench unet`: see tools/ldm_tools/bench/networks.py."""
+
+from ldm_tools.bench.networks import add_arguments
+from ldm_tools.bench.networks import run_unet as run
+
+__all__ = ["add_arguments", "run"]

@@ -1,0 +1,152 @@
+"""`ldm classify train | eval`: the attribute classifiers of the experiment. [paper, Table 1]
+
+ldm classify train data/CheXpert --out weights/chexpert.safetensors
+ldm classify eval weights/chexpert.safetensors data/CheXpert
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ldm.data import chexpert, folders, images, splits
+from ldm.data.labelled import LabelledImages
+from ldm.study import classifier
+from ldm.train import scores
+from ldm.train.classifier import TRAININGS, Training, checkpoint_path, predict, require_both_classes, train
+
+SPLITS = {"grouped": splits.grouped, "paper": splits.paper}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command to `parser`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="train | eval")
+    training = actions.add_parser("train", help="train a classifier on a CheXpert or ISIC 2019 folder")
+    training.description = (
+        "Train one network with an output for each attribute. What is not given is as the authors had it: "
+        "CheXpert 10 epochs at 2e-4, ISIC 20 at 1e-4. Stopped runs go on when started again."
+    )
+    training.add_argument("folder", type=Path, help="CheXpert, ISIC 2019, or phantoms in their formats")
+    training.add_argument("--out", type=Path, required=True, help="NAME.safetensors to write, NAME.json beside it")
+    training.add_argument("--model", default=Training.model, help="any of timm's networks (default %(default)s)")
+    training.add_argument("--size", type=int, default=Training.size, help="side in pixels (default %(default)s)")
+    training.add_argument("--epochs", type=int, help="times that every image is seen")
+    training.add_argument("--batch", type=int, default=Training.batch, help="images a step (default %(default)s)")
+    training.add_argument("--lr", type=float, help="learning rate of the first step")
+    training.add_argument("--weight-decay", type=float, help="AdamW's")
+    training.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default 0)")
+    training.add_argument("--from-scratch", action="store_true", help="leave ImageNet weights alone")
+    training.add_argument(
+        "--soften", action="store_true", help="blur and noise training images too, for images made by an autoencoder"
+    )
+    training.add_argument("--test", type=Path, help="a held-out folder to test on instead of the split's test part")
+    _add_data(training)
+
+    evaluation = actions.add_parser("eval", help="Table 1 of a classifier")
+    evaluation.add_argument("file", type=Path, help="NAME.safetensors, with NAME.json beside it")
+    evaluation.add_argument("folder", type=Path, help="CheXpert, ISIC 2019, or phantoms in their formats")
+    evaluation.add_argument(
+        "--part", choices=(*splits.PARTS, "all"), default="test", help="of the split; all: every image (default test)"
+    )
+    evaluation.add_argument("--out", type=Path, help="a .json to write the figures to, with the reliability tables")
+    _add_data(evaluation)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--attributes", nargs="+", metavar="NAME", help="which to learn or score (default: all there are)"
+    )
+    parser.add_argument(
+        "--split", choices=SPLITS, default="grouped", help="paper: its own, which leaks (default grouped)"
+    )
+    parser.add_argument("--artifacts", type=Path, help="of ISIC: the annotation file (default: the folder's own)")
+    parser.add_argument("--max-bad", type=int, default=0, help="image files that may be broken (default %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read images (default %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Raises ValueError for data and options that do not fit each other."""
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: torch cannot use {args.device!r} here; expected cpu, cuda or cuda:N") from error
+    run_training(args) if args.action == "train" else run_evaluation(args)
+
+
+def run_training(args: argparse.Namespace) -> None:
+    """Train, test, and save both the classifier and what the test said."""
+    if classifier.checked_name(args.out).exists():
+        raise ValueError(f"--out: {args.out} exists; remove it or choose another name")
+    for name in ("size", "epochs", "batch", "lr"):
+        if (value := getattr(args, name)) is not None and not value > 0:
+            raise ValueError(f"--{name}: got {value}, expected more than 0")
+    data = read(args.folder, args.attributes, args)
+    split = SPLITS[args.split](data)
+    test = data.select(split.test) if args.test is None else read(args.test, data.attributes, args)
+    require_both_classes(test.labels, data.attributes, "test images")  # found out now, not after hours
+    default = TRAININGS[data.name]
+    training = replace(
+        default,
+        model=args.model,
+        size=args.size,
+        batch=args.batch,
+        seed=args.seed,
+        epochs=default.epochs if args.epochs is None else args.epochs,
+        lr=default.lr if args.lr is None else args.lr,
+        weight_decay=default.weight_decay if args.weight_decay is None else args.weight_decay,
+        augmentation=replace(default.augmentation, soften=args.soften),
+        pretrained=not args.from_scratch,
+    )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    learned, unseen = data.select(split.train), data.select(split.validation)
+    trained = train(learned, unseen, training, args.out, torch.device(args.device), args.workers)
+    rows = scores.scores(predict(trained, test, args.workers), test.labels, test.groups, data.attributes)
+    report = {
+        "data_set": data.name,
+        "phantoms": (args.folder / "phantom.csv").exists(),
+        "split": args.split,
+        "images": {"train": len(learned), "validation": len(unseen), "test": len(test)},
+        "test_images": "of the split" if args.test is None else "of a folder of their own",
+        **trained.report,
+        "test": scores.to_json(rows),
+    }
+    classifier.save(args.out, replace(trained, report=report))
+    checkpoint_path(args.out).unlink()
+    print(scores.table(rows))
+
+
+def run_evaluation(args: argparse.Namespace) -> None:
+    """Print Table 1 of a classifier, and write it where --out says."""
+    trained = classifier.load(args.file, args.device)
+    wanted = args.attributes or list(trained.attributes)
+    columns = classifier.columns(trained.attributes, wanted, f"the classifier {args.file.name}")
+    data = read(args.folder, wanted, args)
+    if args.part != "all":
+        data = data.select(SPLITS[args.split](data).parts()[args.part])
+    rows = scores.scores(predict(trained, data, args.workers)[:, columns], data.labels, data.groups, wanted)
+    if args.out is not None:
+        partial = args.out.with_name(args.out.name + ".partial")
+        partial.write_text(
+            json.dumps({"part": args.part, "split": args.split, "scores": scores.to_json(rows)}, indent=1)
+        )
+        partial.replace(args.out)
+    print(scores.table(rows))
+
+
+def read(folder: Path, attributes: Sequence[str] | None, args: argparse.Namespace) -> LabelledImages:
+    """The images of a folder with some of its attributes, or all, in the order wanted; broken files left out."""
+    if folders.recognise(folder) == "chexpert":
+        names = chexpert.DEFAULT_ATTRIBUTES if attributes is None else attributes
+        classifier.columns(tuple(chexpert.ATTRIBUTES), names, f"the data in {folder}")
+        data = folders.read(folder, attributes=names, artifacts=args.artifacts)
+    else:
+        data = folders.read(folder, artifacts=args.artifacts)
+        names = data.attributes if attributes is None else tuple(attributes)
+        chosen = classifier.columns(data.attributes, names, f"the data in {folder}")
+        data = replace(data, attributes=names, labels=np.ascontiguousarray(data.labels[:, chosen]))
+    return data.select(images.usable(data.files, args.max_bad, max(1, args.workers)))

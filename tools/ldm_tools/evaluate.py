@@ -1,0 +1,253 @@
+"""`ldm evaluate`: everything that the paper reports, and what only phantoms allow.
+
+ldm evaluate --seeds 0-199 --out out/evaluation             the shipped phantom model, all three cells
+ldm evaluate out/glasses --weights FILE --classifier FILE   trajectories that exist
+ldm evaluate --predictions FILE.csv --attribute hair        a table of probabilities, no model
+torchrun --nproc-per-node 2 --no-python ldm evaluate ...    seeds shared among processes; the numbers stay the same
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from ldm.data import folders, splits
+from ldm.study import classifier as classifiers
+from ldm.study.evaluation import report
+from ldm.study.evaluation.cells import PHANTOM_CELLS, cell_of_run
+from ldm.study.evaluation.instruments import Instruments
+from ldm.study.evaluation.processes import Processes
+from ldm.study.evaluation.run import Task, Workplace, check, evaluate_cell
+from ldm.study.metrics import perceptual, predictions
+from ldm.traversal.plan import Traversal, parse_integers
+from ldm.traversal.run_folder import read_json, write_json
+from ldm_tools import options
+
+# The options that only sampling takes, with their defaults; None: as many as there are seeds, or as is needed.
+SAMPLED = {
+    **{"cells": ",".join(PHANTOM_CELLS), "seeds": "0-15", "steps": 50, "negative": "", "max_batch": None},
+    "guidance": 3.0,  # of the shipped model: see the card in weights/README.md
+    **{"baseline_seeds": None, "truth_seeds": None, "truth_swap_steps": None, "truth_guidance": 1.0},
+}
+BASELINE_SEEDS = 8
+TRUTH_SWAP_STEPS = (5, 10, 15, 25, 35)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command to `parser`."""
+    parser.description = (
+        "Score trajectories: CFRT in four readings, LPIPS, SSIM, latent directions, baselines and, for phantoms, "
+        "ground truth. Writes metrics.json, the paper's tables (Markdown, CSV, LaTeX) and figures (PNG, PDF), and "
+        "index.html, an explorer that opens from disk. Without RUN it samples the phantoms itself. Run it again to go "
+        "on after a stop."
+    )
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders that `ldm traverse` has written")
+    parser.add_argument("--out", type=Path, help="folder to write (needed but for --predictions, which prints)")
+    parser.add_argument("--swap-steps", help="those that CFRT averages (default 5,10,15, as the authors)")
+    parser.add_argument(
+        "--classifier", type=Path, help="from `ldm classify train` (default: the shipped one that fits)"
+    )
+    parser.add_argument("--lpips", default="alex", choices=("alex", "vgg", "squeeze"), help="network (default alex)")
+    parser.add_argument("--fetch", action="store_true", help="download LPIPS' ImageNet weights if they are not on disk")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        action="append",
+        default=[],
+        help="a data set to count in Table 3 (default: what the classifiers learned)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="CPU threads of each process (default %(default)s, as under torchrun; more change the last bits)",
+    )
+    parser.add_argument("--shown-seeds", type=int, default=6, help="in figures and explorer (default %(default)s)")
+
+    tables = parser.add_argument_group("from a table alone")
+    tables.add_argument(
+        "--predictions", type=Path, action="append", metavar="FILE.csv",
+        help="seed,path,neutral_<attr>,5_<attr>,...,45_<attr>; several files: one per classifier",
+    )  # fmt: skip
+    tables.add_argument("--attribute", help="the attribute that the table's trajectories swap in")
+
+    # Absent unless typed, so that an option which would do nothing is refused.
+    phantoms = parser.add_argument_group(
+        "phantoms, where no RUN is given", "a RUN was sampled with its own", argument_default=argparse.SUPPRESS
+    )
+    phantoms.add_argument("--cells", help=f"default: {SAMPLED['cells']}")
+    phantoms.add_argument("--seeds", help=f"such as 0-199 (default {SAMPLED['seeds']})")
+    phantoms.add_argument("--steps", type=int, help=f"DDIM steps (default {SAMPLED['steps']})")
+    phantoms.add_argument("--guidance", type=float, help=f"guidance scale (default {SAMPLED['guidance']})")
+    phantoms.add_argument("--negative", help="the prompt that guidance pushes away from (default: empty)")
+    phantoms.add_argument(
+        "--baseline-seeds", type=int, help=f"so many for the baselines (default {BASELINE_SEEDS}; one seed has none)"
+    )
+    phantoms.add_argument("--truth-seeds", type=int, help="rendered patients (default: as many as --seeds)")
+    phantoms.add_argument(
+        "--truth-swap-steps",
+        help=f"of those (default {','.join(map(str, TRUTH_SWAP_STEPS))}, and those of --swap-steps)",
+    )
+    phantoms.add_argument("--truth-guidance", type=float, help=f"of those (default {SAMPLED['truth_guidance']})")
+    phantoms.add_argument("--max-batch", type=int, help="most rows in one U-Net call, to bound memory")
+    options.add_model(parser)
+    options.add_cuda_graph(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Raises ValueError for whatever does not fit, before anything is overwritten."""
+    averaged = None if args.swap_steps is None else parse_integers(args.swap_steps, "--swap-steps")
+    refuse_idle_options(args)
+    for name, default in SAMPLED.items():
+        vars(args).setdefault(name, default)
+    if args.predictions:
+        score_table(args, averaged)
+        return
+    if args.attribute:
+        raise ValueError("--attribute: it belongs to --predictions, which is missing")
+    if args.out is None:
+        raise ValueError("--out: missing; name a folder to write, such as out/evaluation")
+    if args.shown_seeds < 1:
+        raise ValueError(f"--shown-seeds: got {args.shown_seeds}, expected 1 or more")
+    if args.threads < 1:
+        raise ValueError(f"--threads: got {args.threads}, expected 1 or more")
+    refuse_to_replace(args.out, "cfrt", "the report of a table")
+    averaged = averaged or predictions.AVERAGED_SWAP_STEPS
+    tasks = [task_of_run(folder, averaged) for folder in args.runs] or phantom_tasks(args, averaged)
+    if len({task.cell.name for task in tasks}) < len(tasks):
+        raise ValueError(f"RUN: {[str(folder) for folder in args.runs]} end in the same name, rename one")
+    datasets = {name: counts for folder in args.data for name, counts in count(folder).items()}
+
+    processes = Processes.join()
+    sd = options.load_model(args)
+    graphed = options.graphed_unet(args, sd)
+    lpips = perceptual.load_lpips(args.lpips, fetch=args.fetch)
+    files = {task.cell.name: args.classifier or fitting_classifier(task) for task in tasks}
+    instruments = {
+        file: Instruments(sd, classifiers.load(file, sd.device), file, lpips, graphed) for file in set(files.values())
+    }
+    places = {
+        name: Workplace(instruments[file], args.out, processes, options.max_batch(args)) for name, file in files.items()
+    }
+    check(tasks, places)
+    torch.set_num_threads(args.threads)  # sums of several threads are taken in another order
+    results = {task.cell.name: evaluate_cell(places[task.cell.name], task) for task in tasks}
+    processes.leave()
+    if not processes.first:
+        return
+    metrics = report.assemble(tasks, places, results, command_line(), datasets)
+    write_json(args.out / "metrics.json", metrics)
+    report.write(metrics, tasks, places, args.out, args.shown_seeds)
+    print(report.headline(metrics))
+    print(f"look at {args.out / 'index.html'}, then at {args.out / 'tables'} and {args.out / 'figures'}")
+
+
+def refuse_idle_options(args: argparse.Namespace) -> None:
+    """ValueError for an option that would do nothing beside a RUN or --predictions."""
+    idle = [name for name in SAMPLED if name in args] if args.runs or args.predictions else []
+    if args.predictions:
+        idle += [name for name in ("classifier", "data", "fetch") if getattr(args, name)]
+    if idle:
+        option, beside = "--" + idle[0].replace("_", "-"), "--predictions" if args.predictions else "RUN"
+        raise ValueError(f"{option}: it does nothing beside {beside}, whose samples exist; leave it out")
+
+
+def refuse_to_replace(out: Path, key: str, what: str) -> None:
+    """ValueError where OUT/metrics.json is of the other kind, told by a key that only that has."""
+    path = out / "metrics.json"
+    if key in read_json(path):
+        raise ValueError(f"--out: {path} is {what}, which this would replace; name another folder")
+
+
+def task_of_run(folder: Path, averaged: tuple[int, ...]) -> Task:
+    """A finished traversal's folder. It has no ground truth, and its seeds are all taken."""
+    cell, plan = cell_of_run(folder)
+    return Task(cell=cell, plan=plan, run=folder, averaged=averaged)
+
+
+def phantom_tasks(args: argparse.Namespace, averaged: tuple[int, ...]) -> list[Task]:
+    """The cells of the phantoms, sampled here."""
+    seeds = parse_integers(args.seeds, "--seeds")
+    few = min(BASELINE_SEEDS, len(seeds)) if len(seeds) > 1 else 0  # the linear direction is a mean over other seeds
+    names = [name.strip() for name in args.cells.split(",")]
+    for name in names:
+        if name not in PHANTOM_CELLS:
+            hint = classifiers.nearest(name, list(PHANTOM_CELLS))
+            raise ValueError(f"--cells: got {name!r}{hint}; expected some of {', '.join(PHANTOM_CELLS)}")
+    return [
+        Task(
+            cell=PHANTOM_CELLS[name],
+            plan=Traversal(
+                seeds=seeds,
+                steps=args.steps,
+                guidance=args.guidance,
+                negative=args.negative,
+                neutral=PHANTOM_CELLS[name].neutral,
+                styles=PHANTOM_CELLS[name].styles,
+            ),
+            averaged=averaged,
+            baseline_seeds=few if args.baseline_seeds is None else min(args.baseline_seeds, len(seeds)),
+            truth_seeds=len(seeds) if args.truth_seeds is None else args.truth_seeds,
+            truth_swap_steps=(
+                tuple(sorted({*TRUTH_SWAP_STEPS, *averaged}))
+                if args.truth_swap_steps is None
+                else parse_integers(args.truth_swap_steps, "--truth-swap-steps")
+            ),
+            truth_guidance=args.truth_guidance,
+        )
+        for name in dict.fromkeys(names)
+    ]
+
+
+def fitting_classifier(task: Task) -> Path:
+    """The shipped classifier that knows a cell's attributes. Raises ValueError where there is none."""
+    known = {path: classifiers.load(path).attributes for path in classifiers.PHANTOM_CLASSIFIERS.values()}
+    for path, attributes in known.items():
+        if set(task.plan.styles) <= set(attributes):
+            return path
+    everything = [name for attributes in known.values() for name in attributes]
+    unknown = next(name for name in task.plan.styles if name not in everything or len(task.plan.styles) > 1)
+    raise ValueError(
+        f"--classifier: no shipped one knows all of {sorted(task.plan.styles)} "
+        f"({unknown!r}{classifiers.nearest(unknown, everything)}); name one of your own (`ldm classify train`)"
+    )
+
+
+def count(folder: Path) -> dict[str, dict[str, dict[str, int]]]:
+    """Table 3 of one data set, split by patient or lesion: name -> part -> label -> positives."""
+    images = folders.read(folder)
+    split = splits.grouped(images)
+    parts = {"train": split.train, "validation": split.validation, "test": split.test}
+    return {images.name: {part: images.counts(rows) for part, rows in parts.items()}}
+
+
+def score_table(args: argparse.Namespace, averaged: tuple[int, ...] | None) -> None:
+    """Print the report of a table of probabilities, of every attribute unless one is named; write that one's."""
+    if args.runs:
+        raise ValueError(
+            f"RUN: got {[str(folder) for folder in args.runs]} beside --predictions; expected one or the other"
+        )
+    table = predictions.read(*args.predictions)
+    if args.attribute is None and args.out is not None:
+        raise ValueError(
+            f"--attribute: missing; which one do the trajectories swap in? The table has {', '.join(table.attributes)}"
+        )
+    if args.out is not None:
+        refuse_to_replace(args.out, "cells", "an evaluation")
+    names = table.attributes if args.attribute is None else (args.attribute,)
+    reports = [
+        {"command": command_line(), "attribute": name, **predictions.report(table, name, averaged)} for name in names
+    ]
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_json(args.out / "metrics.json", reports[0])
+    if len(reports) > 1:
+        print("No --attribute: each of them, as if it were the one that the trajectories swap in.\n")
+    print("\n\n".join(report.of_table(scores) for scores in reports))
+
+
+def command_line() -> str:
+    """The command as it was typed."""
+    return shlex.join(["ldm", *sys.argv[1:]])

@@ -1,0 +1,49 @@
+"""`ldm generate`: images from a prompt, for any checkpoint.
+
+ldm generate --prompt "Chest X-ray of a subject with Pleural Effusion" --seeds 0-15 --out out/effusion
+"""
+
+import argparse
+import math
+from dataclasses import replace
+
+from ldm.traversal import figures
+from ldm.traversal.plan import Generation, parse_integers
+from ldm.traversal.run_folder import image_path, load_pixels, run_generation
+from ldm_tools.options import add_model, add_sampling, graphed_unet, latent_size, load_model, max_batch
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command to `parser`."""
+    parser.description = (
+        "Denoise every seed under one prompt. Writes images/seed0000/image.png, contact_sheet.png, "
+        "latents.safetensors and run.json."
+    )
+    parser.add_argument("--prompt", required=True, help="what to draw")
+    add_model(parser)
+    add_sampling(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that do not fit."""
+    seeds = parse_integers(args.seeds, "--seeds")
+    plan = Generation(  # before the weights are read, so that bad options are refused at once
+        prompt=args.prompt,
+        seeds=seeds,
+        steps=args.steps,
+        guidance=args.guidance,
+        negative=args.negative,
+        sampler=args.sampler,
+        spacing=args.spacing,
+        eta=args.eta,
+    )
+    batch = max_batch(args)
+    sd = load_model(args)
+    plan = replace(plan, latent_size=latent_size(args.size, sd))
+    record = run_generation(sd, plan, args.out, max_batch=batch, graphed=graphed_unet(args, sd))
+    columns = math.ceil(math.sqrt(len(seeds)))
+    images = [load_pixels(image_path(args.out, seed, "image")) for seed in seeds]
+    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
+    sheet = figures.grid(rows, [""] * len(rows), [""] * columns, args.prompt)
+    figures.save_image(args.out / "contact_sheet.png", sheet)
+    print(f"{len(seeds)} images, {record['unet_rows']} U-Net rows, {record['seconds']} s; see {args.out}")

@@ -1,0 +1,135 @@
+"""The options that `generate` and `traverse` share."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from ldm import pipeline
+from ldm.fast import ops
+from ldm.fast.cuda_graph import GraphedUNet
+from ldm.samplers import SAMPLERS
+from ldm.schedule import SPACINGS
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoint, where it runs, in which precision."""
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        default=pipeline.PHANTOM_WEIGHTS,
+        help="SD1.5 single file, diffusers folder, or a file of ours (default: the shipped phantom model)",
+    )
+    parser.add_argument("--base", type=Path, help="a whole model to lay a U-Net-only --weights over")
+    parser.add_argument("--ema", choices=("ema", "plain"), help="which U-Net weights, where a file holds both sets")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="of CLIP and U-Net; the autoencoder stays in float32 (default: float32 on the CPU, float16 on a GPU)",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=get_args(ops.Backend),
+        default="auto",
+        help="fused kernels on GPUs that have them (auto), never (torch), or an error where there are none (triton)",
+    )
+
+
+def load_model(args: argparse.Namespace) -> pipeline.StableDiffusion:
+    """The model that the options of `add_model` name."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()  # is it really there?
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device: torch cannot use {name!r} here; expected cpu, cuda or cuda:N") from error
+    dtype = DTYPES.get(args.dtype, torch.float16 if device.type == "cuda" else torch.float32)
+    if dtype == torch.float32:  # float32 means float32: cuDNN would round convolutions to TF32's ten bits
+        torch.backends.cudnn.allow_tf32 = False
+    return pipeline.load(args.weights, device, dtype, ema=args.ema, base=args.base, backend=args.backend)
+
+
+def named_prompts(styles: list[str]) -> dict[str, str]:
+    """What --style was given, NAME=PROMPT each: name -> prompt. Raises ValueError for anything else."""
+    prompts = dict(style.split("=", 1) for style in styles if "=" in style)
+    if len(prompts) != len(styles):
+        raise ValueError(f"--style: got {styles}, expected NAME=PROMPT with a different NAME each")
+    return prompts
+
+
+def add_own_prompts(parser: argparse.ArgumentParser, instead_of: str) -> None:
+    """A neutral prompt and styles of one's own; see `own_prompts`."""
+    parser.add_argument("--neutral", help=f"the prompt of the unedited image (default: {instead_of})")
+    parser.add_argument("--style", action="append", default=[], metavar="NAME=PROMPT", help="repeat for each style")
+
+
+def own_prompts(args: argparse.Namespace) -> dict[str, str]:
+    """Name -> prompt of --style; empty where neither it nor --neutral was given. Raises ValueError for one of them."""
+    if bool(args.neutral) != bool(args.style):
+        raise ValueError("--neutral, --style: expected both or neither")
+    return named_prompts(args.style)
+
+
+def add_cuda_graph(parser: argparse.ArgumentParser) -> None:
+    """How the U-Net's steps are launched."""
+    parser.add_argument(
+        "--cuda-graph",
+        action="store_true",
+        help="launch each sampling step's U-Net as one CUDA graph, which changes results in the last bits at most; "
+        "where there can be none, say so once and go on without",
+    )
+
+
+def graphed_unet(args: argparse.Namespace, sd: pipeline.StableDiffusion) -> GraphedUNet | None:
+    """The U-Net as --cuda-graph asks for it; None: as it is."""
+    return GraphedUNet(sd.unet) if args.cuda_graph else None
+
+
+def add_sampling(parser: argparse.ArgumentParser, guidance: float = 7.5) -> None:
+    """Steps, guidance, seeds, size, memory, launches, output."""
+    parser.add_argument("--seeds", default="0", help="such as 0-15 or 0,3,8 (default %(default)s); a seed is an image")
+    parser.add_argument("--steps", type=int, default=50, help="sampling steps (default %(default)s)")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="default: %(default)s")
+    parser.add_argument("--spacing", choices=SPACINGS, default="leading", help="of the steps (default: %(default)s)")
+    parser.add_argument(
+        "--guidance", type=float, default=guidance, help="classifier-free guidance scale (default %(default)s)"
+    )
+    parser.add_argument("--negative", default="", help="the prompt that guidance pushes away from (default: empty)")
+    parser.add_argument("--eta", type=float, default=0.0, help="of ddim; 0: deterministic (default), 1: noisy as DDPM")
+    parser.add_argument("--size", help="of the images in pixels, WIDTHxHEIGHT or one number (default: as trained)")
+    parser.add_argument(
+        "--max-batch",
+        type=int,
+        help="most rows in one U-Net call, to bound memory; guidance makes two of a latent (default: 8 at 512 x 512)",
+    )
+    add_cuda_graph(parser)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; continues a run cut off there")
+
+
+def max_batch(args: argparse.Namespace) -> int | None:
+    """--max-batch, seen to be a number of rows."""
+    if args.max_batch is not None and args.max_batch < 1:
+        raise ValueError(f"--max-batch: got {args.max_batch}, expected 1 or more")
+    return args.max_batch
+
+
+def latent_size(text: str | None, sd: pipeline.StableDiffusion) -> tuple[int, int] | None:
+    """ "640x512" pixels -> (64, 80), height and width of the latent; None for None.
+
+    Raises ValueError for other text, or a side that the networks cannot halve often enough.
+    """
+    if text is None:
+        return None
+    downscale = sd.config.vae.downscale
+    multiple = downscale * 2 ** (len(sd.config.unet.widths) - 1)
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    width, height = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not match or min(width, height) < multiple or width % multiple or height % multiple:
+        raise ValueError(f"--size: got {text!r}, expected WIDTHxHEIGHT or one number, multiples of {multiple} pixels")
+    return height // downscale, width // downscale
