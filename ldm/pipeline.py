@@ -16,9 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm import checkpoint
@@ -26,10 +24,13 @@ from ldm.checkpoint import KeyReport
 from ldm.clip import CLIPTextEncoder
 from ldm.config import Config
 from ldm.fast import ops, projections
+from ldm.images import to_uint8
 from ldm.schedule import Schedule
 from ldm.tokenizer import Tokenizer
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
+
+__all__ = ["PHANTOM_WEIGHTS", "WEIGHTS", "StableDiffusion", "load", "to_uint8"]
 
 PACKAGE = Path(__file__).parent
 WEIGHTS = PACKAGE / "weights" if (PACKAGE / "weights").exists() else PACKAGE.parent / "weights"  # installed, checkout
@@ -142,9 +143,3 @@ def load(
         files=loaded.files,
         weight_set=loaded.weight_set,
     )
-
-
-def to_uint8(images: Tensor) -> NDArray[np.uint8]:
-    """(B, 3, H, W) in [-1, 1], clipped -> (B, H, W, 3) bytes, rounded to nearest."""
-    pixels = (images.float().clamp(-1, 1) + 1) * 127.5
-    return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

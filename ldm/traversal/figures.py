@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-Pixels = NDArray[np.uint8]
+from ldm.files import complete
+from ldm.images import Pixels, save_image
+
+__all__ = ["Pixels", "difference", "grid", "save_animation", "save_image", "trajectories"]
 
 MARGIN, INK, PAPER = 6, (30, 30, 30), (255, 255, 255)
 
@@ -67,15 +69,6 @@ def trajectories(
     return grid(images, labels, column_labels, title)
 
 
-def save_image(path: Path, image: Image.Image | Pixels) -> None:
-    """A PNG, written under a temporary name first."""
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    picture.save(partial, format="PNG")
-    partial.replace(path)
-
-
 def save_animation(path: Path, frames: Sequence[Image.Image], frame_ms: int = 60) -> None:
     """A GIF that runs to the end and back, for ever; all frames share one palette, so that nothing flickers."""
     there_and_back = [*frames, *frames[-2:0:-1]]
@@ -84,6 +77,5 @@ def save_animation(path: Path, frames: Sequence[Image.Image], frame_ms: int = 60
         sample.paste(frame, (0, i * frame.height))
     palette = sample.quantize(256, method=Image.Quantize.MEDIANCUT)
     first, *rest = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in there_and_back]
-    partial = path.with_suffix(".partial")
-    first.save(partial, format="GIF", save_all=True, append_images=rest, duration=frame_ms, loop=0, optimize=False)
-    partial.replace(path)
+    with complete(path) as partial:
+        first.save(partial, format="GIF", save_all=True, append_images=rest, duration=frame_ms, loop=0, optimize=False)

@@ -32,14 +32,16 @@ from tqdm import tqdm
 from ldm import checkpoint
 from ldm.conditioning import constant
 from ldm.data.images import FITS, load_image
+from ldm.files import write_json
 from ldm.guidance import GuidedEps, guided, rows_a_latent
+from ldm.images import from_uint8, load_pixels, save_image
 from ldm.pipeline import StableDiffusion
 from ldm.samplers import Step, ddim
 from ldm.schedule import SPACINGS, TRAIN_STEPS
 from ldm.traversal import figures
 from ldm.traversal.inversion import ddim_inversion, edict, edict_inversion, fixed_point_inversion
 from ldm.traversal.plan import Traversal
-from ldm.traversal.run_folder import default_max_batch, image_path, load_pixels, read_record, write_images, write_json
+from ldm.traversal.run_folder import default_max_batch, image_path, read_record, write_images
 from ldm.traversal.store import load_seed, run_seeds
 
 log = logging.getLogger(__name__)
@@ -177,8 +179,7 @@ class Originals:
 
     def encoded(self, seeds: Sequence[int]) -> Tensor:
         """Their latents (B, C, H, W), float32; one at a time, so that none depends on the others."""
-        tensors = [torch.tensor(self.pixels[seed]).permute(2, 0, 1)[None].float() / 127.5 - 1 for seed in seeds]
-        return torch.cat([self.sd.encode_image(of).float() for of in tensors])
+        return torch.cat([self.sd.encode_image(from_uint8(self.pixels[seed])[None]).float() for seed in seeds])
 
     def finish(self, latents: Path, out: Path, retraced: str, earlier: Mapping[str, Any]) -> list[dict[str, Any]]:
         """What became of each image, for run.json; what `earlier` says of others is kept.
@@ -203,7 +204,7 @@ class Originals:
             entry["noise_std"] = finite(of["x_T"].std())  # of a sampler's noise: 1
             if image_path(out, seed, retraced).exists():
                 original = self.pixels[seed]
-                figures.save_image(image_path(out, seed, "original"), original)
+                save_image(image_path(out, seed, "original"), original)
                 encoded, back = (load_pixels(image_path(out, seed, name)) for name in ("encoded", retraced))
                 entry["psnr_db"] = finite(peak_signal_noise_ratio(original, back))
                 entry["autoencoder_psnr_db"] = finite(peak_signal_noise_ratio(original, encoded))
@@ -214,7 +215,7 @@ class Originals:
         if rows:
             names = [image.file.name for image in self.images.values()]
             columns = ["original", "autoencoder", retraced, "change"]
-            figures.save_image(out / "comparison.png", figures.grid(rows, names, columns))
+            save_image(out / "comparison.png", figures.grid(rows, names, columns))
         return [entries[seed] for seed in sorted(entries)]
 
 

@@ -10,7 +10,6 @@ Letters: B seeds, S steps, P points of a curve, C H W of a latent.
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import shutil
@@ -21,19 +20,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from ldm.fast.cuda_graph import GraphedUNet
+from ldm.files import read_json, write_json
 from ldm.guidance import guided, rows_a_latent
-from ldm.pipeline import StableDiffusion, to_uint8
+from ldm.images import Pixels, load_pixels, save_image, to_uint8
+from ldm.pipeline import StableDiffusion
 from ldm.samplers import initial_noise, step_noise
 from ldm.schedule import SPACINGS
 from ldm.traversal import bezier, figures
-from ldm.traversal.figures import Pixels
 from ldm.traversal.plan import Generation, Sampling, Traversal
 from ldm.traversal.prompt_tree import KEEPABLE, Branch, TreeResult, evaluations, swaps, traverse_tree, unet_rows
 from ldm.traversal.store import iterate_latents, run_seeds
@@ -265,7 +263,7 @@ def write_images(sd: StableDiffusion, latents: Path, out: Path, label: str) -> i
             batch = max(1, 16 * 16 * 16 // wanted[0][1][0].numel())
             (paths, rows), wanted = zip(*wanted[:batch], strict=True), wanted[batch:]
             for path, pixels in zip(paths, to_uint8(sd.decode_latents(torch.stack(rows))), strict=True):
-                figures.save_image(path, pixels)
+                save_image(path, pixels)
             bar.update(len(paths))
     return int(bar.n)
 
@@ -294,7 +292,7 @@ def write_figures(out: Path, plan: Traversal, seeds: Sequence[int] | None = None
         row for seed in seeds or plan.seeds[: max(1, 6 // len(plan.styles))] for row in trajectory_rows(out, plan, seed)
     ]
     written = [out / "figure.png"]
-    figures.save_image(written[0], figures.trajectories(rows, trajectory_columns(plan), title))
+    save_image(written[0], figures.trajectories(rows, trajectory_columns(plan), title))
     if points := plan.bezier_points:
         seed = (seeds or plan.seeds)[0]
         frames = [
@@ -323,30 +321,6 @@ def trajectory_columns(plan: Traversal) -> list[str]:
     return ["neutral", *(f"s = {s}" for s in sorted(plan.swap_steps, reverse=True))]
 
 
-def load_pixels(path: Path) -> Pixels:
-    """An image file as (H, W, 3) bytes."""
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
-
-
 def read_record(out: Path) -> dict[str, Any]:
     """The run.json of a folder; empty where there is none. Raises ValueError where it is no JSON object."""
     return read_json(out / "run.json")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file. Raises ValueError, naming the file, for anything else."""
-    try:
-        content = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, found something else ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Indented JSON, under a temporary name first."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)

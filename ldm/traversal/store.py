@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ldm.files import complete
+
 log = logging.getLogger(__name__)
 
 
@@ -193,9 +195,8 @@ def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _write(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
     # Clones, because rows of one batch share memory and safetensors stores every tensor by itself.
     owned = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
-    temporary = path.with_name(path.name + ".partial")
-    save_file(owned, temporary, metadata={"settings": json.dumps(dict(settings), sort_keys=True)})
-    temporary.replace(path)
+    with complete(path) as partial:
+        save_file(owned, partial, metadata={"settings": json.dumps(dict(settings), sort_keys=True)})
 
 
 class _DamagedFile(ValueError):

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 # A room is a wing (a folder of ldm/, the kernels, the commands), or the core: the files that lie in the open in ldm/.
 # Room -> what it may import besides itself. Arrows only point down this table, to rooms listed above.
+LEAVES = {"ldm.files", "ldm.images"}  # anyone may import these; they import nothing of ours but each other
 SAMPLERS_MAY = {"ldm.schedule"}
 CHECKPOINT_MAY = {"ldm.config", "ldm.clip", "ldm.unet", "ldm.vae"}
 MAY_IMPORT = {
@@ -106,7 +107,7 @@ def room(module: str) -> str:
 
 
 def allowed(here: str, name: str) -> bool:
-    return room(name) == here or bool(MAY_IMPORT[here] & {room(name), name})
+    return room(name) == here or bool((MAY_IMPORT[here] | LEAVES) & {room(name), name})
 
 
 def violations(source: Source, modules: set[str] = MODULES) -> list[str]:
@@ -150,6 +151,11 @@ def in_library(source: Source) -> bool:
 def test_every_import_is_one_that_the_room_may_make():
     assert len(SOURCES) > 30  # it did find the files
     assert [line for source in SOURCES for line in violations(source)] == []
+
+
+def test_the_leaves_import_nothing_of_ours():
+    found = {name for source in SOURCES if source.module in LEAVES for name, _, _ in imports(source)}
+    assert {name for name in found if name.split(".")[0].startswith("ldm")} <= LEAVES
 
 
 def test_the_arrows_point_one_way():
