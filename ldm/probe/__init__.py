@@ -1,1 +1,1 @@
-"""Questions to a network about its own structure: which part carries an attribute, where a word looks."""
+"""Look inside a network and change it: taps and edits, its parts, what its words are, surgery, a trace."""

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "fast": {"core", "samplers", "checkpoint", "kernels"},
     "probe": {"core", "samplers", "checkpoint"},
     "traversal": {"core", "samplers", "checkpoint", "data"},
-    "study": {"core", "samplers", "checkpoint", "traversal", "data", "phantom"},
+    "study": {"core", "samplers", "checkpoint", "traversal", "probe", "data", "phantom"},
 }
 # Training, measuring and the commands may know the whole.
 MAY_IMPORT["train"] = set(MAY_IMPORT) - {"kernels"}

@@ -12,14 +12,14 @@ from typing import Any
 from tqdm import tqdm
 
 from ldm import pipeline
-from ldm.probe import ablation, ablation_figures
-from ldm.probe.ablation import Bench, Intact, Removed
-from ldm.probe.domains import DOMAINS, GUIDANCE, Settings, chosen_domains
 from ldm.probe.parts import HEAD, KINDS, Part, cross_attentions, parts, short
 from ldm.study import classifier as classifiers
 from ldm.study.evaluation.cells import Cell
 from ldm.study.metrics.stats import or_none
 from ldm.study.report.plot_style import save_figure
+from ldm.study.structure import ablation, ablation_figures
+from ldm.study.structure.ablation import Bench, Intact, Removed
+from ldm.study.structure.domains import DOMAINS, GUIDANCE, Settings, chosen_domains
 from ldm.traversal.figures import Pixels
 from ldm.traversal.plan import parse_integers
 from ldm.traversal.run_folder import write_json

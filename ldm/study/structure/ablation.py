@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from ldm.pipeline import StableDiffusion
-from ldm.probe.domains import Prompts, Settings, decoded, denoise
 from ldm.probe.parts import Part, cross_attentions
 from ldm.probe.taps import Edit, put
 from ldm.schedule import leading
 from ldm.study.classifier import Classifier, columns
 from ldm.study.evaluation.cells import Cell
 from ldm.study.metrics.ground_truth import dilated
+from ldm.study.structure.domains import Prompts, Settings, decoded, denoise
 
 CHANGED = 0.1  # of the range of 2: a pixel that the intact edit moves by 13 grey levels belongs to its region
 DILATE_PX = 4  # half of a latent pixel: the autoencoder cannot place an edge more finely

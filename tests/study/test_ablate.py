@@ -13,11 +13,11 @@ from reference import noise
 
 import ldm
 from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion
-from ldm.probe import ablation_figures
-from ldm.probe.ablation import GREY, effects, injection, outside_error, windows
-from ldm.probe.domains import DOMAINS, Prompts, Settings, chosen_domains, denoise
 from ldm.probe.parts import cross_attentions, parts, short
 from ldm.schedule import leading
+from ldm.study.structure import ablation_figures
+from ldm.study.structure.ablation import GREY, effects, injection, outside_error, windows
+from ldm.study.structure.domains import DOMAINS, Prompts, Settings, chosen_domains, denoise
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablate, "parts", some)
     layers = lambda unet: cross_attentions(unet)[:1]  # noqa: E731
     monkeypatch.setattr(ablate, "cross_attentions", layers)
-    monkeypatch.setattr("ldm.probe.ablation.cross_attentions", layers)
+    monkeypatch.setattr("ldm.study.structure.ablation.cross_attentions", layers)
     arguments = ["--domains", "chest", "--seeds", "0", "--steps", "1", "--windows", "1", "--device", "cpu"]
     assert main(["ablate", *arguments, "--out", str(tmp_path)]) == 0
     names = {"parts", "heads", "injection", "images"}

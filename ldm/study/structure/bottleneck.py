@@ -24,10 +24,10 @@ from torch import Tensor
 
 from ldm.guidance import guided
 from ldm.pipeline import StableDiffusion
-from ldm.probe.domains import Prompts
 from ldm.samplers import ddim, initial_noise
 from ldm.study.evaluation.cells import Cell
 from ldm.study.metrics import directions, stats
+from ldm.study.structure.domains import Prompts
 from ldm.traversal.plan import SWAP_STEPS
 
 Floats = NDArray[np.float64]

@@ -11,9 +11,9 @@ from small_networks import toy_context
 import ldm
 from ldm.conditioning import swap
 from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion
-from ldm.probe.bottleneck import RowSwaps, scaled_swap_steps, seen_in, shared, trajectories
-from ldm.probe.domains import DOMAINS, Prompts
 from ldm.samplers import ddim, initial_noise
+from ldm.study.structure.bottleneck import RowSwaps, scaled_swap_steps, seen_in, shared, trajectories
+from ldm.study.structure.domains import DOMAINS, Prompts
 from ldm.traversal.plan import SWAP_STEPS
 
 
