@@ -20,7 +20,6 @@ from ldm.phantom.chest import CTR_RANGE, SEVERITY_RANGE, draw_anatomy
 from ldm.phantom.folders import CHEXPERT_COLUMNS, ISIC_PROBABILITIES, write_chexpert, write_isic
 
 DOMAINS = sorted(ATTRIBUTES)
-ROOT = Path(__file__).parents[2]
 SIZE = 64  # nothing tested here depends on it
 
 
@@ -65,8 +64,10 @@ def test_chest_is_grey():
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_another_process_draws_the_same(domain):
-    code = f"import tests.test_phantom as t; print(t.fingerprint({domain!r}))"
-    other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    code = f"import test_phantom as t; print(t.fingerprint({domain!r}))"
+    other = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    )
     assert other.stdout.strip() == fingerprint(domain)
 
 

@@ -26,7 +26,6 @@ from ldm.study.metrics.perceptual import load_lpips
 from ldm.traversal.plan import Traversal
 from ldm.traversal.run_folder import prompt_tree, run_traversal, sample
 
-ROOT = Path(__file__).parents[2]
 CHEST = PHANTOM_CELLS["chest"]
 FEW_STEPS = {"steps": 4, "swap_steps": (1, 2, 3), "guidance": 2.0}  # nothing to look at, but every part runs
 
@@ -85,14 +84,12 @@ def test_a_traversal_on_disk_gives_what_its_prompts_give(instruments, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(tmp_path):
-    script = tmp_path / "main.py"
-    script.write_text("import sys\nfrom tools.cli import main\nsys.exit(main(sys.argv[1:]))\n")
     options = ["evaluate", "--cells", "chest", "--seeds", "0-1", "--steps", "45", "--baseline-seeds", "2"]
     options += ["--truth-seeds", "1", "--truth-swap-steps", "5,10,15", "--shown-seeds", "1", "--out"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = dict(os.environ)
     environment.pop("OMP_NUM_THREADS", None)  # torchrun sets it to 1, a single process would take all cores
-    alone = [sys.executable, str(script)]
-    together = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    alone = [sys.executable, "-m", "ldm_tools"]
+    together = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--module", "ldm_tools"]
     metrics = []
     for launch, out in ((alone, tmp_path / "one"), (together, tmp_path / "two")):
         subprocess.run([*launch, *options, str(out)], check=True, cwd=tmp_path, env=environment, capture_output=True)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import hashlib
+from pathlib import Path
 
 import pytest
 from ldm_tools import fetch_weights
@@ -122,3 +123,11 @@ def test_alexnet_goes_where_torchvision_looks_for_it(monkeypatch, tmp_path):
     known = fetch_weights.KNOWN["lpips-alexnet"]
     assert known.folder() == tmp_path / "checkpoints"
     assert known.file.split("-")[-1] == f"{known.sha256}.pth"  # torch hub's own rule for names
+
+
+def test_gigabytes_go_into_the_checkout_or_the_current_folder_but_never_into_site_packages(monkeypatch, tmp_path):
+    folder = fetch_weights.KNOWN["v1-5-pruned-emaonly"].folder
+    assert folder() == fetch_weights.PACKAGE.parent / "weights"
+    monkeypatch.setattr(fetch_weights, "PACKAGE", tmp_path / "site-packages" / "ldm")
+    monkeypatch.setattr(fetch_weights, "WEIGHTS", tmp_path / "site-packages" / "ldm" / "weights")
+    assert folder() == Path("weights")

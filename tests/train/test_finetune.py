@@ -355,7 +355,7 @@ def test_a_killed_run_that_goes_on_equals_one_that_was_not(tmp_path, weights, da
     endless = command(weights, data, killed, "--steps", "100000", "--save-every", "3")
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(
-        [sys.executable, "-m", "tools", *endless],
+        [sys.executable, "-m", "ldm_tools", *endless],
         cwd=Path(__file__).parents[2],
         env=environment,
         stdout=subprocess.PIPE,

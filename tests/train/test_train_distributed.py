@@ -40,7 +40,7 @@ def test_an_unknown_device_is_named():
 def finetune(processes: int, out: Path, steps: int, *more: str) -> str:
     """Run the command in so many processes. Returns what it said on stdout."""
     shared = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--module"]
-    launch = [sys.executable, *(shared if processes > 1 else ["-m"]), "tools", "finetune"]
+    launch = [sys.executable, *(shared if processes > 1 else ["-m"]), "ldm_tools", "finetune"]
     files = ["--weights", str(out.parent / "model.safetensors"), "--data", str(out.parent / "data"), "--out", str(out)]
     recipe = ["--steps", str(steps), "--batch", "2", "--accumulate", "2", "--lr", "1e-3", "--save-every", "2"]
     options = [

@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     module.add_arguments(command)
     args = command.parse_args(rest)
     logging.basicConfig(format="%(message)s")
-    for ours in ("ldm", "tools"):  # what other packages have to say below a warning is of no use here
+    for ours in ("ldm", "ldm_tools"):  # what other packages have to say below a warning is of no use here
         logging.getLogger(ours).setLevel(logging.INFO)
     try:
         module.run(args)

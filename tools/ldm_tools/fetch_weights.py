@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ldm.checkpoint import CheckpointError, sha256
-from ldm.pipeline import WEIGHTS
+from ldm.pipeline import PACKAGE, WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ def _from_url(known: Known, folder: Path) -> Path:
     return folder / known.file
 
 
+def _weights_folder() -> Path:
+    """The checkout's weights/; where the package is installed, weights/ of the current folder, not of site-packages."""
+    return Path("weights") if WEIGHTS.parent == PACKAGE else WEIGHTS
+
+
 def _torch_hub_folder() -> Path:
     from torch.hub import get_dir
 
@@ -57,7 +62,7 @@ KNOWN = {
         "SD1.5, EMA weights: what to sample with (4.3 GB, CreativeML Open RAIL-M)",
         SD15_PAGE,
         "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa",
-        lambda: WEIGHTS,
+        _weights_folder,
         _from_hub,
     ),
     "v1-5-pruned": Known(
@@ -65,7 +70,7 @@ KNOWN = {
         "SD1.5, plain and EMA weights: what to fine-tune from (7.7 GB, CreativeML Open RAIL-M)",
         SD15_PAGE,
         None,
-        lambda: WEIGHTS,
+        _weights_folder,
         _from_hub,
     ),
     "lpips-alexnet": Known(
@@ -84,7 +89,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Download known weights, checked by SHA-256 before they are put in their place."
     default = next(iter(KNOWN))
     parser.add_argument("name", nargs="?", default=default, metavar="NAME", help=f"which one (default {default})")
-    parser.add_argument("--to", type=Path, metavar="FOLDER", help="where to (default: where programs look for it)")
+    parser.add_argument(
+        "--to",
+        type=Path,
+        metavar="FOLDER",
+        help="where to (default: SD1.5 into the checkout's weights/, or ./weights where there is no checkout; "
+        "AlexNet to where torchvision looks for it)",
+    )
     parser.add_argument("--list", action="store_true", help="list the known files, and which are here")
     parser.add_argument(
         "--check", type=Path, metavar="FILE", help="compare a file that is here with what was published"
