@@ -20,6 +20,8 @@ from ldm.vae import AutoencoderKL
 settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("steady")
 
+FULL_SIZE = {"full_clip", "full_vae", "full_unet"}
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Kernels run in Triton's interpreter, on CPU tensors; with `-m gpu` they run as they are, on the GPU.
@@ -28,6 +30,18 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if config.getoption("markexpr") != "gpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    if "PYTEST_XDIST_WORKER" in os.environ:  # -n 2: one of several processes, each on a core, and those that it starts
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With -n, a process takes whole files, so that what a file shares is built once; and one process all networks of
+    full size, since two of them at once might not fit into memory. Training comes before they are built: it takes most."""
+    items.sort(key=lambda item: item.path.stem != "test_train_full_size")
+    for item in items:
+        full_size = "full_size" in item.nodeid or FULL_SIZE & set(getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group("full size" if full_size else item.path.stem))
 
 
 @pytest.fixture(scope="session")
