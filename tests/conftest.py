@@ -36,8 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With -n, a process takes whole files, so that what a file shares is built once; and one process all networks of
-    full size, since two of them at once might not fit into memory. Training comes before they are built: it takes most."""
+    """With -n, a process takes whole files, so that what a file shares is built once. All networks of full size are in
+    one process, as two of them might not fit into memory; the step of training, which takes most, comes before them."""
     items.sort(key=lambda item: item.path.stem != "test_train_full_size")
     for item in items:
         full_size = "full_size" in item.nodeid or FULL_SIZE & set(getattr(item, "fixturenames", ()))
