@@ -1,6 +1,7 @@
 """Files that bear their name only once they are complete, and JSON."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,18 +9,33 @@ from typing import Any
 
 
 @contextmanager
-def complete(path: Path) -> Iterator[Path]:
+def complete(path: Path, *, on_disk: bool = False) -> Iterator[Path]:
     """Where to write what is to become `path`: NAME.partial beside it, which gets the name when the block is done.
 
     Where the block fails, what it wrote is deleted, and a file that bore the name before is as it was.
+
+    Args:    on_disk: force file and name onto the disk, so that not even a power cut leaves half of it.
     """
     partial = path.with_name(path.name + ".partial")
     try:
         yield partial
+        if on_disk:
+            _sync(partial)
+        partial.replace(path)
+        if on_disk:
+            _sync(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    partial.replace(path)
+
+
+def _sync(path: Path) -> None:
+    """Until this returns, a file or a folder's list of files may exist in memory only."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

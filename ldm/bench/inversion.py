@@ -29,12 +29,12 @@ from tqdm import tqdm
 
 from ldm.bench.harness import Timing, time_in_turn
 from ldm.data import captions
+from ldm.images import Pixels, from_uint8, to_uint8
 from ldm.phantom import render
-from ldm.pipeline import StableDiffusion, to_uint8
+from ldm.pipeline import StableDiffusion
 from ldm.samplers import Sampler, ddim
 from ldm.schedule import Schedule
 from ldm.study.report.plot_style import COLOURS, GREY, MARKERS, PAGE_WIDTH, add_legend, new_figure, styled
-from ldm.traversal.figures import Pixels
 from ldm.traversal.inversion import edict
 from ldm.traversal.real_images import METHODS, Inversion, Method, bind, invert, relative_error, retrace
 
@@ -115,7 +115,7 @@ def measure(sd: StableDiffusion, case: Case, subject: Subject) -> dict[str, floa
 
 def encode(sd: StableDiffusion, subject: Subject) -> Tensor:
     """Its latent (1, C, H, W), float32."""
-    return sd.encode_image(torch.tensor(subject.pixels).permute(2, 0, 1)[None].float() / 127.5 - 1).float()
+    return sd.encode_image(from_uint8(subject.pixels)[None]).float()
 
 
 def psnr_db(sd: StableDiffusion, subject: Subject, latent: Tensor) -> float:

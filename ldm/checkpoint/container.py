@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.files import complete
+
 # In the order in which the library lays tensors out: by this list, then by name.
 DTYPES = {
     "I64": torch.int64,
@@ -223,24 +225,19 @@ class TensorFile:
 def write_tensors(
     path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str], header: Header | None = None
 ) -> None:
-    """Write one safetensors file under a temporary name, then rename it.
+    """Write one safetensors file.
 
     The memory taken is that of the largest tensor. `header` is used as it is when it describes these tensors, order,
     metadata and padding included; otherwise the library's order and `metadata` are.
     """
     if header is None or not header.describes(tensors):
         header = Header.build(tensors, metadata)
-    partial_path = path.with_name(path.name + ".partial")
-    try:
-        with partial_path.open("wb") as file:
-            file.write(len(header.text).to_bytes(8, "little"))
-            file.write(header.text)
-            for name in header.entries:
-                raw = tensors[name].fetch(True).contiguous().reshape(-1).view(torch.uint8)
-                file.write(raw.numpy().data)
-        os.replace(partial_path, path)
-    finally:
-        partial_path.unlink(missing_ok=True)
+    with complete(path) as unfinished, unfinished.open("wb") as file:
+        file.write(len(header.text).to_bytes(8, "little"))
+        file.write(header.text)
+        for name in header.entries:
+            raw = tensors[name].fetch(True).contiguous().reshape(-1).view(torch.uint8)
+            file.write(raw.numpy().data)
 
 
 def sha256(path: str | os.PathLike[str], progress: Callable[[int], object] | None = None) -> str:

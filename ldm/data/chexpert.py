@@ -106,7 +106,7 @@ def find(root: Path, csv: str = "train.csv") -> Path:
     found = [folder / csv for folder in folders if (folder / csv).is_file()]
     if not found:
         others = sorted({path.name for folder in folders for path in folder.glob("*.csv")})
-        hint = tables.nearest(csv, others) if others else "; there is no csv file"
+        hint = tables.expected(csv, others) if others else "; there is no csv file"
         raise ValueError(f"csv: no {csv!r} in {root}{hint}")
     if len(found) > 1 and found[0].parent != root:
         raise ValueError(f"root: {root} holds several data sets, {found[0]} and {found[1]}; name the folder of one")

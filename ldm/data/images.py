@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from ldm.files import write_json
+
 logger = logging.getLogger(__name__)
 
 FITS = ("squash", "crop", "pad")
@@ -114,9 +116,7 @@ def scan(files: Sequence[str] | NDArray[np.str_], workers: int = 1, cache: Path 
         faults = pool.map(_faults, chunks) if pool else map(_faults, chunks)
         broken = [fault for chunk in faults for fault in chunk]
     if cache is not None:
-        partial_path = cache.with_name(cache.name + ".partial")
-        partial_path.write_text(json.dumps({"state": state, "broken": broken}, indent=1) + "\n")
-        partial_path.replace(cache)
+        write_json(cache, {"state": state, "broken": broken})
     return broken
 
 

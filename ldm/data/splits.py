@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ldm.data import tables
 from ldm.data.labelled import LabelledImages
+from ldm.files import complete
 
 PARTS = ("train", "validation", "test")
 HELD_OUT = 0.15  # the paper's share for test, and again of the rest for validation
@@ -36,9 +37,8 @@ class Split:
         for name, rows in self.parts().items():
             part[rows] = name
         table = pd.DataFrame({"image": images.keys, "group": images.groups, "split": part})[part != ""]
-        partial = path.with_name(path.name + ".partial")
-        table.to_csv(partial, index=False, lineterminator="\n")
-        partial.replace(path)
+        with complete(path) as partial:
+            table.to_csv(partial, index=False, lineterminator="\n")
 
 
 def load(path: Path | str, images: LabelledImages) -> Split:

@@ -1,12 +1,13 @@
 """Label files: csv tables read by column name and checked, so that a wrong file ends in one line that says where."""
 
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+
+from ldm.names import nearest
 
 
 def read(path: Path, columns: Sequence[str], separator: str = ",") -> pd.DataFrame:
@@ -20,7 +21,7 @@ def read(path: Path, columns: Sequence[str], separator: str = ",") -> pd.DataFra
     except ValueError as error:  # pandas' parser errors and wrong encodings are ValueErrors without the file's name
         raise ValueError(f"{path}: cannot be read as a csv table: {error}") from None
     if missing := [name for name in columns if name not in frame.columns]:
-        raise ValueError(f"{path}: no column {missing[0]!r}{nearest(missing[0], frame.columns)}")
+        raise ValueError(f"{path}: no column {missing[0]!r}{expected(missing[0], frame.columns)}")
     if frame.empty:
         raise ValueError(f"{path}: a header and no rows")
     return frame
@@ -30,17 +31,14 @@ def one_of(argument: str, name: str, known: Iterable[str]) -> str:
     """`name` itself, if it is known. Raises ValueError, which offers the nearest that is."""
     known = list(known)
     if name not in known:
-        raise ValueError(f"{argument}: got {name!r}{nearest(name, known)}")
+        raise ValueError(f"{argument}: got {name!r}{expected(name, known)}")
     return name
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def expected(name: str, known: Iterable[str]) -> str:
     """ "; did you mean ...?", or without a near name all that are known."""
     known = [str(other) for other in known]
-    folded = {other.lower().replace(" ", "_"): other for other in known}
-    if close := get_close_matches(name.lower().replace(" ", "_"), folded, n=1):
-        return f"; did you mean {folded[close[0]]!r}?"
-    return f"; expected one of {', '.join(known)}"
+    return nearest(name, known) or f"; expected one of {', '.join(known)}"
 
 
 def numbers(

@@ -7,7 +7,6 @@ takes, and how well it did on images that it was not trained on. `ldm.train.clas
 Letters: B images, K attributes, S the side of an image in pixels.
 """
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ldm.files import complete, write_text
+from ldm.names import nearest
 from ldm.pipeline import WEIGHTS
 
 PHANTOM_CLASSIFIERS = {domain: WEIGHTS / f"{domain}_classifier.safetensors" for domain in ("chest", "skin")}
@@ -85,7 +86,7 @@ def build(model: str, outputs: int, pretrained: Mapping[str, Tensor] | None = No
 
 
 def save(path: Path, classifier: Classifier) -> None:
-    """Write path (.safetensors) and the .json beside it, each under a temporary name first."""
+    """Write path (.safetensors) and the .json beside it."""
     description = {
         "model": classifier.model,
         "attributes": list(classifier.attributes),
@@ -95,13 +96,10 @@ def save(path: Path, classifier: Classifier) -> None:
         "report": dict(classifier.report),
     }
     path = checked_name(path)
-    weights, text = path.with_name(path.name + ".partial"), path.with_name(path.stem + ".json.partial")
-    save_file(
-        {name: value.detach().cpu().contiguous() for name, value in classifier.network.state_dict().items()}, weights
-    )
-    text.write_text(json.dumps(description, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    weights.replace(path)
-    text.replace(path.with_suffix(".json"))
+    weights = {name: value.detach().cpu().contiguous() for name, value in classifier.network.state_dict().items()}
+    with complete(path) as partial:
+        save_file(weights, partial)
+        write_text(path.with_suffix(".json"), json.dumps(description, indent=1, allow_nan=False) + "\n")
 
 
 def load(path: Path | str, device: str | torch.device = "cpu") -> Classifier:
@@ -146,12 +144,6 @@ def columns(known: Sequence[str], wanted: Sequence[str], where: str) -> list[int
                 f"attributes: {where} has no {name!r}{nearest(name, known)}; it has {', '.join(known) or 'none'}"
             )
     return [list(known).index(name) for name in wanted]
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """ "; did you mean 'hair'?", or nothing where no known name is like the one that came."""
-    found = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def checked_name(path: Path) -> Path:

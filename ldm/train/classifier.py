@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from ldm.data.images import load_image
 from ldm.data.labelled import LabelledImages
+from ldm.images import from_uint8
 from ldm.study import classifier
 from ldm.study.classifier import Classifier
 from ldm.train.augmentation import CHEXPERT, ISIC, Augmentation, augment
@@ -65,7 +66,7 @@ TRAININGS = {
 
 
 class Decoded(Dataset[tuple[Tensor, Tensor]]):
-    """Item i is image i, uint8 (3, S, S), and its labels (K,) float32, NaN = unknown."""
+    """Item i is image i, uint8 (S, S, 3), and its labels (K,) float32, NaN = unknown."""
 
     def __init__(self, images: LabelledImages, size: int) -> None:
         self.images, self.size = images, size
@@ -75,12 +76,7 @@ class Decoded(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         pixels = torch.from_numpy(load_image(self.images.files[i], self.size))
-        return pixels.permute(2, 0, 1), torch.from_numpy(self.images.labels[i])
-
-
-def to_unit_range(pixels: Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """uint8 -> float32 in [-1, 1]."""
-    return pixels.to(device).float() / 127.5 - 1.0
+        return pixels, torch.from_numpy(self.images.labels[i])
 
 
 def require_both_classes(labels: NDArray[np.float32], attributes: Sequence[str], where: str) -> None:
@@ -235,7 +231,7 @@ def validate(network: nn.Module, loader: DataLoader[tuple[Tensor, Tensor]], pos_
     device, statistics = pos_weight.device, channel_statistics(network)
     logits, labels = [], []
     for pixels, known in loader:
-        logits.append(network(classifier.normalise(to_unit_range(pixels, device), *statistics)))
+        logits.append(network(classifier.normalise(from_uint8(pixels.to(device)), *statistics)))
         labels.append(known)
     network.train()
     loss = float(masked_loss(torch.cat(logits), torch.cat(labels).to(device), pos_weight))
@@ -249,7 +245,7 @@ def predict(trained: Classifier, images: LabelledImages, workers: int = 0) -> ND
     """The probabilities of every image, (N, K)."""
     loader = DataLoader(Decoded(images, trained.input_size), batch_size=classifier.CHUNK, num_workers=workers)
     bar = tqdm(loader, desc="scoring", mininterval=5)
-    return torch.cat([trained.probabilities(to_unit_range(pixels)) for pixels, _ in bar]).numpy()
+    return torch.cat([trained.probabilities(from_uint8(pixels)) for pixels, _ in bar]).numpy()
 
 
 def train(
@@ -290,7 +286,7 @@ def train(
     for step, (pixels, labels) in enumerate(bar, start):
         with torch.random.fork_rng():
             torch.manual_seed(training.seed * 1_000_003 + step)  # of the augmentation and the dropout of this step
-            images = augment(to_unit_range(pixels, device), training.augmentation)
+            images = augment(from_uint8(pixels.to(device)), training.augmentation)
             loss = masked_loss(network(classifier.normalise(images, *statistics)), labels.to(device), pos_weight)
         if not math.isfinite(loss.item()):
             raise ValueError(f"the loss at step {step} is {loss.item()}; try a lower --lr")

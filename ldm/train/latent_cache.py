@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.data import images
+from ldm.files import complete
+from ldm.images import from_uint8
 from ldm.train.distributed import Processes
 from ldm.vae import AutoencoderKL
 
@@ -145,8 +147,7 @@ def _fill(
 def encode(vae: AutoencoderKL, pixels: Sequence[NDArray[np.uint8]]) -> Tensor:
     """B times (S, S, 3) -> (B, 8, h, w) float32 on the CPU: mean and log-variance of the unscaled latents."""
     weight = vae.quant_conv.weight
-    batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(weight.device, weight.dtype)
-    posterior = vae.encode(batch / 127.5 - 1)
+    posterior = vae.encode(from_uint8(np.stack(pixels)).to(weight.device, weight.dtype))
     return torch.cat([posterior.mean, posterior.logvar], dim=1).float().cpu()
 
 
@@ -190,13 +191,5 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
 
 
 def _write(path: Path, shard: NDArray[np.float32]) -> None:
-    """Under a temporary name until it is on the disk."""
-    partial = path.with_suffix(".partial")
-    try:
-        with partial.open("wb") as file:
-            np.save(file, shard, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with complete(path, on_disk=True) as partial, partial.open("wb") as file:
+        np.save(file, shard, allow_pickle=False)

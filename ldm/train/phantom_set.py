@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from ldm.data import captions
+from ldm.files import complete
+from ldm.images import from_uint8
 from ldm.phantom import ATTRIBUTES, render, sample_attributes
 
 DOMAINS = tuple(ATTRIBUTES)
@@ -75,19 +76,16 @@ class PhantomSet:
 
     def batch(self, indices: Sequence[int] | NDArray[np.integer]) -> Tensor:
         """(B, 3, S, S) float32 in [-1, 1], channels last in memory."""
-        pixels = torch.from_numpy(self.images[np.asarray(indices)])
-        return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        return from_uint8(self.images[np.asarray(indices)])
 
     def _render(self, path: Path, size: int, workers: int) -> None:
-        partial_path = path.with_suffix(".partial")
-        images = np.lib.format.open_memmap(partial_path, "w+", np.uint8, (len(self), size, size, 3))
         jobs = list(zip(self.keys, self.attributes, strict=True))
-        with ProcessPoolExecutor(workers) as pool:
+        with complete(path) as unfinished, ProcessPoolExecutor(workers) as pool:
+            images = np.lib.format.open_memmap(unfinished, "w+", np.uint8, (len(self), size, size, 3))
             rendered = pool.map(partial(_render_one, size=size), jobs, chunksize=64)
             for i, image in enumerate(tqdm(rendered, desc="rendering", total=len(self), mininterval=5)):
                 images[i] = image
-        images.flush()
-        partial_path.replace(path)
+            images.flush()
 
 
 def _render_one(job: tuple[tuple[str, int], Mapping[str, bool]], size: int) -> NDArray[np.uint8]:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from ldm.checkpoint import save
 from ldm.checkpoint.container import LazyTensor, write_tensors
 from ldm.checkpoint.loading import build
+from ldm.files import complete
 from ldm.train.latent_cache import require_space
 from ldm.train.learner import Learner, as_one
 
@@ -59,8 +60,8 @@ class RunFolder:
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))  # as they read when they come back
         if writes:
             path.mkdir(parents=True, exist_ok=True)
-            (path / "next.trial").touch()  # may we write here?
-            (path / "next.trial").unlink()
+            (path / "trial.partial").touch()  # may we write here?
+            (path / "trial.partial").unlink()
 
     def steps(self) -> list[int]:
         """The steps that the run can go on from, oldest first."""
@@ -80,7 +81,7 @@ class RunFolder:
         Raises:  ValueError: when there is a run and `resume` is False, or it has other settings or is damaged.
         """
         if self.writes:
-            for leftover in self.path.glob("next.*"):
+            for leftover in self.path.glob("*.partial"):
                 leftover.unlink()
         if not (steps := self.steps()):
             return
@@ -111,14 +112,16 @@ class RunFolder:
         tensors = {name: tensor for name, tensor in learner.tensors() if self.writes}
         if not self.writes:
             return self.path / LAST
-        self._put(self.checkpoint(step), lambda path: self._write_model(path, learner, tensors))
+        with complete(self.checkpoint(step), on_disk=True) as unfinished:
+            self._write_model(unfinished, learner, tensors)
         metadata = {
             "step": str(step),
             "settings": json.dumps(self.settings, sort_keys=True),
             "counters": json.dumps(learner.counters(), sort_keys=True),
         }
         lazy = {name: LazyTensor.of(name, tensor) for name, tensor in tensors.items()}
-        self._put(self.state(step), lambda path: write_tensors(path, lazy, metadata))
+        with complete(self.state(step), on_disk=True) as unfinished:
+            write_tensors(unfinished, lazy, metadata)
         self._point_last_to(step)
         for old in self.steps()[: -self.keep]:  # the state last: what is left of it after a kill is found next time
             self.checkpoint(old).unlink(missing_ok=True)
@@ -156,39 +159,17 @@ class RunFolder:
         as_one(**trained).load_state_dict(weights, assign=True)
         save(path, {**self.frozen, **trained})
 
-    def _put(self, path: Path, write: Callable[[Path], object]) -> None:
-        """Write under another name, force onto the disk, rename."""
-        following = self.path / f"next.{path.name}"
-        try:
-            following.unlink(missing_ok=True)
-            write(following)
-            _sync(following)
-            following.replace(path)
-            _sync(self.path)
-        finally:
-            following.unlink(missing_ok=True)
-
     def _point_last_to(self, step: int) -> None:
-        def link(path: Path) -> None:
+        with complete(self.path / LAST, on_disk=True) as unfinished:
+            unfinished.unlink(missing_ok=True)
             try:
-                os.link(self.checkpoint(step), path)
+                os.link(self.checkpoint(step), unfinished)
             except OSError:  # a file system without links
-                shutil.copyfile(self.checkpoint(step), path)
-
-        self._put(self.path / LAST, link)
+                shutil.copyfile(self.checkpoint(step), unfinished)
 
 
 def _bytes(network: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in network.state_dict().values())
-
-
-def _sync(path: Path) -> None:
-    """Until this returns, a file or a folder's list of files may exist in memory only."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

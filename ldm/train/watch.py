@@ -7,7 +7,6 @@ OUT/samples/step-00000500.png  a row for each prompt, a column for each seed
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from ldm import conditioning, guidance, samplers
+from ldm.files import complete
+from ldm.images import save_image, to_uint8
 from ldm.schedule import TRAIN_STEPS, Schedule
 from ldm.train.diffusion import Network
 from ldm.train.objective import Examples, FineTuning, Material, squared_errors, stream
@@ -64,7 +65,7 @@ class Log:
     def picture(self, step: int, image: Image.Image) -> None:
         """What the model draws after so many steps."""
         if self.writes:
-            figures.save_image(self.folder / "samples" / f"step-{step:08d}.png", image)
+            save_image(self.folder / "samples" / f"step-{step:08d}.png", image)
             self.board.add_image("samples", np.asarray(image), step, dataformats="HWC")
 
     def close(self) -> None:
@@ -76,12 +77,8 @@ class Log:
 def forget_after(path: Path, step: int) -> None:
     """Remove the log's lines after a step, and one that was cut short."""
     lines = path.read_text().splitlines() if path.exists() else []
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.writelines(f"{line}\n" for line in lines if _step_of(line) <= step)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with complete(path, on_disk=True) as partial:
+        partial.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step))
 
 
 def _step_of(line: str) -> float:
@@ -145,6 +142,5 @@ def draw_samples(
         schedule_of_contexts = conditioning.constant(context, SAMPLE_STEPS)
         eps_fn = guidance.guided(unet, schedule_of_contexts, SAMPLE_GUIDANCE, empty)
         *_, last = samplers.ddim(eps_fn, noise, schedule, SAMPLE_STEPS)
-        pixels = (decode(last.x_t).float().clamp(-1, 1) + 1) * 127.5
-        rows.append(list(pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()))
+        rows.append(list(to_uint8(decode(last.x_t))))
     return figures.grid(rows, list(contexts), [f"seed {seed}" for seed in SAMPLE_SEEDS])

@@ -14,10 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ldm import pipeline
+from ldm.images import from_uint8
 from ldm.study import classifier as classifiers
 from ldm.study.evaluation import baselines, truth
 from ldm.study.evaluation.cells import PHANTOM_CELLS, Cell, cell_of_run
-from ldm.study.evaluation.instruments import Instruments, as_images
+from ldm.study.evaluation.instruments import Instruments
 from ldm.study.evaluation.processes import Processes
 from ldm.study.evaluation.run import Task, Workplace, evaluate_cell
 from ldm.study.evaluation.summary import Votes
@@ -146,7 +147,7 @@ def test_the_true_counterfactual_is_a_perfect_edit():
 
 def test_inversion_under_the_neutral_prompt_is_retraced_whatever_the_guidance(instruments):
     cell, sd = CHEST, instruments.sd
-    image = as_images(truth.Patient.of(cell, 0, 128).original.to_uint8()[None])
+    image = from_uint8(truth.Patient.of(cell, 0, 128).original.to_uint8()[None])
     latents = sd.encode_image(image)
     errors = {}
     for guidance in (1.0, 5.0):

@@ -104,7 +104,7 @@ def test_whenever_saving_dies_the_run_goes_on(tmp_path, monkeypatch, fatal):
 
     again = run_folder(tmp_path)
     again.check(resume=True)
-    assert list(tmp_path.glob("next.*")) == []
+    assert list(tmp_path.glob("*.partial")) == []
     found = trained(seed=2)
     step = again.resume(found)
     assert step == (1 if fatal < 3 else 2)

@@ -75,7 +75,7 @@ def test_a_rendered_set_is_opened_not_rendered_again(phantoms, tmp_path, monkeyp
 
 def test_rendering_that_was_stopped_begins_anew(tmp_path, monkeypatch):
     def half_way(self: PhantomSet, path: Path, size: int, workers: int) -> None:
-        path.with_suffix(".partial").write_bytes(b"some images")
+        path.with_name(path.name + ".partial").write_bytes(b"some images")
         raise Stopped
 
     with monkeypatch.context() as patched:

@@ -12,6 +12,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ldm import pipeline
+from ldm.files import write_json
+from ldm.images import to_uint8
 from ldm.probe.parts import HEAD, KINDS, Part, cross_attentions, parts, short
 from ldm.study import classifier as classifiers
 from ldm.study.evaluation.cells import Cell
@@ -22,7 +24,6 @@ from ldm.study.structure.ablation import Bench, Intact, Removed
 from ldm.study.structure.domains import DOMAINS, GUIDANCE, Settings, chosen_domains
 from ldm.traversal.figures import Pixels
 from ldm.traversal.plan import parse_integers
-from ldm.traversal.run_folder import write_json
 from ldm_tools.options import add_model, load_model
 
 SHOWN_KINDS = ("block", "skip")  # whose images are drawn; all are measured
@@ -97,11 +98,11 @@ def measure(
         bench = Bench(sd, cell, classifier, settings, bar.update)
         intact = bench.intact()
         removed = []
-        images = {("intact", ""): list(pipeline.to_uint8(intact.images[:, 0]))}
+        images = {("intact", ""): list(to_uint8(intact.images[:, 0]))}
         for part in removable:
             removed.append(bench.remove(part, intact))
             if part.kind in SHOWN_KINDS:
-                images[(f"no {part.kind}", part.label)] = list(pipeline.to_uint8(removed[-1].images))
+                images[(f"no {part.kind}", part.label)] = list(to_uint8(removed[-1].images))
         probability = {name: [[0.0] * (count + 1) for _ in range(len(layers) + 1)] for name in attributes}
         for layer, window, p in ablation.injections(bench, count):
             for name, value in zip(attributes, p.mean(dim=1).tolist(), strict=True):

@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm import pipeline
-from ldm.pipeline import to_uint8
+from ldm.files import write_json
+from ldm.images import to_uint8
 from ldm.probe.parts import short
 from ldm.probe.words import END, PADDING, START, Word, own_words, words
 from ldm.study.evaluation.cells import Cell
@@ -24,7 +25,6 @@ from ldm.study.structure.attention import ATTRIBUTE_WORDS, ITERATIONS, Looks, Pa
 from ldm.study.structure.attention_figures import Shown
 from ldm.study.structure.domains import DOMAINS, chosen_domains
 from ldm.traversal.plan import parse_integers
-from ldm.traversal.run_folder import write_json
 from ldm_tools.options import add_model, load_model
 
 SHOWN_STEPS = 6

@@ -5,7 +5,6 @@ ldm classify eval weights/chexpert.safetensors data/CheXpert
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 from ldm.data import chexpert, folders, images, splits
 from ldm.data.labelled import LabelledImages
+from ldm.files import write_json
 from ldm.study import classifier
 from ldm.train import scores
 from ldm.train.classifier import TRAININGS, Training, checkpoint_path, predict, require_both_classes, train
@@ -130,11 +130,7 @@ def run_evaluation(args: argparse.Namespace) -> None:
         data = data.select(SPLITS[args.split](data).parts()[args.part])
     rows = scores.scores(predict(trained, data, args.workers)[:, columns], data.labels, data.groups, wanted)
     if args.out is not None:
-        partial = args.out.with_name(args.out.name + ".partial")
-        partial.write_text(
-            json.dumps({"part": args.part, "split": args.split, "scores": scores.to_json(rows)}, indent=1)
-        )
-        partial.replace(args.out)
+        write_json(args.out, {"part": args.part, "split": args.split, "scores": scores.to_json(rows)})
     print(scores.table(rows))
 
 

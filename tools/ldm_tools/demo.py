@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ldm import pipeline
 from ldm.data import captions
+from ldm.files import write_json
 from ldm.study import classifier
 from ldm.study.evaluation import pictures
 from ldm.study.evaluation.cells import Cell
@@ -17,14 +18,7 @@ from ldm.study.metrics.perceptual import load_lpips
 from ldm.study.report import explorer
 from ldm.traversal.figures import grid, save_image
 from ldm.traversal.plan import Traversal, parse_integers
-from ldm.traversal.run_folder import (
-    read_record,
-    run_traversal,
-    trajectory_columns,
-    trajectory_rows,
-    write_figures,
-    write_json,
-)
+from ldm.traversal.run_folder import read_record, run_traversal, trajectory_columns, trajectory_rows, write_figures
 from ldm.traversal.store import load_seed
 
 TITLES = {"chest": "Chest X-ray", "skin": "Melanocytic nevus"}

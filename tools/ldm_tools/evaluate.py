@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 from ldm.data import folders, splits
+from ldm.files import read_json, write_json
+from ldm.names import nearest
 from ldm.study import classifier as classifiers
 from ldm.study.evaluation import report
 from ldm.study.evaluation.cells import PHANTOM_CELLS, cell_of_run
@@ -22,7 +24,6 @@ from ldm.study.evaluation.processes import Processes
 from ldm.study.evaluation.run import Task, Workplace, check, evaluate_cell
 from ldm.study.metrics import perceptual, predictions
 from ldm.traversal.plan import Traversal, parse_integers
-from ldm.traversal.run_folder import read_json, write_json
 from ldm_tools import options
 
 # The options that only sampling takes, with their defaults; None: as many as there are seeds, or as is needed.
@@ -174,7 +175,7 @@ def phantom_tasks(args: argparse.Namespace, averaged: tuple[int, ...]) -> list[T
     names = [name.strip() for name in args.cells.split(",")]
     for name in names:
         if name not in PHANTOM_CELLS:
-            hint = classifiers.nearest(name, list(PHANTOM_CELLS))
+            hint = nearest(name, list(PHANTOM_CELLS))
             raise ValueError(f"--cells: got {name!r}{hint}; expected some of {', '.join(PHANTOM_CELLS)}")
     return [
         Task(
@@ -211,7 +212,7 @@ def fitting_classifier(task: Task) -> Path:
     unknown = next(name for name in task.plan.styles if name not in everything or len(task.plan.styles) > 1)
     raise ValueError(
         f"--classifier: no shipped one knows all of {sorted(task.plan.styles)} "
-        f"({unknown!r}{classifiers.nearest(unknown, everything)}); name one of your own (`ldm classify train`)"
+        f"({unknown!r}{nearest(unknown, everything)}); name one of your own (`ldm classify train`)"
     )
 
 

@@ -7,7 +7,6 @@ torchrun --nproc-per-node 4 --no-python ldm finetune ...     # the same run on f
 """
 
 import argparse
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from torch import nn
 
 from ldm.data import captions, folders, images, tables
 from ldm.data.labelled import LabelledImages
+from ldm.files import read_json, write_json
 from ldm.pipeline import StableDiffusion
 from ldm.train import distributed, finetune, objective, watch
 from ldm.train.distributed import Processes
@@ -228,10 +228,7 @@ def run_folder(
 def add_to_record(out: Path, entries: dict[str, object], processes: Processes) -> None:
     """Put entries into OUT/run.json, beside what is there."""
     if processes.first:
-        path, partial = out / "run.json", out / "run.json.partial"
-        record = json.loads(path.read_text()) if path.exists() else {}
-        partial.write_text(json.dumps(record | entries, indent=1) + "\n")
-        partial.replace(path)
+        write_json(out / "run.json", read_json(out / "run.json") | entries)
 
 
 def check(args: argparse.Namespace) -> None:

@@ -7,9 +7,10 @@ import argparse
 import math
 from dataclasses import replace
 
+from ldm.images import load_pixels, save_image
 from ldm.traversal import figures
 from ldm.traversal.plan import Generation, parse_integers
-from ldm.traversal.run_folder import image_path, load_pixels, run_generation
+from ldm.traversal.run_folder import image_path, run_generation
 from ldm_tools.options import add_model, add_sampling, graphed_unet, latent_size, load_model, max_batch
 
 
@@ -45,5 +46,5 @@ def run(args: argparse.Namespace) -> None:
     images = [load_pixels(image_path(args.out, seed, "image")) for seed in seeds]
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]
     sheet = figures.grid(rows, [""] * len(rows), [""] * columns, args.prompt)
-    figures.save_image(args.out / "contact_sheet.png", sheet)
+    save_image(args.out / "contact_sheet.png", sheet)
     print(f"{len(seeds)} images, {record['unet_rows']} U-Net rows, {record['seconds']} s; see {args.out}")

@@ -6,11 +6,13 @@ from pathlib import Path
 import torch
 
 from ldm import pipeline
+from ldm.files import write_json
+from ldm.images import load_pixels, save_image
 from ldm.train import autoencoder, judge
 from ldm.train.phantom_set import PhantomSet
 from ldm.traversal import figures
 from ldm.traversal.plan import Traversal, parse_integers
-from ldm.traversal.run_folder import image_path, load_pixels, run_traversal, swap_name, write_json
+from ldm.traversal.run_folder import image_path, run_traversal, swap_name
 from ldm.traversal.store import load_latents
 from ldm_tools.demo import GUIDANCE, PROMPTS
 
@@ -64,6 +66,6 @@ def run(args: argparse.Namespace) -> None:
             images = [load_pixels(image_path(out, seed, name)) for seed in seeds]
             rows = [images[i : i + 8] for i in range(0, len(images), 8)]
             sheet = figures.grid(rows, [""] * len(rows), [""] * 8, f"{domain}: {name}")
-            figures.save_image(args.out / "sheets" / f"{domain}_{name.replace('/', '_')}.png", sheet)
+            save_image(args.out / "sheets" / f"{domain}_{name.replace('/', '_')}.png", sheet)
     write_json(args.out / "judge.json", report)
     print(f"see {args.out / 'judge.json'} and {args.out / 'sheets'}")

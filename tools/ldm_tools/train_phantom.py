@@ -21,6 +21,7 @@ from torch import Tensor
 from ldm import checkpoint
 from ldm.clip import CLIPTextEncoder
 from ldm.config import PHANTOM
+from ldm.files import complete
 from ldm.schedule import Schedule
 from ldm.tokenizer import Tokenizer
 from ldm.train import autoencoder, diffusion, text_encoder
@@ -179,7 +180,6 @@ def shrunk(recipe: Recipe, by: int) -> Recipe:
 
 
 def store(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write under a temporary name, then rename."""
-    partial = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    partial.replace(path)
+    """A safetensors file."""
+    with complete(path) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)

@@ -20,8 +20,10 @@ from torch import Tensor
 import ldm
 from ldm.config import SD15
 from ldm.data import captions
+from ldm.files import complete
 from ldm.guidance import guided
-from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion, to_uint8
+from ldm.images import to_uint8
+from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion
 from ldm.probe.trace import trace_model
 from ldm.samplers import ddim, initial_noise
 from ldm.schedule import Schedule, leading
@@ -164,9 +166,8 @@ def write_figures(folder: Path, steps: int = STEPS) -> None:
         "traversal": traversal_figure(sd, steps),
     }
     for name, figure in figures.items():
-        partial_path = folder / f"{name}.png.partial"
-        figure.savefig(partial_path, format="png", dpi=DPI, metadata={"Software": None})
-        partial_path.replace(folder / f"{name}.png")
+        with complete(folder / f"{name}.png") as unfinished:
+            figure.savefig(unfinished, format="png", dpi=DPI, metadata={"Software": None})
 
 
 def main(arguments: Sequence[str]) -> None:

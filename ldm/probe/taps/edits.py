@@ -5,13 +5,14 @@ Letters: B rows of a call, h heads of width d, N positions, M or L tokens, C cha
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from ldm.names import nearest
 
 Rows = Sequence[int] | Literal["uncond", "cond"]
 
@@ -198,9 +199,3 @@ def _index_mask(name: str, chosen: Sequence[int], size: int, device: torch.devic
     mask = torch.zeros(size, dtype=torch.bool, device=device)
     mask[list(chosen)] = True
     return mask
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """ "; did you mean 'mid_block'?", or nothing where no known name is like the one that came."""
-    found = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.probe.taps.edits import Edit, Moment, Taps, in_turn, nearest
+from ldm.names import nearest
+from ldm.probe.taps.edits import Edit, Moment, Taps, in_turn
 
 
 class MultiHead(nn.Module):

@@ -9,17 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm import checkpoint
 from ldm.fast.cuda_graph import GraphedUNet
 from ldm.guidance import UNetFn
-from ldm.pipeline import StableDiffusion, to_uint8
-from ldm.study.classifier import Classifier, nearest
+from ldm.images import Pixels, from_uint8, to_uint8
+from ldm.names import nearest
+from ldm.pipeline import StableDiffusion
+from ldm.study.classifier import Classifier
 from ldm.study.metrics import perceptual
-
-Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,18 +67,18 @@ class Instruments:
 
     def probabilities(self, pixels: Pixels) -> Tensor:
         """(B, H, W, 3) bytes -> (B, K)."""
-        return self.classifier.probabilities(as_images(pixels))
+        return self.classifier.probabilities(from_uint8(pixels))
 
     def ssim(self, pixels: Pixels, reference: Pixels) -> Tensor:
         """Structural similarity of each image with the (H, W, 3) reference, (B,)."""
-        return perceptual.ssim(as_images(pixels), as_images(reference[None])[0])
+        return perceptual.ssim(from_uint8(pixels), from_uint8(reference[None])[0])
 
     def lpips_to(self, pixels: Pixels, reference: Pixels) -> Tensor:
         """LPIPS of each image to the (H, W, 3) reference, (B,); NaN where its weights are not at hand."""
         if isinstance(self.lpips, perceptual.Unavailable):
             return torch.full((len(pixels),), torch.nan, dtype=torch.float64)
-        near = as_images(reference[None])[0]
-        return torch.cat([self.lpips(piece, near).double() for piece in as_images(pixels).split(16)])
+        near = from_uint8(reference[None])[0]
+        return torch.cat([self.lpips(piece, near).double() for piece in from_uint8(pixels).split(16)])
 
     def heads(self, attributes: tuple[str, ...], classes: str) -> tuple[str, ...]:
         """The heads that compete in the CFRT, seen to hold every attribute: all but the class's, unless it is swapped.
@@ -96,8 +95,3 @@ class Instruments:
         if len(heads) < 2:
             raise ValueError(f"attributes: the classifier has {len(heads)} attribute; CFRT compares two or more")
         return heads
-
-
-def as_images(pixels: Pixels) -> Tensor:
-    """(B, H, W, 3) bytes -> (B, 3, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1.0

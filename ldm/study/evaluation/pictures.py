@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ldm.images import Pixels, load_pixels
 from ldm.study.evaluation.cells import Cell
-from ldm.study.evaluation.instruments import Instruments, Pixels
+from ldm.study.evaluation.instruments import Instruments
 from ldm.study.evaluation.trajectories import stacked
 from ldm.study.evaluation.truth import Patient
 from ldm.study.metrics.directions import cosine_matrix
@@ -22,7 +23,7 @@ from ldm.study.report import explorer
 from ldm.study.report.image_figures import LatentMap, Material
 from ldm.study.report.latent_map import tsne
 from ldm.traversal.plan import Traversal
-from ldm.traversal.run_folder import bezier_name, curves, image_path, load_pixels, swap_name
+from ldm.traversal.run_folder import bezier_name, curves, image_path, swap_name
 from ldm.traversal.store import load_seed
 
 POINTS = 25  # of a curve, enough to be dragged along smoothly

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from ldm.conditioning import constant
 from ldm.guidance import UNetFn, guided
+from ldm.images import from_uint8
 from ldm.phantom import Phantom, render
 from ldm.pipeline import StableDiffusion
 from ldm.study.evaluation.cells import Cell
-from ldm.study.evaluation.instruments import Instruments, as_images
+from ldm.study.evaluation.instruments import Instruments
 from ldm.study.evaluation.trajectories import stacked
 from ldm.study.metrics import ground_truth
 from ldm.traversal.inversion import ddim_inversion
@@ -56,7 +57,7 @@ class Patient:
 
     def images(self) -> Tensor:
         """The original, then the counterfactuals: (1 + A, 3, h, w) in [-1, 1]."""
-        return as_images(np.stack([of.to_uint8() for of in (self.original, *self.counterfactuals)]))
+        return from_uint8(np.stack([of.to_uint8() for of in (self.original, *self.counterfactuals)]))
 
     def masks(self, attributes: Sequence[str]) -> Tensor:
         """Where each attribute may change the image: (A, h, w) bool."""
@@ -67,7 +68,7 @@ class Patient:
 def gallery(cell: Cell, size: int) -> Tensor:
     """The neutral images of `GALLERY_SEEDS`: (G, 3, h, w)."""
     images = [render(cell.domain or "", seed, dict(cell.base), size).to_uint8() for seed in GALLERY_SEEDS]
-    return as_images(np.stack(images))
+    return from_uint8(np.stack(images))
 
 
 def retraceable(plan: Traversal, swap_steps: tuple[int, ...], guidance: float) -> Traversal:
@@ -113,11 +114,11 @@ def measure_truth(
     latents = {name: rows[0].cpu() for name, rows in result.latents.items()}
     neutral, swaps = latents["neutral"], stacked(latents, plan)
 
-    retraced = as_images(instruments.pixels(neutral[None]))[0]
+    retraced = from_uint8(instruments.pixels(neutral[None]))[0]
     edited_pixels = instruments.pixels(swaps.flatten(0, 1))
-    edited = as_images(edited_pixels).unflatten(0, swaps.shape[:2])
+    edited = from_uint8(edited_pixels).unflatten(0, swaps.shape[:2])
     own_and_others = torch.cat([original[None], others[[g for g in range(len(others)) if GALLERY_SEEDS[g] != seed]]])
-    autoencoded = as_images(instruments.pixels(encoded))
+    autoencoded = from_uint8(instruments.pixels(encoded))
 
     found = {
         "latents.neutral": neutral,

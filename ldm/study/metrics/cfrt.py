@@ -20,7 +20,6 @@ Source: TehraniNasab, Kumar, Arbel 2025, eq. 3 and Table 2.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ldm.names import nearest
 from ldm.study.metrics import stats
 
 READINGS = ("own_head_signed", "own_head_abs", "single_f", "strict")
@@ -147,9 +147,7 @@ def find_name(argument: str, name: str, names: Sequence[str]) -> int:
     """
     if name in names:
         return list(names).index(name)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f", did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{argument}: no {name!r} among {list(names)}{hint}")
+    raise ValueError(f"{argument}: no {name!r} among {list(names)}{nearest(name, names)}")
 
 
 # ---- one attribute ---------------------------------------------------------------------------------

@@ -25,6 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ldm.files import write_bytes
+
 log = logging.getLogger(__name__)
 
 Pixels = NDArray[np.uint8]
@@ -174,9 +176,7 @@ def write(explorer: Explorer, path: Path, limit_mib: float = 15.0) -> None:
             f"{LADDER[-1].quality} and {LADDER[-1].scale:g} of their size; leave out seeds or points of the curves"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(page)
-    partial.replace(path)
+    write_bytes(path, page)
 
 
 def _page(explorer: Explorer, sheets: list[list[Pixels]], compression: Compression, limit: int) -> bytes | None:

@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ldm.files import complete
 from ldm.study.report.results import Results, attributes
 
 COLUMN_WIDTH, PAGE_WIDTH, PAGE_HEIGHT = 3.25, 6.875, 9.2
@@ -131,9 +132,7 @@ def save_figure(figure: Figure, path: Path) -> list[Path]:
     written = []
     for ending, entries in metadata.items():
         final = path.with_name(f"{path.name}.{ending}")
-        partial = final.with_name(final.name + ".partial")
-        with matplotlib.rc_context(PARAMETERS):  # type: ignore[arg-type]
+        with complete(final) as partial, matplotlib.rc_context(PARAMETERS):  # type: ignore[arg-type]
             figure.savefig(partial, format=ending, dpi=PNG_DPI, metadata=entries)
-        partial.replace(final)
         written.append(final)
     return written

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ldm.files import write_text
 from ldm.study.report.results import (
     BASELINES,
     FLIPPED,
@@ -269,9 +270,7 @@ def write_tables(results: Results, out: Path) -> list[Path]:
         for ending, text in (("md", markdown(table)), ("csv", csv(table)), ("tex", latex(table))):
             path = out / "tables" / f"{name}.{ending}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(path.name + ".partial")
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
+            write_text(path, text)
             written.append(path)
     return written
 

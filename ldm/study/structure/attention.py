@@ -20,13 +20,13 @@ from torch.nn import functional as F
 
 from ldm.conditioning import constant
 from ldm.guidance import guided
+from ldm.images import from_uint8
 from ldm.phantom import render
 from ldm.pipeline import StableDiffusion
 from ldm.probe.parts import cross_attentions
 from ldm.probe.words import Word
 from ldm.samplers import ddim
 from ldm.study.evaluation.cells import Cell
-from ldm.study.evaluation.instruments import as_images
 from ldm.traversal.inversion import ddim_inversion
 
 ITERATIONS = 2  # of the inversion, a step; see `ldm.inversion`
@@ -54,7 +54,7 @@ class Patients:
     def render(cls, cell: Cell, attribute: str, seeds: Sequence[int], size: int) -> "Patients":
         shown = [render(cell.domain or "", seed, {**cell.base, attribute: True}, size) for seed in seeds]
         return cls(
-            as_images(np.stack([of.to_uint8() for of in shown])), np.stack([of.masks[attribute] for of in shown])
+            from_uint8(np.stack([of.to_uint8() for of in shown])), np.stack([of.masks[attribute] for of in shown])
         )
 
 

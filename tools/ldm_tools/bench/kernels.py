@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ldm.bench import harness, kernel_predictions, kernels
-from ldm.traversal.run_folder import write_json
+from ldm.files import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

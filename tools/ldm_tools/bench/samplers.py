@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 from ldm.bench import harness, samplers, samplers_report
+from ldm.files import write_json
 from ldm.pipeline import PHANTOM_WEIGHTS
 from ldm.samplers import SAMPLERS
 from ldm.schedule import SPACINGS
@@ -17,7 +18,6 @@ from ldm.study.evaluation.instruments import Instruments
 from ldm.study.metrics.perceptual import Unavailable
 from ldm.study.report.plot_style import save_figure
 from ldm.traversal.plan import parse_integers
-from ldm.traversal.run_folder import write_json
 from ldm_tools.options import add_model, add_own_prompts, load_model, own_prompts
 
 CELL = PHANTOM_CELLS["chest"]

@@ -6,7 +6,8 @@ from torch import Tensor
 from ldm.conditioning import constant
 from ldm.data import captions
 from ldm.guidance import UNetFn, guided
-from ldm.pipeline import StableDiffusion, to_uint8
+from ldm.images import to_uint8
+from ldm.pipeline import StableDiffusion
 from ldm.samplers import ddim, initial_noise
 
 PROMPTS = (captions.chexpert({"Pleural Effusion": 1.0}), captions.isic_style("NV", "hair"))

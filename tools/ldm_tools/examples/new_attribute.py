@@ -19,8 +19,9 @@ from torch import Tensor
 
 import ldm
 from ldm.data import captions
+from ldm.images import save_image, to_uint8
 from ldm.phantom import render, sample_attributes
-from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion, to_uint8
+from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion
 from ldm.study import classifier
 from ldm.traversal import figures
 from ldm_tools.examples.measure import sample
@@ -79,7 +80,7 @@ def main() -> None:
             shares = ", ".join(f"{LABELS[n]} {share:.0%}" for n, share in shown(images, probe).items())
             print(f"{when}, asked for {LABELS.get(name, name)}: {shares}")
     columns = [f"seed {seed}" for seed in SEEDS[:COLUMNS]]
-    figures.save_image(args.sheet, figures.grid(list(rows.values()), list(rows), columns).convert("L"))
+    save_image(args.sheet, figures.grid(list(rows.values()), list(rows), columns).convert("L"))
 
 
 if __name__ == "__main__":

@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.files import write_json
+from ldm.images import from_uint8
 from ldm.pipeline import PHANTOM_WEIGHTS
 from ldm.study.report import table_formats
 from ldm.study.report.plot_style import PAGE_WIDTH, SMALL, new_figure, save_figure
 from ldm.traversal.plan import parse_integers
 from ldm.traversal.real_images import relative_error
-from ldm.traversal.run_folder import write_json
 from ldm_tools.demo import GUIDANCE, PROMPTS
 from ldm_tools.options import add_model, load_model
 from ldm_tools.traps import sampling, text, unet, vae
@@ -197,7 +198,7 @@ def carried_out(recipe: Recipe, job: Job, images: NDArray[np.uint8] | None) -> R
     """A job under a recipe; images: what is encoded and decoded, None: the images just drawn."""
     latents = draw(recipe, job)
     drawn = decode(recipe, latents)
-    source = torch.from_numpy(drawn if images is None else images).permute(0, 3, 1, 2) / 127.5 - 1
+    source = from_uint8(drawn if images is None else images)
     encoded = encode(recipe, source)
     return Result(latents, drawn, encoded, decode(recipe, encoded))
 

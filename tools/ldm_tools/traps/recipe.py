@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ldm.clip import CLIPTextEncoder
-from ldm.pipeline import StableDiffusion, to_uint8
+from ldm.images import to_uint8
+from ldm.pipeline import StableDiffusion
 from ldm.samplers import initial_noise
 from ldm.schedule import Schedule, leading
 from ldm.tokenizer import Tokenizer
