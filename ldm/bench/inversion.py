@@ -28,9 +28,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.bench.harness import Timing, time_in_turn
-from ldm.data import captions
 from ldm.images import Pixels, from_uint8, to_uint8
 from ldm.phantom import render
+from ldm.phantom.prompts import DOMAINS
 from ldm.pipeline import StableDiffusion
 from ldm.samplers import Sampler, ddim
 from ldm.schedule import Schedule
@@ -40,7 +40,6 @@ from ldm.traversal.real_images import METHODS, Inversion, Method, bind, invert, 
 
 TARGET = 1e-3  # the round trip's error at guidance 1, 50 steps, float32
 FIRST_SEED = 5_000_000  # of rendered images; no model here was trained on these
-DOMAINS = {"chest": captions.CHEXPERT_NEUTRAL, "skin": captions.ISIC_NEUTRAL["NV"]}
 WORST = 10.0  # errors are drawn up to this one; what is lost may be anything, infinity too
 
 
@@ -71,7 +70,7 @@ def phantoms(count: int, size: int) -> list[Subject]:
     for i in range(count):
         domain = list(DOMAINS)[i % len(DOMAINS)]
         pixels = render(domain, FIRST_SEED + i, {}, size).to_uint8()
-        subjects.append(Subject(f"{domain} {FIRST_SEED + i}", DOMAINS[domain], pixels))
+        subjects.append(Subject(f"{domain} {FIRST_SEED + i}", DOMAINS[domain].neutral, pixels))
     return subjects
 
 

@@ -14,37 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.data import captions
 from ldm.files import complete
 from ldm.images import from_uint8
 from ldm.phantom import ATTRIBUTES, render, sample_attributes
+from ldm.phantom.prompts import phrasings
 
 DOMAINS = tuple(ATTRIBUTES)
-
-
-def phrasings(domain: str, attributes: Mapping[str, bool]) -> tuple[str, ...]:
-    """The captions that one image goes by, one of which is drawn each time it is seen.
-
-    All wordings of the paper and of its code, so that prompts in either wording work. A clean lesion is also captioned
-    with the bare stem: that is the neutral prompt of the paper's traversals.
-    """
-    if domain == "chest":
-        labels = {
-            "Pleural Effusion": float(attributes["pleural_effusion"]),
-            "Support Devices": float(attributes["support_devices"]),
-        }
-        choices = [captions.chexpert(labels, "paper"), captions.chexpert(labels, "code")]
-        if not attributes["pleural_effusion"]:  # CheXpert: "No Finding" goes together with devices
-            choices.append(captions.chexpert(labels | {"No Finding": 1.0}, "paper"))
-        return tuple(choices)
-    diagnosis = "MEL" if attributes["melanoma"] else "NV"
-    artifacts = [name for name in captions.ISIC_CAPTION_ARTIFACTS if attributes[name]]
-    choices = [captions.isic(diagnosis, artifacts)]
-    if not artifacts:
-        choices.append(captions.ISIC_NEUTRAL[diagnosis])
-    if len(artifacts) == 1:
-        choices.append(captions.isic_style(diagnosis, artifacts[0]))
-    return tuple(choices)
 
 
 class PhantomSet:

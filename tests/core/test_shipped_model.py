@@ -7,13 +7,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from ldm_tools.demo import PROMPTS
 
 import ldm
 from ldm import checkpoint
 from ldm.config import PHANTOM
 from ldm.guidance import guided
 from ldm.phantom import render, sample_attributes
+from ldm.phantom.prompts import DOMAINS
 from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion, to_uint8
 from ldm.samplers import initial_noise
 from ldm.traversal.prompt_tree import swaps, traverse_tree
@@ -40,20 +40,20 @@ def test_it_is_the_phantom_configuration(sd: StableDiffusion) -> None:
 
 
 def test_the_autoencoder_returns_unseen_phantoms(sd: StableDiffusion) -> None:
-    images = [render(domain, seed, sample_attributes(domain, seed)).to_uint8() for seed in (0, 1) for domain in PROMPTS]
+    images = [render(domain, seed, sample_attributes(domain, seed)).to_uint8() for seed in (0, 1) for domain in DOMAINS]
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
     back = sd.decode_latents(sd.encode_image(pixels))
     # The noise of the phantoms alone, which no autoencoder of 48 times fewer numbers can return, makes about 0.02.
     assert float((back - pixels).abs().mean()) < 0.05
 
 
-@pytest.mark.parametrize("domain", sorted(PROMPTS))
+@pytest.mark.parametrize("domain", sorted(DOMAINS))
 def test_earlier_swaps_edit_more(sd: StableDiffusion, domain: str) -> None:
     """Every style of two seeds: the change of the image grows from s = 45, 35 ... to s = 5.
 
     Without guidance: at the demo's, hair is complete at s = 25, and what changes after that is which hairs.
     """
-    neutral, styles = PROMPTS[domain]
+    neutral, styles = DOMAINS[domain].neutral, DOMAINS[domain].styles
     base, *contexts = sd.encode_prompts([neutral, *styles.values()])[:, None]
     tree = swaps(base, dict(zip(styles, contexts, strict=True)), (5, 15, 25, 35, 45))
     guide = partial(guided, sd.unet, guidance_scale=1)

@@ -12,12 +12,13 @@ from networks import small
 from reference import noise
 
 import ldm
+from ldm.phantom.prompts import DOMAINS
 from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion
 from ldm.probe.parts import cross_attentions, parts, short
 from ldm.schedule import leading
 from ldm.study.structure import ablation_figures
 from ldm.study.structure.ablation import GREY, effects, injection, outside_error, windows
-from ldm.study.structure.domains import DOMAINS, Prompts, Settings, chosen_domains, denoise
+from ldm.study.structure.domains import Prompts, Settings, chosen_domains, denoise
 
 
 @pytest.fixture(scope="module")

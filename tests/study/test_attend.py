@@ -8,11 +8,11 @@ import torch
 from ldm_tools.cli import main
 
 import ldm
+from ldm.phantom.prompts import ATTRIBUTE_WORDS, DOMAINS
 from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion
 from ldm.probe.words import END, PADDING, START, Word, own_words, words
 from ldm.samplers import initial_noise
-from ldm.study.structure.attention import ATTRIBUTE_WORDS, Looks, limits, look, of_words, on_grid, overlap
-from ldm.study.structure.domains import DOMAINS
+from ldm.study.structure.attention import Looks, limits, look, of_words, on_grid, overlap
 from ldm.tokenizer import Tokenizer
 
 

@@ -97,44 +97,45 @@ def test_leakage_is_a_share_and_falls_with_dilation(seed):
 # ---- identity --------------------------------------------------------------------------------------
 
 
-def test_every_image_is_nearest_to_itself_whatever_happens_inside_its_mask():
-    originals, mask = images(5), corner(5)
-    edited = np.where(mask[:, None], images(5, seed=1) * 100, originals)
-    assert ground_truth.identity_hits(edited, originals, mask).all()
-    assert ground_truth.identity_retrieval(edited, originals, mask) == stats.share([1] * 5)
+def test_a_patient_is_nearest_to_himself_whatever_happens_inside_the_mask():
+    (original, *others), mask = images(5), corner(1)[0]
+    edited = np.where(mask, images(3, seed=1) * 100, original)
+    assert ground_truth.identity_hits(edited, original, others, mask).all()
 
 
-def test_identity_uses_the_mask_of_each_edit():
-    originals = np.zeros((2, 3, 6, 6))
-    originals[1, :, 0, 0] = 1  # the two differ in one pixel only
-    masks = np.zeros((2, 6, 6), bool)
-    masks[0, 0, 0] = True  # for the first edit that pixel does not count: equally near, a miss
-    assert ground_truth.identity_hits(originals, originals, masks).tolist() == [False, True]
+def test_equally_near_is_a_hit():
+    original, other = np.zeros((3, 6, 6)), np.zeros((1, 3, 6, 6))
+    other[0, :, 0, 0] = 1  # the two differ in one pixel only
+    edited = np.full((2, 3, 6, 6), 0.5)
+    edited[1, :, 0, 0] = 0.51  # a little nearer to the other
+    mask = np.zeros((6, 6), bool)
+    assert ground_truth.identity_hits(edited, original, other, mask).tolist() == [True, False]
+    mask[0, 0] = True  # where they differ does not count
+    assert ground_truth.identity_hits(edited, original, other, mask).tolist() == [True, True]
 
 
 def test_another_patient_is_a_miss():
-    originals = images(4)
-    found = ground_truth.identity_retrieval(originals[[1, 0, 2, 3]], originals, np.zeros((4, 6, 6), bool))
-    assert (found["value"], found["n"]) == (0.5, 4)
+    own, *others = images(4)
+    assert not ground_truth.identity_hits(others, own, others, np.zeros((6, 6), bool)).any()
 
 
 def test_identity_agrees_with_plain_loops():
-    originals = images(12)
-    edited = originals + 6 * images(12, seed=1)  # so that some are lost
-    masks = np.random.default_rng(2).random((12, 6, 6)) < 0.3
+    own, *others = images(12)
+    edited = own + 6 * images(12, seed=1)  # so that some are lost
+    mask = np.random.default_rng(2).random((6, 6)) < 0.3
     expected = []
-    for i in range(12):
+    for image in edited:
         distances = []
-        for j in range(12):
+        for original in (own, *others):
             total = 0.0
             for y in range(6):
                 for x in range(6):
-                    if not masks[i, y, x]:
-                        total += sum((edited[i, c, y, x] - originals[j, c, y, x]) ** 2 for c in range(3))
+                    if not mask[y, x]:
+                        total += sum((image[c, y, x] - original[c, y, x]) ** 2 for c in range(3))
             distances.append(total)
-        expected.append(min(range(12), key=distances.__getitem__) == i)
+        expected.append(min(range(12), key=distances.__getitem__) == 0)
     assert 0 < sum(expected) < 12
-    assert ground_truth.identity_hits(edited, originals, masks).tolist() == expected
+    assert ground_truth.identity_hits(edited, own, others, mask).tolist() == expected
 
 
 # ---- oracle, strength, ceiling ---------------------------------------------------------------------
@@ -206,6 +207,8 @@ X, M = images(2), corner(2)
         (lambda: ground_truth.leakage(X, X, M[0]), r"mask: expected booleans \(2, 6, 6\)"),
         (lambda: ground_truth.leakage(X, X, M.astype(np.uint8) * 255), "mask: expected booleans .* uint8"),
         (lambda: ground_truth.leakage(X, X, M, -1), "dilate: expected 0 or more"),
+        (lambda: ground_truth.identity_hits(X, X[0, :, 1:], X[:, :, 1:], M[0]), "original: expected .* as edited"),
+        (lambda: ground_truth.identity_hits(X, X[0], X, M), "mask: expected booleans"),
         (lambda: ground_truth.oracle_class(X, X), "renderings: expected"),
         (lambda: ground_truth.edit_strength_correlation([[0.1, 0.2]], [5, 10, 15]), "target_probabilities: expected"),
         (lambda: ground_truth.edit_strength_correlation([[0.1]], [5]), "target_probabilities: expected"),

@@ -10,10 +10,11 @@ from small_networks import toy_context
 
 import ldm
 from ldm.conditioning import swap
+from ldm.phantom.prompts import DOMAINS
 from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion
 from ldm.samplers import ddim, initial_noise
 from ldm.study.structure.bottleneck import RowSwaps, scaled_swap_steps, seen_in, shared, trajectories
-from ldm.study.structure.domains import DOMAINS, Prompts
+from ldm.study.structure.domains import Prompts
 from ldm.traversal.plan import SWAP_STEPS
 
 

@@ -10,6 +10,7 @@ from tiny_checkpoints import TINY, part
 from torch import nn
 
 import ldm
+from ldm import files
 from ldm.checkpoint.loading import build
 from ldm.train import state
 from ldm.train.learner import Learner
@@ -88,14 +89,14 @@ def test_whenever_saving_dies_the_run_goes_on(tmp_path, monkeypatch, fatal):
     first = trained()
     folder.save(1, first)
     calls = iter(range(100))
-    sync = state._sync
+    sync = files._sync
 
     def dies(path: Path) -> None:
         if next(calls) == fatal:
             raise KeyboardInterrupt
         sync(path)
 
-    monkeypatch.setattr(state, "_sync", dies)
+    monkeypatch.setattr(files, "_sync", dies)
     monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: None)  # a killed process cleans nothing up
     second = trained(seed=1)
     with pytest.raises(KeyboardInterrupt):

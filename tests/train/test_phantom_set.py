@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ldm.phantom import render, sample_attributes
-from ldm.train import phantom_set
+from ldm.phantom.prompts import phrasings
 from ldm.train.phantom_set import PhantomSet, draw
 
 
@@ -100,25 +100,25 @@ def test_rendering_that_was_stopped_at_its_very_end_is_opened(tmp_path, monkeypa
 
 
 def test_every_image_has_the_wordings_of_its_attributes(phantoms):
-    none = phantom_set.phrasings("chest", {"pleural_effusion": False, "support_devices": False})
+    none = phrasings("chest", {"pleural_effusion": False, "support_devices": False})
     assert none == (
         "Normal chest X-ray with no significant findings",
         "Normal chest X-ray with no significant findings",
         "Chest X-ray of a subject with No Finding",
     )
-    both = phantom_set.phrasings("chest", {"pleural_effusion": True, "support_devices": True})
+    both = phrasings("chest", {"pleural_effusion": True, "support_devices": True})
     assert both == (
         "Chest X-ray of a subject with Pleural Effusion, Support Devices",
         "Chest X-ray showing Pleural Effusion, Support Devices",
     )
     absent = dict.fromkeys(("melanoma", "hair", "gel_bubble", "ruler", "ink"), False)
-    assert phantom_set.phrasings("skin", absent) == (
+    assert phrasings("skin", absent) == (
         "a dermoscopic image with melanocytic nevus (NV) with no visible artifacts",
         "a dermoscopic image with melanocytic nevus (NV)",
     )
-    assert phantom_set.phrasings("skin", absent | {"melanoma": True, "ruler": True}) == (
+    assert phrasings("skin", absent | {"melanoma": True, "ruler": True}) == (
         "a dermoscopic image with melanoma (MEL) showing ruler",
         "a dermoscopic image with melanoma (MEL) with a ruler visible",
     )
-    expected = [phantom_set.phrasings(d, a) for (d, _), a in zip(phantoms.keys, phantoms.attributes, strict=True)]
+    expected = [phrasings(d, a) for (d, _), a in zip(phantoms.keys, phantoms.attributes, strict=True)]
     assert phantoms.captions == expected

@@ -6,9 +6,10 @@ import pytest
 import torch
 from ldm_tools import cli
 from ldm_tools.examples import new_attribute
-from ldm_tools.examples.new_attribute import LABELS, PROMPTS, drawn, heart_probe, pairs, shown
+from ldm_tools.examples.new_attribute import PROMPTS, drawn, heart_probe, pairs, shown
 
 import ldm
+from ldm.phantom.prompts import CHEST_LABELS
 from ldm.pipeline import PHANTOM_WEIGHTS
 
 
@@ -35,6 +36,6 @@ def test_a_new_attribute_appears_on_demand_and_the_others_stay(tmp_path):
     assert cli.main([*train, "--sample-every", "0", "--keep", "1"]) == 0
     after = ldm.load(tmp_path / "out" / "last.safetensors", dtype=torch.bfloat16)
     now = {name: shown(drawn(after, name), probe) for name in PROMPTS}
-    for name in LABELS:
+    for name in CHEST_LABELS:
         assert now[name][name] >= 0.9, now
         assert now["neutral"][name] <= 0.1, now

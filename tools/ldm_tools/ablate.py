@@ -14,14 +14,14 @@ from tqdm import tqdm
 from ldm import pipeline
 from ldm.files import write_json
 from ldm.images import to_uint8
+from ldm.phantom.prompts import DOMAINS, GUIDANCE, Cell
 from ldm.probe.parts import HEAD, KINDS, Part, cross_attentions, parts, short
 from ldm.study import classifier as classifiers
-from ldm.study.evaluation.cells import Cell
 from ldm.study.metrics.stats import or_none
 from ldm.study.report.plot_style import save_figure
 from ldm.study.structure import ablation, ablation_figures
 from ldm.study.structure.ablation import Bench, Intact, Removed
-from ldm.study.structure.domains import DOMAINS, GUIDANCE, Settings, chosen_domains
+from ldm.study.structure.domains import Settings, chosen_domains
 from ldm.traversal.figures import Pixels
 from ldm.traversal.plan import parse_integers
 from ldm_tools.options import add_model, load_model

@@ -16,14 +16,14 @@ from tqdm import tqdm
 from ldm import pipeline
 from ldm.files import write_json
 from ldm.images import to_uint8
+from ldm.phantom.prompts import ATTRIBUTE_WORDS, DOMAINS, Cell
 from ldm.probe.parts import short
 from ldm.probe.words import END, PADDING, START, Word, own_words, words
-from ldm.study.evaluation.cells import Cell
 from ldm.study.report.plot_style import save_figure
 from ldm.study.structure import attention, attention_figures
-from ldm.study.structure.attention import ATTRIBUTE_WORDS, ITERATIONS, Looks, Patients
+from ldm.study.structure.attention import ITERATIONS, Looks, Patients
 from ldm.study.structure.attention_figures import Shown
-from ldm.study.structure.domains import DOMAINS, chosen_domains
+from ldm.study.structure.domains import chosen_domains
 from ldm.traversal.plan import parse_integers
 from ldm_tools.options import add_model, load_model
 

@@ -7,11 +7,10 @@ import time
 from pathlib import Path
 
 from ldm import pipeline
-from ldm.data import captions
 from ldm.files import write_json
+from ldm.phantom.prompts import DOMAINS, GUIDANCE, Cell
 from ldm.study import classifier
 from ldm.study.evaluation import pictures
-from ldm.study.evaluation.cells import Cell
 from ldm.study.evaluation.instruments import Instruments
 from ldm.study.evaluation.trajectories import stacked
 from ldm.study.metrics.perceptual import load_lpips
@@ -21,22 +20,8 @@ from ldm.traversal.plan import Traversal, parse_integers
 from ldm.traversal.run_folder import read_record, run_traversal, trajectory_columns, trajectory_rows, write_figures
 from ldm.traversal.store import load_seed
 
-TITLES = {"chest": "Chest X-ray", "skin": "Melanocytic nevus"}
-CHEST = {"pleural_effusion": "Pleural Effusion", "support_devices": "Support Devices"}
-PROMPTS = {
-    "chest": (
-        captions.CHEXPERT_NEUTRAL,
-        {name: captions.chexpert({label: 1.0}) for name, label in CHEST.items()},
-    ),
-    "skin": (
-        captions.ISIC_NEUTRAL["NV"],
-        {name: captions.isic_style("NV", name) for name in captions.ISIC_CAPTION_ARTIFACTS}
-        | {"melanoma": captions.ISIC_NEUTRAL["MEL"]},
-    ),
-}
 MAP_STEPS = (5, 15, 25)  # the swaps that the map of the latents shows
 NOTE = "Drawn phantoms and a small model trained on them: nothing here is a patient. Every image was made from noise."
-GUIDANCE = 3.0  # where every attribute appears and the neutral images are clean: see the card in weights/README.md
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,12 +43,12 @@ def run(args: argparse.Namespace) -> None:
     seeds = parse_integers(args.seeds, "--seeds")
     sd = pipeline.load(pipeline.PHANTOM_WEIGHTS)
     records, overview, pages = {}, [], []
-    for domain, (neutral, styles) in PROMPTS.items():
-        plan = Traversal(neutral=neutral, styles=styles, seeds=seeds, guidance=GUIDANCE)
+    for domain, cell in DOMAINS.items():
+        plan = Traversal(neutral=cell.neutral, styles=cell.styles, seeds=seeds, guidance=GUIDANCE)
         records[domain] = run_traversal(sd, plan, args.out / domain, label=domain)
-        write_figures(args.out / domain, plan, title=f'{domain}: "{neutral}"')
+        write_figures(args.out / domain, plan, title=f'{domain}: "{cell.neutral}"')
         overview += trajectory_rows(args.out / domain, plan, seeds[0])
-        pages.append(page(sd, domain, plan, args.out / domain))
+        pages.append(page(sd, cell, plan, args.out / domain))
     explorer.write(
         explorer.Explorer("Language-guided trajectories", shlex.join(["ldm", *sys.argv[1:]]), NOTE, tuple(pages)),
         args.out / "index.html",
@@ -81,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     }
     if evaluated or not read_record(args.out):
         write_json(args.out / "run.json", totals)
-    print(f"{len(seeds)} seeds, {' and '.join(f'{len(styles)} {d} attributes' for d, (_, styles) in PROMPTS.items())}")
+    print(f"{len(seeds)} seeds, {' and '.join(f'{len(cell.styles)} {d} attributes' for d, cell in DOMAINS.items())}")
     print(
         f"{totals['unet_rows']} U-Net rows, {evaluated} of them now, where separate runs cost "
         f"{totals['unet_rows_separate']}; {totals['seconds']} s"
@@ -89,11 +74,10 @@ def run(args: argparse.Namespace) -> None:
     print(f"look at {args.out / 'index.html'} and {args.out / 'overview.png'}")
 
 
-def page(sd: pipeline.StableDiffusion, domain: str, plan: Traversal, run: Path) -> explorer.Domain:
+def page(sd: pipeline.StableDiffusion, cell: Cell, plan: Traversal, run: Path) -> explorer.Domain:
     """One domain of the explorer: every seed, what the classifier sees along its curves, and the map of the latents."""
-    file = classifier.PHANTOM_CLASSIFIERS[domain]
+    file = classifier.PHANTOM_CLASSIFIERS[cell.name]
     instruments = Instruments(sd, classifier.load(file), file, load_lpips())
-    cell = Cell(domain, TITLES[domain], plan.neutral, plan.styles, domain)
     shown = [pictures.read(run, plan, seed) for seed in plan.seeds]
     latents = {seed: load_seed(run / "latents.safetensors", seed) for seed in plan.seeds}
     at = pictures.latent_map(

@@ -16,9 +16,10 @@ import torch
 from ldm.data import folders, splits
 from ldm.files import read_json, write_json
 from ldm.names import nearest
+from ldm.phantom.prompts import CELLS
 from ldm.study import classifier as classifiers
 from ldm.study.evaluation import report
-from ldm.study.evaluation.cells import PHANTOM_CELLS, cell_of_run
+from ldm.study.evaluation.cells import cell_of_run
 from ldm.study.evaluation.instruments import Instruments
 from ldm.study.evaluation.processes import Processes
 from ldm.study.evaluation.run import Task, Workplace, check, evaluate_cell
@@ -28,7 +29,7 @@ from ldm_tools import options
 
 # The options that only sampling takes, with their defaults; None: as many as there are seeds, or as is needed.
 SAMPLED = {
-    **{"cells": ",".join(PHANTOM_CELLS), "seeds": "0-15", "steps": 50, "negative": "", "max_batch": None},
+    **{"cells": ",".join(CELLS), "seeds": "0-15", "steps": 50, "negative": "", "max_batch": None},
     "guidance": 3.0,  # of the shipped model: see the card in weights/README.md
     **{"baseline_seeds": None, "truth_seeds": None, "truth_swap_steps": None, "truth_guidance": 1.0},
 }
@@ -174,19 +175,19 @@ def phantom_tasks(args: argparse.Namespace, averaged: tuple[int, ...]) -> list[T
     few = min(BASELINE_SEEDS, len(seeds)) if len(seeds) > 1 else 0  # the linear direction is a mean over other seeds
     names = [name.strip() for name in args.cells.split(",")]
     for name in names:
-        if name not in PHANTOM_CELLS:
-            hint = nearest(name, list(PHANTOM_CELLS))
-            raise ValueError(f"--cells: got {name!r}{hint}; expected some of {', '.join(PHANTOM_CELLS)}")
+        if name not in CELLS:
+            hint = nearest(name, list(CELLS))
+            raise ValueError(f"--cells: got {name!r}{hint}; expected some of {', '.join(CELLS)}")
     return [
         Task(
-            cell=PHANTOM_CELLS[name],
+            cell=CELLS[name],
             plan=Traversal(
                 seeds=seeds,
                 steps=args.steps,
                 guidance=args.guidance,
                 negative=args.negative,
-                neutral=PHANTOM_CELLS[name].neutral,
-                styles=PHANTOM_CELLS[name].styles,
+                neutral=CELLS[name].neutral,
+                styles=CELLS[name].styles,
             ),
             averaged=averaged,
             baseline_seeds=few if args.baseline_seeds is None else min(args.baseline_seeds, len(seeds)),

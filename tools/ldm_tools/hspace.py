@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from ldm import pipeline
 from ldm.files import write_json
-from ldm.study.evaluation.cells import Cell
+from ldm.phantom.prompts import DOMAINS, GUIDANCE, Cell
 from ldm.study.report.plot_style import save_figure
 from ldm.study.structure import bottleneck, bottleneck_figures
-from ldm.study.structure.domains import DOMAINS, GUIDANCE, chosen_domains
+from ldm.study.structure.domains import chosen_domains
 from ldm.traversal.plan import parse_integers
 from ldm_tools.options import add_model, add_own_prompts, load_model, own_prompts
 

@@ -8,13 +8,13 @@ import torch
 from ldm import pipeline
 from ldm.files import write_json
 from ldm.images import load_pixels, save_image
+from ldm.phantom.prompts import DOMAINS, GUIDANCE
 from ldm.train import autoencoder, judge
 from ldm.train.phantom_set import PhantomSet
 from ldm.traversal import figures
 from ldm.traversal.plan import Traversal, parse_integers
 from ldm.traversal.run_folder import image_path, run_traversal, swap_name
 from ldm.traversal.store import load_latents
-from ldm_tools.demo import GUIDANCE, PROMPTS
 
 TRAIN_SEED, TEST_SEED = 2_000_000, 3_000_000  # of the probe's images; the model was trained on seeds from 1,000,000
 
@@ -47,11 +47,11 @@ def run(args: argparse.Namespace) -> None:
     probe = judge.train_probe(*sets[0], args.out)
     report: dict[str, object] = {"guidance": args.guidance, "probe accuracy": judge.accuracy(probe, *sets[1])}
 
-    for domain, (neutral, styles) in PROMPTS.items():
+    for domain, cell in DOMAINS.items():
         out = args.out / domain
         plan = Traversal(
-            neutral=neutral,
-            styles=styles,
+            neutral=cell.neutral,
+            styles=cell.styles,
             seeds=seeds,
             swap_steps=swap_steps,
             guidance=args.guidance,
@@ -59,10 +59,10 @@ def run(args: argparse.Namespace) -> None:
         )
         run_traversal(sd, plan, out, label=domain)
         latents = load_latents(out / "latents.safetensors").latents
-        styled = {name: {s: latents[swap_name(name, s)] for s in swap_steps} for name in styles}
+        styled = {name: {s: latents[swap_name(name, s)] for s in swap_steps} for name in cell.styles}
         with torch.no_grad():
             report[domain] = judge.verdict(probe, domain, latents["neutral"], styled)
-        for name in ("neutral", *(swap_name(style, min(swap_steps)) for style in styles)):
+        for name in ("neutral", *(swap_name(style, min(swap_steps)) for style in cell.styles)):
             images = [load_pixels(image_path(out, seed, name)) for seed in seeds]
             rows = [images[i : i + 8] for i in range(0, len(images), 8)]
             sheet = figures.grid(rows, [""] * len(rows), [""] * 8, f"{domain}: {name}")

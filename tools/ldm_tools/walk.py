@@ -19,10 +19,10 @@ from torch import Tensor
 
 import ldm
 from ldm.config import SD15
-from ldm.data import captions
 from ldm.files import complete
 from ldm.guidance import guided
 from ldm.images import to_uint8
+from ldm.phantom.prompts import CELLS, GUIDANCE
 from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion
 from ldm.probe.trace import trace_model
 from ldm.samplers import ddim, initial_noise
@@ -33,9 +33,9 @@ from ldm.traversal.prompt_tree import swaps, traverse_tree
 WALK = Path(ldm.__file__).with_name("README.md")
 LINK = re.compile(r"\[`(?P<name>[\w.]+)`\]\((?P<file>[\w./]+\.py)#L(?P<line>\d+)\)")
 
-SEED, STEPS, GUIDANCE = 0, 50, 3.0
+SEED, STEPS = 0, 50
 DPI = 120
-PROMPTS = (captions.CHEXPERT_NEUTRAL, captions.chexpert({"Pleural Effusion": 1.0}))
+PROMPTS = (CELLS["chest"].neutral, CELLS["chest"].styles["pleural_effusion"])
 
 
 # ---- links -----------------------------------------------------------------------------------------

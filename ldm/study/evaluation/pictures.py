@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.images import Pixels, load_pixels
-from ldm.study.evaluation.cells import Cell
+from ldm.phantom.prompts import Cell
 from ldm.study.evaluation.instruments import Instruments
 from ldm.study.evaluation.trajectories import stacked
 from ldm.study.evaluation.truth import Patient

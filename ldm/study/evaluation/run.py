@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.phantom.prompts import Cell
 from ldm.study.evaluation import baselines, summary, truth
-from ldm.study.evaluation.cells import CLASS_HEAD, Cell
+from ldm.study.evaluation.cells import CLASS_HEAD
 from ldm.study.evaluation.instruments import Instruments
 from ldm.study.evaluation.processes import Processes
 from ldm.study.evaluation.trajectories import FRAMES, SampleSeed, check_run, from_run, measure, sampled, stacked

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ldm.phantom.prompts import Cell
 from ldm.study.evaluation.baselines import CURVE_METHODS, SWAP_METHODS
-from ldm.study.evaluation.cells import CLASS_HEAD, Cell
+from ldm.study.evaluation.cells import CLASS_HEAD
 from ldm.study.evaluation.trajectories import FRAMES, PATH_FIGURES
 from ldm.study.metrics import directions, ground_truth, stats
 from ldm.study.metrics.cfrt import READINGS, cfrt, successes

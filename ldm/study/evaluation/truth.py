@@ -20,8 +20,8 @@ from ldm.conditioning import constant
 from ldm.guidance import UNetFn, guided
 from ldm.images import from_uint8
 from ldm.phantom import Phantom, render
+from ldm.phantom.prompts import Cell
 from ldm.pipeline import StableDiffusion
-from ldm.study.evaluation.cells import Cell
 from ldm.study.evaluation.instruments import Instruments
 from ldm.study.evaluation.trajectories import stacked
 from ldm.study.metrics import ground_truth
@@ -117,7 +117,7 @@ def measure_truth(
     retraced = from_uint8(instruments.pixels(neutral[None]))[0]
     edited_pixels = instruments.pixels(swaps.flatten(0, 1))
     edited = from_uint8(edited_pixels).unflatten(0, swaps.shape[:2])
-    own_and_others = torch.cat([original[None], others[[g for g in range(len(others)) if GALLERY_SEEDS[g] != seed]]])
+    others = others[[g for g in range(len(others)) if GALLERY_SEEDS[g] != seed]]
     autoencoded = from_uint8(instruments.pixels(encoded))
 
     found = {
@@ -129,7 +129,9 @@ def measure_truth(
         "probabilities.swaps": instruments.probabilities(edited_pixels).unflatten(0, swaps.shape[:2]),
         "floor.psnr_db": psnr_db(retraced, original),
         "floor.latent": (neutral - encoded[0].cpu()).norm() / encoded[0].cpu().norm(),
-        "floor.retrieved": torch.stack([nearest_outside(retraced[None], own_and_others, m)[0] == 0 for m in masks]),
+        "floor.retrieved": torch.from_numpy(
+            np.concatenate([ground_truth.identity_hits(retraced[None], original, others, m) for m in masks])
+        ),
         "floor.oracle": torch.from_numpy(ground_truth.oracle_class(retraced[None], images[None]) == 0)[0],
         "floor.skill": torch.from_numpy(ground_truth.skill(autoencoded[1:], truths, original.expand_as(truths))),
         "floor.leakage": torch.from_numpy(
@@ -144,23 +146,13 @@ def measure_truth(
             ground_truth.leakage(e, retraced.expand_as(e), m.expand(len(e), -1, -1), DILATE_PX)
             for e, m in zip(edited, masks, strict=True)
         ],
-        "retrieved": [nearest_outside(e, own_and_others, m).numpy() == 0 for e, m in zip(edited, masks, strict=True)],
+        "retrieved": [ground_truth.identity_hits(e, original, others, m) for e, m in zip(edited, masks, strict=True)],
         "oracle": [
             ground_truth.oracle_class(e, images.expand(len(e), *images.shape)) == a + 1 for a, e in enumerate(edited)
         ],
     }.items():
         found[name] = torch.from_numpy(np.stack(rows).astype(np.float64))
     return found
-
-
-def nearest_outside(edited: Tensor, candidates: Tensor, mask: Tensor) -> Tensor:
-    """Which candidate each image is nearest to, in squared distance outside the mask; of equally near ones the first.
-
-    Args:    edited: (S, 3, h, w).  candidates: (G, 3, h, w).  mask: (h, w) bool.
-    Returns: (S,) int64.
-    """
-    outside = ~mask
-    return torch.stack([((candidates - image) * outside).square().sum(dim=(1, 2, 3)).argmin() for image in edited])
 
 
 def psnr_db(image: Tensor, reference: Tensor) -> Tensor:

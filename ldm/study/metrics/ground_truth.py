@@ -64,30 +64,26 @@ def dilated(masks: ArrayLike, pixels: int) -> NDArray[np.bool_]:
     return binary_dilation(masks, structure=np.ones((1, 3, 3), bool), iterations=pixels)
 
 
-def identity_hits(edited: ArrayLike, originals: ArrayLike, masks: ArrayLike) -> NDArray[np.bool_]:
-    """Whether each edit is still nearer to its own original than to that of any other seed.
+def identity_hits(edited: ArrayLike, original: ArrayLike, others: ArrayLike, mask: ArrayLike) -> NDArray[np.bool_]:
+    """Whether each edit of one patient is still as near to the patient's own original as to anyone else's.
 
-    The distance is Euclidean over the pixels outside the edit's own mask, since inside it a change is wanted. Equally
-    near is a miss.
+    The distance is Euclidean over the pixels outside the mask, since inside it a change is wanted. Equally near is a
+    hit, here and wherever retrieval@1 is reported.
 
-    Args:    edited, originals: (n, 3, H, W), row for row one seed.  masks: (n, H, W).
-    Returns: (n,) booleans.
+    Args:    edited: (B, 3, H, W).  original: (3, H, W).  others: (G, 3, H, W), of other patients.  mask: (H, W).
+    Returns: (B,) booleans.
     Raises:  ValueError: shapes that do not fit.
     """
-    edited, originals = _images(edited=edited, originals=originals)
-    n, channels = edited.shape[:2]
-    outside = np.repeat(~_masks(masks, edited)[:, None], channels, axis=1).reshape(n, -1).astype(np.float64)
-    edited, originals = edited.reshape(n, -1), originals.reshape(n, -1)
-    hits = np.empty(n, bool)
-    for i in range(n):
-        distances = cdist(edited[[i]], originals, "sqeuclidean", w=outside[i])[0]
-        hits[i] = (distances[i] < np.delete(distances, i)).all()
-    return hits
-
-
-def identity_retrieval(edited: ArrayLike, originals: ArrayLike, masks: ArrayLike) -> dict[str, Any]:
-    """Retrieval@1: the share of `identity_hits`, with its Wilson interval: value, n, interval."""
-    return stats.share(identity_hits(edited, originals, masks))
+    (edited,), (candidates,) = (
+        _images(edited=edited),
+        _images(original=np.concatenate([np.asarray(original)[None], np.asarray(others)])),
+    )
+    if edited.shape[1:] != candidates.shape[1:]:
+        raise ValueError(f"original: expected {edited.shape[1:]}, as edited, got {candidates.shape[1:]}")
+    outside = ~_masks(np.asarray(mask)[None], edited[:1])[0]
+    compared = (images[:, :, outside].reshape(len(images), -1) for images in (edited, candidates))
+    distances = cdist(*compared, "sqeuclidean")
+    return distances[:, 0] <= distances.min(axis=1)
 
 
 def oracle_class(edited: ArrayLike, renderings: ArrayLike, mask: ArrayLike | None = None) -> NDArray[np.int64]:

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.phantom.prompts import Cell
 from ldm.pipeline import StableDiffusion
 from ldm.probe.parts import Part, cross_attentions
 from ldm.probe.taps import Edit, put
 from ldm.schedule import leading
 from ldm.study.classifier import Classifier, columns
-from ldm.study.evaluation.cells import Cell
 from ldm.study.metrics.ground_truth import dilated
 from ldm.study.structure.domains import Prompts, Settings, decoded, denoise
 

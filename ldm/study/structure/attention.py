@@ -22,24 +22,14 @@ from ldm.conditioning import constant
 from ldm.guidance import guided
 from ldm.images import from_uint8
 from ldm.phantom import render
+from ldm.phantom.prompts import Cell
 from ldm.pipeline import StableDiffusion
 from ldm.probe.parts import cross_attentions
 from ldm.probe.words import Word
 from ldm.samplers import ddim
-from ldm.study.evaluation.cells import Cell
 from ldm.traversal.inversion import ddim_inversion
 
 ITERATIONS = 2  # of the inversion, a step; see `ldm.inversion`
-ATTRIBUTE_WORDS = {
-    "pleural_effusion": ("pleural", "effusion"),
-    "support_devices": ("support", "devices"),
-    "hair": ("hairs",),
-    "gel_bubble": ("gel", "bubbles"),
-    "ruler": ("ruler",),
-    "ink": ("ink",),
-    "melanoma": ("melanoma",),
-}
-
 Bools = NDArray[np.bool_]
 
 

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.guidance import guided
+from ldm.phantom.prompts import Cell
 from ldm.pipeline import StableDiffusion
 from ldm.samplers import ddim, initial_noise
-from ldm.study.evaluation.cells import Cell
 from ldm.study.metrics import directions, stats
 from ldm.study.structure.domains import Prompts
 from ldm.traversal.plan import SWAP_STEPS

@@ -4,29 +4,16 @@ Letters: A attributes, B seeds, R rows of one batch, S steps, L tokens, D contex
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ldm.conditioning import constant
-from ldm.data import captions
 from ldm.guidance import guided
+from ldm.phantom.prompts import DOMAINS, GUIDANCE, Cell
 from ldm.pipeline import StableDiffusion
 from ldm.samplers import ddim, initial_noise
-from ldm.study.evaluation.cells import PHANTOM_CELLS, Cell
-
-GUIDANCE = 3.0  # of the shipped model: see the card in weights/README.md
-
-# The nevus of the experiment, and the diagnosis as one more attribute: all that the skin's prompts can ask for.
-DOMAINS = {
-    "chest": PHANTOM_CELLS["chest"],
-    "skin": replace(
-        PHANTOM_CELLS["nevus"],
-        name="skin",
-        styles={**PHANTOM_CELLS["nevus"].styles, "melanoma": captions.ISIC_NEUTRAL["MEL"]},
-    ),
-}
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,18 @@ from pathlib import Path
 
 from ldm.bench import harness, samplers, samplers_report
 from ldm.files import write_json
+from ldm.phantom.prompts import CELLS
 from ldm.pipeline import PHANTOM_WEIGHTS
 from ldm.samplers import SAMPLERS
 from ldm.schedule import SPACINGS
 from ldm.study import classifier as classifiers
-from ldm.study.evaluation.cells import PHANTOM_CELLS
 from ldm.study.evaluation.instruments import Instruments
 from ldm.study.metrics.perceptual import Unavailable
 from ldm.study.report.plot_style import save_figure
 from ldm.traversal.plan import parse_integers
 from ldm_tools.options import add_model, add_own_prompts, load_model, own_prompts
 
-CELL = PHANTOM_CELLS["chest"]
+CELL = CELLS["chest"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,11 +4,11 @@ import argparse
 import json
 
 from ldm.bench import harness, traversal
-from ldm.study.evaluation.cells import PHANTOM_CELLS
+from ldm.phantom.prompts import CELLS
 from ldm.traversal.plan import SWAP_STEPS, Traversal
 from ldm_tools.options import add_model, load_model, max_batch
 
-CELL = PHANTOM_CELLS["chest"]  # two attributes, as the paper's chest X-rays
+CELL = CELLS["chest"]  # two attributes, as the paper's chest X-rays
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,14 +13,14 @@ from torch.nn import functional as F
 
 import ldm
 from ldm.blocks import Attention
-from ldm.data import captions
 from ldm.phantom import render
+from ldm.phantom.prompts import DOMAINS, chest_style
 from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion
 from ldm.train.diffusion import predict_noise
 from ldm.unet import UNet
 from ldm_tools.examples.measure import sample
 
-PROMPTS = (captions.CHEXPERT_NEUTRAL, captions.chexpert({"Cardiomegaly": 1.0}))
+PROMPTS = (DOMAINS["chest"].neutral, chest_style("cardiomegaly"))
 
 
 class LoRA(nn.Module):

@@ -4,14 +4,13 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning import constant
-from ldm.data import captions
 from ldm.guidance import UNetFn, guided
 from ldm.images import to_uint8
+from ldm.phantom.prompts import DOMAINS, GUIDANCE
 from ldm.pipeline import StableDiffusion
 from ldm.samplers import ddim, initial_noise
 
-PROMPTS = (captions.chexpert({"Pleural Effusion": 1.0}), captions.isic_style("NV", "hair"))
-GUIDANCE = 3.0
+PROMPTS = (DOMAINS["chest"].styles["pleural_effusion"], DOMAINS["skin"].styles["hair"])
 
 
 @torch.no_grad()

@@ -18,16 +18,15 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 import ldm
-from ldm.data import captions
 from ldm.images import save_image, to_uint8
 from ldm.phantom import render, sample_attributes
+from ldm.phantom.prompts import CHEST_LABELS, DOMAINS, chest_style
 from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion
 from ldm.study import classifier
 from ldm.traversal import figures
 from ldm_tools.examples.measure import sample
 
-LABELS = {"pleural_effusion": "Pleural Effusion", "support_devices": "Support Devices", "cardiomegaly": "Cardiomegaly"}
-PROMPTS = {"neutral": captions.CHEXPERT_NEUTRAL} | {n: captions.chexpert({label: 1.0}) for n, label in LABELS.items()}
+PROMPTS = {"neutral": DOMAINS["chest"].neutral} | {name: chest_style(name) for name in CHEST_LABELS}
 SEEDS, STEPS, COLUMNS = tuple(range(32)), 20, 6
 
 
@@ -76,9 +75,9 @@ def main() -> None:
         sd = ldm.load(path, dtype=torch.bfloat16)
         for name in PROMPTS:
             images = drawn(sd, name)
-            rows[f"{when}: {LABELS.get(name, name)}"] = list(to_uint8(images[:COLUMNS]))
-            shares = ", ".join(f"{LABELS[n]} {share:.0%}" for n, share in shown(images, probe).items())
-            print(f"{when}, asked for {LABELS.get(name, name)}: {shares}")
+            rows[f"{when}: {CHEST_LABELS.get(name, name)}"] = list(to_uint8(images[:COLUMNS]))
+            shares = ", ".join(f"{CHEST_LABELS[n]} {share:.0%}" for n, share in shown(images, probe).items())
+            print(f"{when}, asked for {CHEST_LABELS.get(name, name)}: {shares}")
     columns = [f"seed {seed}" for seed in SEEDS[:COLUMNS]]
     save_image(args.sheet, figures.grid(list(rows.values()), list(rows), columns).convert("L"))
 

@@ -20,12 +20,12 @@ from tqdm import tqdm
 
 from ldm.files import write_json
 from ldm.images import from_uint8
+from ldm.phantom.prompts import DOMAINS, GUIDANCE
 from ldm.pipeline import PHANTOM_WEIGHTS
 from ldm.study.report import table_formats
 from ldm.study.report.plot_style import PAGE_WIDTH, SMALL, new_figure, save_figure
 from ldm.traversal.plan import parse_integers
 from ldm.traversal.real_images import relative_error
-from ldm_tools.demo import GUIDANCE, PROMPTS
 from ldm_tools.options import add_model, load_model
 from ldm_tools.traps import sampling, text, unet, vae
 from ldm_tools.traps.recipe import Job, Recipe, Trap, decode, draw, encode
@@ -189,7 +189,7 @@ def jobs_of(args: argparse.Namespace) -> dict[str, Job]:
         raise ValueError("--neutral, --style: expected two prompts that this model knows")
     styles = {"chest": "pleural_effusion", "skin": "hair"}
     return {
-        domain: Job(seeds, PROMPTS[domain][0], PROMPTS[domain][1][style], steps=args.steps, guidance=GUIDANCE)
+        domain: Job(seeds, DOMAINS[domain].neutral, DOMAINS[domain].styles[style], steps=args.steps, guidance=GUIDANCE)
         for domain, style in styles.items()
     }
 
