@@ -27,13 +27,18 @@ from ldm.files import complete
 
 # In the order in which the library lays tensors out: by this list, then by name.
 DTYPES = {
+    "U64": torch.uint64,
     "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
+    "U32": torch.uint32,
     "I32": torch.int32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
+    "U16": torch.uint16,
     "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
@@ -64,12 +69,14 @@ class LazyTensor:
 
     key: its name where it is stored.
     fetch(copy): the tensor on the CPU. From a file: copy=True reads it, copy=False may give a view of the mapped file.
+    mapped: whether fetch(False) gives such a view.
     """
 
     key: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     fetch: Callable[[bool], Tensor]
+    mapped: bool = False
 
     @classmethod
     def of(cls, key: str, tensor: Tensor) -> "LazyTensor":
@@ -90,7 +97,7 @@ class LazyTensor:
         """
         if dtype is None or dtype == self.dtype or not self.dtype.is_floating_point:
             return self
-        return replace(self, dtype=dtype, fetch=lambda copy: self.fetch(True).to(dtype))
+        return replace(self, dtype=dtype, fetch=lambda copy: self.fetch(True).to(dtype), mapped=False)
 
 
 @dataclass(frozen=True)
@@ -198,7 +205,7 @@ class TensorFile:
     def tensors(self) -> dict[str, LazyTensor]:
         """Every tensor, unread, in the order of the data."""
         return {
-            name: LazyTensor(name, shape, dtype, partial(self._fetch, name))
+            name: LazyTensor(name, shape, dtype, partial(self._fetch, name), mapped=True)
             for name, (dtype, shape, _, _) in self.header.entries.items()
         }
 

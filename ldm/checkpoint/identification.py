@@ -1,22 +1,22 @@
 """What a path holds, told from names and headers alone: parts, the names of their tensors, and what is left over."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ldm.checkpoint import layouts, settings
+from ldm.checkpoint import config_json, layouts, settings
 from ldm.checkpoint.container import CheckpointError, Header, LazyTensor, TensorFile, naming
-from ldm.checkpoint.foreign import PICKLE_SUFFIXES, refuse_other_folders, refuse_other_formats, refuse_other_models
-from ldm.checkpoint.layouts import FOLDERS, PARTS, SINGLE_PREFIXES
+from ldm.checkpoint.dialects import sort_tensors
+from ldm.checkpoint.folders import Files, networks_of, open_file, open_files, single_network, stored
+from ldm.checkpoint.foreign import read_json, refuse_other_classes
+from ldm.checkpoint.layouts import FOLDERS, PARTS
+from ldm.checkpoint.quantised import FLOAT8
 
 Layout = Literal["single", "folder", "part"]
 WeightSet = Literal["ema", "plain"]
 
 PART_NAMES = {"clip": "text encoder", "vae": "autoencoder", "unet": "U-Net", "unet_ema": "U-Net's moving average"}
-WEIGHT_FILES = {"clip": "model.safetensors", "vae": "diffusion_pytorch_model.safetensors"}
-WEIGHT_FILES["unet"] = WEIGHT_FILES["vae"]
-NON_EMA_FILE = "diffusion_pytorch_model.non_ema.safetensors"
 EXTRAS_FILE = "single_file_extras.safetensors"  # ours: what a single file holds and a folder has no place for
 
 # Keys of the metadata in files of ours.
@@ -24,13 +24,6 @@ CONFIG_KEY = "ldm.config"
 HEADER_KEY = "ldm.header."
 VAE_NAMES_KEY = "ldm.vae_names"
 BLOCKS_KEY = "ldm.unet_blocks"  # classes that are not the standard ones, by name
-
-# A file that holds one network in our names, told by the names that it begins with.
-_PART_MARKS = {
-    "unet": ("down_blocks.", "mid_block.", "up_blocks.", "time_embedding."),
-    "vae": ("encoder.down_blocks.", "decoder.up_blocks.", "encoder.mid_block.", "decoder.mid_block."),
-    "clip": ("text_model.",),
-}
 
 
 @dataclass(frozen=True)
@@ -43,6 +36,9 @@ class Checkpoint:
     extras: known tensors that are no network's.  unexpected: stored names that nothing explains.
     hidden: part -> settings that shapes do not show.  headers: "single" or a part -> the header of a file that was
     read, or that a conversion carried along.
+    single_names: whether a network alone has CompVis names.  ema_only: whether the U-Net is a moving average without
+    the trained weights.  scales: stored names of what quantised weights are multiplied with.
+    config_files: part -> the config.json beside its weights.
     """
 
     path: Path
@@ -54,6 +50,10 @@ class Checkpoint:
     hidden: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     headers: Mapping[str, Header] = field(default_factory=dict)
     vae_names: Literal["new", "old"] = "new"
+    single_names: bool = False
+    ema_only: bool = False
+    scales: tuple[str, ...] = ()
+    config_files: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def blocks(self) -> str:
@@ -68,13 +68,21 @@ class Checkpoint:
         """What it is, in a few words."""
         kinds = {"single": "SD1.5 single file", "folder": "diffusers folder", "part": "diffusers-layout file"}
         kind = kinds[self.layout]
+        if self.layout == "part" and self.single_names:
+            kind = "CompVis-layout file"
         if any(CONFIG_KEY in header.metadata for header in self.headers.values()):
             kind += " written by ldm"
         if self.layout == "folder" and "vae" in self.parts:
             kind += f" ({self.vae_names} autoencoder names)"
         if self.missing_parts:
             kind += ", only " + " and ".join(PART_NAMES[part] for part in PARTS if part in self.parts)
-        return kind + (", with plain and EMA weights" if "unet_ema" in self.parts else "")
+        return kind + (", with plain and EMA weights" if "unet_ema" in self.parts else "") + self._manner()
+
+    def _manner(self) -> str:
+        """What else its weights are."""
+        in_float8 = any(dtype in FLOAT8 for file in self.files for dtype, *_ in file.header.entries.values())
+        scaled = "with scales, read as float32" if self.scales else "read as float16"
+        return (", EMA weights only" if self.ema_only else "") + (f", in float8 {scaled}" if in_float8 else "")
 
     def choose(self, ema: WeightSet | None) -> "Checkpoint":
         """The same with one set of U-Net weights; the tensors of the other become extras.
@@ -84,10 +92,12 @@ class Checkpoint:
         if ema not in (None, "ema", "plain"):
             raise CheckpointError(f"ema: {ema!r}, expected 'ema', 'plain' or None")
         if "unet_ema" not in self.parts:
-            if ema == "ema":
+            if ema == "ema" and not self.ema_only:
                 raise CheckpointError(
                     f"{self.path}: has one set of U-Net weights, not marked as EMA or plain: leave ema (--ema) out"
                 )
+            if ema == "plain" and self.ema_only:
+                raise CheckpointError(f"{self.path}: has the U-Net's moving average only: leave ema (--ema) out")
             return self
         if ema is None:
             raise CheckpointError(
@@ -137,69 +147,111 @@ def identify(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        return _identify_folder(path)
-    file = _open(path)
-    if any(name.startswith(tuple(SINGLE_PREFIXES.values())) for name in file.header.entries):
-        return _identify_single(file)
-    for part, marks in _PART_MARKS.items():
-        if any(name.startswith(marks) for name in file.header.entries):
-            return _from_part_files(path, "part", {part: file})
-    first = next(iter(file.header.entries), "none")
-    raise CheckpointError(f"{path}: none of its {len(file.header.entries)} tensors is SD1.5's (the first: {first})")
+        network = single_network(path)
+        return _identify_folder(path) if network is None else identify(network)
+    return _identify_file(path)
 
 
-def _open(path: Path) -> TensorFile:
-    refuse_other_formats(path)
-    file = TensorFile(path)
-    refuse_other_models(path, {name: tensor.shape for name, tensor in file.tensors().items()})
-    return file
-
-
-def _identify_single(file: TensorFile) -> Checkpoint:
-    """Sort a single file's tensors into parts, extras and unexpected ones."""
-    tensors, parts = file.tensors(), {}
-    for part, prefix in SINGLE_PREFIXES.items():
-        stored = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        renamed = layouts.from_single(part, stored)
-        parts[part] = {ours: _as_ours(ours, stored[single]) for single, ours in renamed.items() if ours is not None}
-    ema_keys = {name: layouts.ema_key(tensor.key) for name, tensor in parts["unet"].items()}
-    parts["unet_ema"] = {name: tensors[key] for name, key in ema_keys.items() if key in tensors}
-    placed = {tensor.key for part in parts.values() for tensor in part.values()}
-    extras, unexpected = _sort_extras(tensor for name, tensor in tensors.items() if name not in placed)
-    return Checkpoint(
-        path=file.path,
-        layout="single",
-        files=(file,),
-        parts={part: tensors for part, tensors in parts.items() if tensors},
+def _identify_file(path: Path) -> Checkpoint:
+    """One file, or the shards of one: a whole model, or networks alone."""
+    files = open_files(path)
+    with naming(path):
+        found = sort_tensors(stored(files))
+        hidden = settings.hidden_from_metadata(files[0].header.metadata, CONFIG_KEY)
+    if not found.parts:
+        names = [name for file in files for name in file.header.entries]
+        raise CheckpointError(f"{path}: none of its {len(names)} tensors is SD1.5's (the first: {(*names, 'none')[0]})")
+    part = next(iter(found.parts))
+    config_file = path.with_name("config.json")
+    extras, unexpected = _sort_extras(found.rest)
+    checkpoint = Checkpoint(
+        path=path,
+        layout="single" if found.several else "part",
+        files=files,
+        parts=found.parts,
         extras=extras,
         unexpected=unexpected,
-        hidden=_hidden_from_metadata(file),
-        headers={"single": file.header, **_carried_headers(file)},
-        vae_names="old" if file.header.metadata.get(VAE_NAMES_KEY) == "old" else "new",
+        hidden=hidden,
+        headers=_headers("single" if found.several else part, files),
+        vae_names="old" if found.old_vae_names or files[0].header.metadata.get(VAE_NAMES_KEY) == "old" else "new",
+        single_names=found.single_names,
+        ema_only=found.ema_only,
+        scales=found.scales,
+    )
+    return checkpoint if found.several else _with_config_json(checkpoint, part, config_file)
+
+
+def _identify_folder(path: Path) -> Checkpoint:
+    """A folder with a folder for each network."""
+    files = networks_of(path)
+    found = {}
+    for part, part_files in files.items():
+        with naming(part_files[0].path):
+            network = part.removesuffix("_ema")
+            found[part] = sort_tensors(stored(part_files), network)
+    extras, unexpected = _sort_extras({name: t for one in found.values() for name, t in one.rest.items()})
+    checkpoint = Checkpoint(
+        path=path,
+        layout="folder",
+        extras=extras,
+        unexpected=unexpected,
+        files=tuple(file for part_files in files.values() for file in part_files),
+        parts={part: one.parts.get(part.removesuffix("_ema"), {}) for part, one in found.items()},
+        hidden={
+            part: _hidden_from_metadata(part_files[0]).get(part, {})
+            for part, part_files in files.items()
+            if part in PARTS
+        },
+        headers={part: header for part in files for header in _headers(part, files[part]).values()},
+        vae_names="old" if "vae" in found and found["vae"].old_vae_names else "new",
+        single_names=any(one.single_names for one in found.values()),
+        scales=tuple(scale for one in found.values() for scale in one.scales),
+    )
+    for part in PARTS:
+        if part in files:
+            checkpoint = _with_config_json(checkpoint, part, path / FOLDERS[part] / "config.json")
+    if not (path / EXTRAS_FILE).exists():
+        return checkpoint
+    file = open_file(path / EXTRAS_FILE)
+    extras, unexpected = _sort_extras(file.tensors())
+    return replace(
+        checkpoint,
+        files=(*checkpoint.files, file),
+        extras=(*checkpoint.extras, *extras),
+        unexpected=checkpoint.unexpected + unexpected,
+        headers={**checkpoint.headers, **_carried_headers(file)},
     )
 
 
-def _sort_extras(tensors: Iterable[LazyTensor]) -> tuple[tuple[LazyTensor, ...], tuple[str, ...]]:
-    """What no network holds: known tensors, and the names of those that nothing explains."""
-    extras, unexpected = [], []
-    for tensor in tensors:
-        if layouts.UNNEEDED.fullmatch(tensor.key):
-            extras.append(tensor)
-        else:
-            unexpected.append(tensor.key)
-    return tuple(extras), tuple(unexpected)
+def _with_config_json(checkpoint: Checkpoint, part: str, path: Path) -> Checkpoint:
+    """With what a config.json beside a network's weights tells; a checkpoint without one stays as it is."""
+    if not path.exists():
+        return checkpoint
+    refuse_other_classes(path, read_json(path))
+    from_json = config_json.settings_in(path, part)
+    from_metadata = checkpoint.hidden.get(part, {})
+    config_json.require_one_meaning(path, from_json, from_metadata)
+    return replace(
+        checkpoint,
+        hidden={**checkpoint.hidden, part: {**from_json, **from_metadata}},
+        config_files={**checkpoint.config_files, part: path},
+    )
 
 
-def _as_ours(name: str, tensor: LazyTensor) -> LazyTensor:
-    """The autoencoder's attention weights as matrices: (C, C, 1, 1) -> (C, C)."""
-    if layouts.is_vae_attention_weight(name) and tensor.shape[2:] == (1, 1):
-        return tensor.reshaped(tensor.shape[:2])
-    return tensor
+def _sort_extras(tensors: Mapping[str, LazyTensor]) -> tuple[tuple[LazyTensor, ...], tuple[str, ...]]:
+    """What no network holds: known tensors, under their names without wrappers; and names that nothing explains."""
+    known = [replace(tensor, key=name) for name, tensor in tensors.items() if layouts.UNNEEDED.fullmatch(name)]
+    return tuple(known), tuple(t.key for name, t in tensors.items() if not layouts.UNNEEDED.fullmatch(name))
 
 
 def _hidden_from_metadata(file: TensorFile) -> dict[str, dict[str, Any]]:
     with naming(file.path):
         return settings.hidden_from_metadata(file.header.metadata, CONFIG_KEY)
+
+
+def _headers(role: str, files: Files) -> dict[str, Header]:
+    """The header of one file, and those that it carries; none of shards, which are written back as one file."""
+    return {role: files[0].header, **_carried_headers(files[0])} if len(files) == 1 else {}
 
 
 def _carried_headers(file: TensorFile) -> dict[str, Header]:
@@ -208,88 +260,3 @@ def _carried_headers(file: TensorFile) -> dict[str, Header]:
     carried = {key.removeprefix(HEADER_KEY): text for key, text in metadata.items() if key.startswith(HEADER_KEY)}
     with naming(file.path):
         return {role: Header.parse(text.encode()) for role, text in carried.items()}
-
-
-def _identify_folder(path: Path) -> Checkpoint:
-    refuse_other_folders(path)
-    present = sorted(entry.name for entry in path.iterdir())
-    if not present:
-        raise CheckpointError(f"{path}: an empty folder: fetch the model into it again")
-    if WEIGHT_FILES["unet"] in present or "diffusion_pytorch_model.fp16.safetensors" in present:
-        # The folder of one network: unet/ itself, for instance.
-        return identify(path / _pick(path, WEIGHT_FILES["unet"]))
-    if not any(FOLDERS[part] in present for part in PARTS):
-        weights = [name for name in present if name.endswith(".safetensors")]
-        advice = f"; give one of its files: {_some(weights)}" if weights else ""
-        raise CheckpointError(
-            f"{path}: none of unet/, vae/, text_encoder/ in this folder (it has {_some(present)}){advice}"
-        )
-
-    files = {}
-    for part in PARTS:
-        folder = path / FOLDERS[part]
-        if folder.is_dir():
-            name = _pick(folder, WEIGHT_FILES[part])
-            files[part] = _open(folder / name)
-    # Two published ways to keep both sets: a second file in unet/, or the training scripts' unet_ema/ beside it.
-    if "unet" in files and (path / "unet" / NON_EMA_FILE).exists():
-        files["unet"], files["unet_ema"] = _open(path / "unet" / NON_EMA_FILE), files["unet"]
-    elif "unet" in files and (path / "unet_ema").is_dir():
-        files["unet_ema"] = _open(path / "unet_ema" / _pick(path / "unet_ema", WEIGHT_FILES["unet"]))
-    checkpoint = _from_part_files(path, "folder", files)
-    if not (path / EXTRAS_FILE).exists():
-        return checkpoint
-    file = _open(path / EXTRAS_FILE)
-    extras, unexpected = _sort_extras(file.tensors().values())
-    return replace(
-        checkpoint,
-        files=(*checkpoint.files, file),
-        extras=extras,
-        unexpected=unexpected,
-        headers={**checkpoint.headers, **_carried_headers(file)},
-    )
-
-
-def _pick(folder: Path, name: str) -> str:
-    """The weights in one network's folder: full precision before the fp16 variant, never a pickle."""
-    fp16_name = name.replace(".safetensors", ".fp16.safetensors")
-    for candidate in (name, fp16_name):
-        if (folder / candidate).exists():
-            return candidate
-    present = sorted(entry.name for entry in folder.iterdir())
-    if pickles := [entry for entry in present if entry.endswith(PICKLE_SUFFIXES)]:
-        raise CheckpointError(
-            f"{folder}: only pickled weights ({_some(pickles)}), never read here since they can run code; get {name}"
-        )
-    raise CheckpointError(f"{folder}: no {name} and no {fp16_name} in it (it has {_some(present) or 'nothing'})")
-
-
-def _some(names: Iterable[str], limit: int = 4) -> str:
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
-def _from_part_files(path: Path, layout: Layout, files: Mapping[str, TensorFile]) -> Checkpoint:
-    """One file a network, in our names or, for the autoencoder, in those before diffusers 0.18."""
-    parts, hidden = {}, {}
-    to_new, has_old_names = dict(layouts.OLD_VAE_NAMES), False
-    for part, file in files.items():
-        tensors = file.tensors()
-        if part == "vae":
-            ours = {name: layouts.rename(name, to_new) or name for name in tensors}
-            has_old_names = any(name != new for name, new in ours.items())
-            tensors = {new: _as_ours(new, tensors[name]) for name, new in ours.items()}
-        parts[part] = tensors
-        if part in PARTS:
-            from_json = settings.hidden_from_json(file.path.with_name("config.json"), part)
-            hidden[part] = {**from_json, **_hidden_from_metadata(file).get(part, {})}
-    return Checkpoint(
-        path=path,
-        layout=layout,
-        files=tuple(files.values()),
-        parts=parts,
-        hidden=hidden,
-        headers={part: file.header for part, file in files.items()},
-        vae_names="old" if has_old_names else "new",
-    )

@@ -19,12 +19,24 @@ SINGLE_PREFIXES = {
 }
 FOLDERS = {"clip": "text_encoder", "vae": "vae", "unet": "unet"}
 
-# What training left in the single file, and what networks compute for themselves: no weights.
+EMA_PREFIX = "model_ema."
+
+# What training left in files, what networks compute for themselves, and other models' tensors that travel with SD1.5's
+# and that it does not use: no weights of its networks.
 UNNEEDED = re.compile(
+    # the schedule, and numbers of the training
     r"betas|(log_one_minus_|sqrt_|sqrt_one_minus_|sqrt_recip_|sqrt_recipm1_)?alphas_cumprod(_prev)?"
-    r"|posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)"
+    r"|posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)|lvlb_weights|logvar|scale_factor"
+    r"|epoch|iter|iteration|step|global_step|__index_timestep_zero__"
     r"|model_ema\.(decay|num_updates)"
-    r"|(cond_stage_model\.transformer\.)?text_model\.embeddings\.position_ids"
+    # the text encoder's positions; the rest of CLIP, which compares texts with images
+    r"|(cond_stage_model\.(transformer\.)?|text_encoder\.|(text_encoders\.)?clip_l\.(transformer\.)?)?"
+    r"((text_model\.)?embeddings\.position_ids|logit_scale|text_projection(\.weight)?|visual_projection\.weight"
+    r"|vision_model\..*)"
+    # the autoencoder's discriminator and perceptual loss, and its own moving average
+    r"|(first_stage_model\.)?(loss\..*|model_ema\.(decay|num_updates|(encoder|decoder|quant_conv|post_quant_conv).*))"
+    # embeddings that came along with a model, the filter of images
+    r"|bundle_emb\..*|embedding_manager\..*|safety_checker\..*"
 )
 
 Pairs = list[tuple[str, str]]  # (prefix in the single file, prefix in ours)
@@ -198,7 +210,22 @@ def to_single(part: str, names: Iterable[str], depth: Depth) -> dict[str, str]:
 
 def ema_key(single_name: str) -> str:
     """Where the full single file keeps the moving average of a U-Net weight: its name after `model.`, without dots."""
-    return "model_ema." + single_name.removeprefix("model.").replace(".", "")
+    return EMA_PREFIX + single_name.removeprefix("model.").replace(".", "")
+
+
+# The words of a U-Net's names in the single file. Of two numbers in a row the second has one digit.
+_EMA_WORDS = re.compile(
+    r"diffusion_model|(?:input|output)_blocks\d+(?=\d)|middle_block|time_embed|transformer_blocks\d+|skip_connection"
+    r"|(?:in|emb|out)_layers|proj_in|proj_out|attn[12]|to_[qkv]|to_out|norm\d?|ff|net|proj|conv|out|op|weight|bias|\d"
+)
+
+
+def from_ema_key(key: str) -> str | None:
+    """The inverse of `ema_key`; None for a name that is not made of a U-Net's words."""
+    words = _EMA_WORDS.findall(key.removeprefix(EMA_PREFIX))
+    dotted = ".".join(re.sub(r"(?<=blocks)(\d+)", r".\1", word) for word in words)
+    single = f"model.{dotted}"
+    return single if words[:1] == ["diffusion_model"] and ema_key(single) == key else None
 
 
 def is_vae_attention_weight(name: str) -> bool:

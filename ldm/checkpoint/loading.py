@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ldm.checkpoint import settings
+from ldm.checkpoint import config_json, settings
 from ldm.checkpoint.container import CheckpointError, LazyTensor
 from ldm.checkpoint.identification import PART_NAMES, Checkpoint, WeightSet, identify
 from ldm.checkpoint.layouts import PARTS
@@ -98,7 +98,11 @@ def examine(checkpoint: Checkpoint) -> Examined:
                 "do not show in them, and are SD1.5's unless config.json or our own metadata tells them"
             ) from error
         expected[part] = {name: tuple(tensor.shape) for name, tensor in networks[part].state_dict().items()}
-    return Examined(checkpoint, configs, networks, explain(checkpoint, expected))
+    report = explain(checkpoint, expected)
+    for part, path in checkpoint.config_files.items():
+        if report.ok and part in configs:
+            config_json.require_agreement(path, configs[part])
+    return Examined(checkpoint, configs, networks, report)
 
 
 def load_parts(
@@ -140,7 +144,7 @@ def load_parts(
     for part, network in examined.networks.items():
         part_dtype = vae_dtype or dtype if part == "vae" else dtype
         tensors = {name: tensor.cast(part_dtype) for name, tensor in checkpoint.parts[part].items()}
-        mapped = mapped and all(tensors[name].dtype == checkpoint.parts[part][name].dtype for name in tensors)
+        mapped = mapped and all(tensor.mapped for tensor in tensors.values())
         fill(network, tensors, device)
     clip, vae, unet = (examined.networks[part] for part in PARTS)
     assert isinstance(clip, CLIPTextEncoder)

@@ -58,7 +58,7 @@ def explain(checkpoint: Checkpoint, expected: Mapping[str, Shapes]) -> KeyReport
 
     expected: part -> our names -> shapes, for each part that the checkpoint has.
     """
-    used, missing, wrong_shape = [], [], []
+    used, missing, wrong_shape = list(checkpoint.scales), [], []
     unneeded = [tensor.key for tensor in checkpoint.extras]
     unexpected = list(checkpoint.unexpected)
     for part, tensors in checkpoint.parts.items():

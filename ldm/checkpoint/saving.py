@@ -13,16 +13,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ldm.checkpoint import layouts, settings
+from ldm.checkpoint import config_json, layouts, settings
 from ldm.checkpoint.container import CheckpointError, Header, LazyTensor, write_tensors
+from ldm.checkpoint.folders import NON_EMA_FILE, WEIGHT_FILES
 from ldm.checkpoint.identification import (
     BLOCKS_KEY,
     CONFIG_KEY,
     EXTRAS_FILE,
     HEADER_KEY,
-    NON_EMA_FILE,
     VAE_NAMES_KEY,
-    WEIGHT_FILES,
     WeightSet,
     identify,
 )
@@ -239,7 +238,7 @@ def _write_folder(folder: Path, content: Content) -> list[Path]:
         written.append(path)
     for network, config in content.configs.items():
         path = folder / FOLDERS[network] / "config.json"
-        path.write_text(settings.config_to_json(config))
+        path.write_text(config_json.to_json(config))
         written.append(path)
 
     extras = {tensor.key: tensor for tensor in content.extras}

@@ -1,4 +1,4 @@
-"""From tensors to a configuration, and to the config.json that other programs read beside a folder's weights.
+"""From tensors to a configuration.
 
 Widths and depths show in the tensors' shapes. Numbers of heads, groups of the norms, epsilons and sizes of images do
 not: they are SD1.5's unless the checkpoint carries them, as metadata (our own files) or in config.json (folders).
@@ -7,7 +7,6 @@ not: they are SD1.5's unless the checkpoint carries them, as metadata (our own f
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from ldm.checkpoint.container import CheckpointError
@@ -16,21 +15,20 @@ from ldm.config import SD15, CLIPConfig, UNetConfig, VAEConfig
 PartConfig = CLIPConfig | VAEConfig | UNetConfig
 Shapes = Mapping[str, tuple[int, ...]]  # our names -> shapes
 
-# The fields that no shape shows -> their names in config.json; None for those that it does not have.
-# `attention_head_dim` is the number of heads in SD1.5's files, whatever its name says (diffusers issue 2011).
-HIDDEN_FIELDS: dict[str, dict[str, str | None]] = {
-    "clip": {"heads": "num_attention_heads", "norm_eps": "layer_norm_eps"},
-    "vae": {"norm_groups": "norm_num_groups", "scaling_factor": "scaling_factor", "norm_eps": None},
-    "unet": {
-        "sample_size": "sample_size",
-        "mid_attention": None,
-        "transformer_depth": "transformer_layers_per_block",
-        "heads": "attention_head_dim",
-        "norm_groups": "norm_num_groups",
-        "resnet_norm_eps": "norm_eps",
-        "transformer_norm_eps": None,
-        "layer_norm_eps": None,
-    },
+# The fields that no shape shows; all others are told from the tensors.
+HIDDEN_FIELDS = {
+    "clip": ("heads", "norm_eps"),
+    "vae": ("norm_groups", "scaling_factor", "norm_eps"),
+    "unet": (
+        "sample_size",
+        "mid_attention",
+        "transformer_depth",
+        "heads",
+        "norm_groups",
+        "resnet_norm_eps",
+        "transformer_norm_eps",
+        "layer_norm_eps",
+    ),
 }
 
 
@@ -100,23 +98,6 @@ def _widths(shapes: Shapes, level: str) -> tuple[int, ...]:
     return tuple(_size(shapes, f"{level.format(i)}resnets.0.conv1.weight", 0, 320) for i in levels)
 
 
-def hidden_from_json(path: Path, part: str) -> dict[str, Any]:
-    """What a folder's config.json tells beyond the shapes; empty when there is no such file.
-
-    Raises: CheckpointError when the file is no JSON, or tells of a network that is not SD1.5's.
-    """
-    if not path.exists():
-        return {}
-    try:
-        fields = json.loads(path.read_text())
-        hidden = {ours: fields[theirs] for ours, theirs in HIDDEN_FIELDS[part].items() if theirs in fields}
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a configuration ({error})") from error
-    if part == "clip" and (activation := fields.get("hidden_act", "quick_gelu")) != "quick_gelu":
-        raise CheckpointError(f"{path}: hidden_act is {activation!r}, SD1.5's text encoder has 'quick_gelu'")
-    return hidden
-
-
 def hidden_from_metadata(metadata: Mapping[str, str], key: str) -> dict[str, dict[str, Any]]:
     """What our own files tell: a JSON of {part: {field: value}} under `key` of the file's metadata."""
     try:
@@ -129,62 +110,3 @@ def hidden_from_metadata(metadata: Mapping[str, str], key: str) -> dict[str, dic
 def config_to_metadata(configs: Mapping[str, PartConfig]) -> str:
     """The inverse of `hidden_from_metadata`."""
     return json.dumps({part: asdict(config) for part, config in sorted(configs.items())}, separators=(",", ":"))
-
-
-def config_to_json(config: PartConfig) -> str:
-    """config.json for one network, in the words of diffusers and transformers."""
-    if isinstance(config, CLIPConfig):
-        fields: dict[str, Any] = {
-            "architectures": ["CLIPTextModel"],
-            "model_type": "clip_text_model",
-            "hidden_act": "quick_gelu",
-            "hidden_size": config.width,
-            "intermediate_size": config.mlp_width,
-            "layer_norm_eps": config.norm_eps,
-            "max_position_embeddings": config.tokens,
-            "num_attention_heads": config.heads,
-            "num_hidden_layers": config.layers,
-            "projection_dim": config.width,
-            "vocab_size": config.vocabulary,
-        }
-    elif isinstance(config, VAEConfig):
-        levels = len(config.widths)
-        fields = {
-            "_class_name": "AutoencoderKL",
-            "act_fn": "silu",
-            "block_out_channels": config.widths,
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "in_channels": config.image_channels,
-            "latent_channels": config.latent_channels,
-            "layers_per_block": config.resnets_per_level,
-            "norm_num_groups": config.norm_groups,
-            "out_channels": config.image_channels,
-            "scaling_factor": config.scaling_factor,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
-        }
-    else:
-        fields = {
-            "_class_name": "UNet2DConditionModel",
-            "act_fn": "silu",
-            "attention_head_dim": config.heads,
-            "block_out_channels": config.widths,
-            "center_input_sample": False,
-            "cross_attention_dim": config.context_width,
-            "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention],
-            "downsample_padding": 1,
-            "flip_sin_to_cos": True,
-            "freq_shift": 0,
-            "in_channels": config.latent_channels,
-            "layers_per_block": config.resnets_per_level,
-            "mid_block_scale_factor": 1,
-            "norm_eps": config.resnet_norm_eps,
-            "norm_num_groups": config.norm_groups,
-            "out_channels": config.latent_channels,
-            "sample_size": config.sample_size,
-            "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention)],
-        }
-        if config.transformer_depth > 1:
-            fields["transformer_layers_per_block"] = config.transformer_depth
-        if not config.mid_attention:
-            fields["mid_block_type"] = "UNetMidBlock2D"
-    return json.dumps(fields, indent=2, sort_keys=True) + "\n"

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ldm.checkpoint.dialects import unwrapped
 from ldm.files import complete, write_text
 from ldm.names import nearest
 from ldm.pipeline import WEIGHTS
@@ -124,7 +125,8 @@ def load(path: Path | str, device: str | torch.device = "cpu") -> Classifier:
         ) from error
     network = build(model, len(attributes))
     try:
-        network.load_state_dict(load_file(path))
+        weights = load_file(path)
+        network.load_state_dict({plain: weights[name] for name, plain in unwrapped(weights).items()})
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: not the weights of {model} with {len(attributes)} outputs: {reason}") from error

@@ -21,6 +21,12 @@ TENSORS = {
     "none": torch.empty(0, 4),
     "flags": torch.tensor([True, False, True]),
     "bytes": torch.arange(5, dtype=torch.uint8),
+    "e4m3": torch.randn(4).to(torch.float8_e4m3fn),
+    "e5m2": torch.randn(4).to(torch.float8_e5m2),
+    "u16": torch.arange(2, dtype=torch.int32).to(torch.uint16),
+    "u32": torch.arange(2).to(torch.uint32),
+    "u64": torch.arange(2).to(torch.uint64),
+    "i16": torch.arange(2, dtype=torch.int16),
 }
 
 

@@ -87,6 +87,17 @@ def test_what_is_saved_is_loaded(tiny: Classifier, tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["tiny.json", "tiny.safetensors"]
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.", "module._orig_mod."])
+def test_what_compilers_and_data_parallel_wrappers_add_to_names_is_taken_off(
+    tiny: Classifier, tmp_path: Path, prefix: str
+) -> None:
+    classifier.save(tmp_path / "a.safetensors", tiny)
+    weights = load_file(tmp_path / "a.safetensors")
+    save_file({prefix + name: tensor for name, tensor in weights.items()}, tmp_path / "a.safetensors")
+    read = classifier.load(tmp_path / "a.safetensors").network.state_dict()
+    assert all(torch.equal(read[name], tensor) for name, tensor in weights.items())
+
+
 def test_saving_twice_gives_the_same_bytes(tiny: Classifier, tmp_path: Path) -> None:
     for name in ("a", "b"):
         classifier.save(tmp_path / f"{name}.safetensors", tiny)

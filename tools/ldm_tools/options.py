@@ -131,5 +131,15 @@ def latent_size(text: str | None, sd: pipeline.StableDiffusion) -> tuple[int, in
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     width, height = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not match or min(width, height) < multiple or width % multiple or height % multiple:
-        raise ValueError(f"--size: got {text!r}, expected WIDTHxHEIGHT or one number, multiples of {multiple} pixels")
+        nearest = [_nearest_multiples(side, multiple) for side in dict.fromkeys((width, height)) if side % multiple]
+        hint = f"; the nearest are {' and '.join(nearest)}" if nearest else ""
+        raise ValueError(
+            f"--size: got {text!r}, expected WIDTHxHEIGHT or one number, multiples of {multiple} pixels{hint}"
+        )
     return height // downscale, width // downscale
+
+
+def _nearest_multiples(side: int, multiple: int) -> str:
+    """ "448 or 512 for 500": the two sizes around a side that is no multiple."""
+    below = side // multiple * multiple
+    return f"{below} or {below + multiple} for {side}" if below else f"{multiple} for {side}"
