@@ -114,7 +114,7 @@ def commands(text: str) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-@pytest.mark.parametrize("page", ["README.md", "ldm/README.md", "weights/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "ldm/README.md", "tools/README.md", "weights/README.md"])
 def test_every_command_takes_the_options_that_it_is_shown_with(page):
     for words in commands((ROOT / page).read_text(encoding="utf-8")):
         if "ldm" in words and not words[0].startswith("python3"):  # behind torchrun too
@@ -152,3 +152,33 @@ def test_the_figures_are_drawn_and_always_the_same(tmp_path):
     assert names == ["schedule.png", "steps.png", "traversal.png", "unet.png"]
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+# ---- the front door ----------------------------------------------------------------------------------
+
+
+def test_the_readme_is_read_in_a_few_minutes():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1400
+
+
+def test_the_readme_names_every_command():
+    named = set(re.findall(r"`ldm ([\w-]+)`", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert set(cli.COMMANDS) <= named
+
+
+def test_five_lines_of_python_make_an_image():
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, object] = {}
+    exec(compile("\n".join(code), "README.md", "exec"), names)
+    images = names["images"]
+    assert isinstance(images, Tensor)
+    assert images.shape == (1, 3, 128, 128)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "tools/README.md", "weights/README.md"])
+def test_no_page_links_to_nothing(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert ((ROOT / page).parent / target).exists(), target
+    for target in re.findall(r"`((?:ldm|kernels|tools|tests|weights)/[\w./]*)`", text):
+        assert (ROOT / target).exists(), target
