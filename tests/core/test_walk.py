@@ -169,7 +169,7 @@ def test_the_readme_names_every_command():
 def test_five_lines_of_python_make_an_image():
     code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     names: dict[str, object] = {}
-    exec(compile("\n".join(code), "README.md", "exec"), names)
+    exec("\n".join(code).replace("steps=50", "steps=16"), names)  # a third of the time
     images = names["images"]
     assert isinstance(images, Tensor)
     assert images.shape == (1, 3, 128, 128)

@@ -1,0 +1,157 @@
+"""CONTRIBUTING.md does what it says: every code block runs, and the table is the one that imports are held to."""
+
+import importlib
+import inspect
+import re
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from ldm_tools import cli
+from test_structure import MAY_IMPORT
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ldm
+from ldm.blocks import BasicTransformerBlock
+from ldm.phantom.prompts import CELLS
+from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion
+from ldm.probe import surgery
+from ldm.study.evaluation import summary, trajectories
+from ldm.traversal.plan import Traversal
+from ldm.unet import UNetBlocks
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+# First line of a code block, without its "# " -> the code after it.
+BLOCKS = dict(re.findall(r"```python\n# ([^\n]*)\n(.*?)```", PAGE, re.DOTALL))
+
+
+@pytest.fixture(scope="module")
+def sd() -> StableDiffusion:
+    return ldm.load(PHANTOM_WEIGHTS)
+
+
+def into_the_tree(place: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The file of a code block as if it lay in its place: the package looks for it in another folder, too."""
+    *packages, name = place.removeprefix("tools/").removesuffix(".py").split("/")
+    package = importlib.import_module(".".join(packages))
+    (folder / f"{name}.py").write_text(BLOCKS[place], encoding="utf-8")
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
+    full_name = f"{package.__name__}.{name}"
+    monkeypatch.setitem(sys.modules, full_name, ModuleType(full_name))  # so that it is gone after the test
+    del sys.modules[full_name]
+    return importlib.import_module(full_name)
+
+
+def with_line(module: ModuleType, beside: str, line: str) -> SimpleNamespace:
+    """A module as it would be with one more line under the line that has `beside` in it."""
+    lines = []
+    for old in inspect.getsource(module).splitlines():
+        lines.append(old)
+        if beside in old:
+            lines.append(old[: len(old) - len(old.lstrip())] + line.strip())
+    assert len(lines) == len(inspect.getsource(module).splitlines()) + 1
+    names: dict[str, object] = {"__name__": module.__name__}
+    exec(compile("\n".join(lines), str(module.__file__), "exec"), names)
+    return SimpleNamespace(names=names)
+
+
+# ---- the page --------------------------------------------------------------------------------------
+
+
+def test_a_worked_example_is_at_most_twelve_lines():
+    assert len(BLOCKS) > 5
+    for name, code in BLOCKS.items():
+        lines = [line for line in code.splitlines() if line.strip() and not line.startswith(("import", "from"))]
+        assert len(lines) <= 12, name
+
+
+def test_the_table_is_the_one_that_imports_are_held_to():
+    rows = re.findall(r"^\| (.*?) \| (.*?) \|$", PAGE, re.MULTILINE)[1:]
+    assert len(rows) == 1 + len(MAY_IMPORT)
+    above: list[str] = []
+    for (place, others), (wing, may) in zip(rows[1:], MAY_IMPORT.items(), strict=True):
+        assert wing in place
+        if others.startswith("all above"):
+            named = set(above) - set(others.removeprefix("all above").removeprefix(" but ").split(", "))
+        else:
+            named = set() if others == "nothing of ours" else set(others.replace("`", "").split(", "))
+        assert named - {wing} == may - {wing}, wing
+        above.append(wing)
+
+
+def test_a_commit_is_held_to_what_the_gate_checks():
+    hooks = re.findall(r"entry: python -m (.*)", (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    gate = re.findall(r"^\.venv/bin/((?:ruff|mypy).*)$", (ROOT / ".ci/run").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [line.removesuffix(" .") for line in gate] == hooks
+
+
+# ---- a block ---------------------------------------------------------------------------------------
+
+
+def test_the_block_begins_as_the_old_network_and_learns(sd, capsys):
+    names = {"torch": torch, "nn": nn, "Tensor": Tensor, "surgery": surgery, "sd": sd}
+    names |= {"BasicTransformerBlock": BasicTransformerBlock, "UNetBlocks": UNetBlocks}
+    exec(BLOCKS["block"] + BLOCKS["its use"], names)
+    assert "gate" in str(names["transplant"].new)
+    assert "new, initialised" in capsys.readouterr().out
+
+    generator = torch.Generator().manual_seed(0)
+    x_t, context = torch.randn(1, *sd.latent_shape, generator=generator), torch.randn(1, 77, 64, generator=generator)
+    with torch.no_grad():
+        assert torch.equal(names["unet"](x_t, 500, context), sd.unet(x_t, 500, context))
+
+    gates = [p for name, p in names["unet"].named_parameters() if name.endswith("gate")]
+    F.mse_loss(names["unet"].requires_grad_(True)(x_t, 500, context), x_t).backward()
+    assert all(gate.grad.abs().max() > 0 for gate in gates)
+
+
+# ---- a command -------------------------------------------------------------------------------------
+
+
+def test_the_command_is_found_and_runs(sd, tmp_path, monkeypatch, capsys):
+    into_the_tree("tools/ldm_tools/count.py", tmp_path, monkeypatch)
+    monkeypatch.setattr(cli, "COMMANDS", cli.COMMANDS | eval(BLOCKS["its row"]))
+    assert cli.main(["count"]) == 0
+    assert capsys.readouterr().out == f"{sum(p.numel() for p in sd.unet.parameters()):,} parameters in the U-Net\n"
+    assert cli.main(["count", "--weights", str(tmp_path / "nothing.safetensors")]) == 2
+
+
+# ---- a metric --------------------------------------------------------------------------------------
+
+
+def test_the_metric_stands_in_every_evaluation(tmp_path, monkeypatch):
+    sharpness = into_the_tree("ldm/study/metrics/sharpness.py", tmp_path, monkeypatch).sharpness
+    checks = torch.zeros(1, 3, 2, 2)
+    checks[:, :, 0, 0] = 1
+    assert sharpness(checks).tolist() == [1.0]  # half of the two neighbours across, and half of those down, differ by 1
+
+    cell = CELLS["chest"]
+    plan = Traversal(neutral=cell.neutral, styles=cell.styles, seeds=(0,), steps=4, swap_steps=(1, 2))
+    drawn = {
+        name: torch.randn(4, 16, 16) for name in ["neutral", *(f"{a}/s{s:02d}" for a in cell.styles for s in (1, 2))]
+    }
+    instruments = SimpleNamespace(
+        pixels=lambda latents: latents[:, :3].tanh(),
+        probabilities=lambda pixels: torch.full((len(pixels), 2), 0.25),
+        ssim=lambda pixels, base: torch.ones(len(pixels)),
+        lpips_to=lambda pixels, base: torch.ones(len(pixels)),
+    )
+    measuring = with_line(trajectories, 'found[f"ssim.{name}"]', BLOCKS["in measure"]).names
+    measuring["sharpness"] = sharpness
+    found = measuring["measure"](instruments, plan, drawn)
+    assert found["sharpness.swaps"].shape == (2, 2)
+
+    summing = with_line(summary, '"ssim": _distance', BLOCKS["in summarise"]).names
+    stacked = {name: np.stack([value.double().numpy()] * 3) for name, value in found.items()}
+    votes = summary.Votes(tuple(cell.styles), tuple(cell.styles), tuple(cell.styles))
+    report = summing["summarise"](cell, votes, plan.swap_steps, plan.swap_steps, stacked, None)
+    for a, name in enumerate(cell.styles):
+        reported = report["attributes"][name]["sharpness"]["swaps"]
+        assert reported["n"] == 3
+        assert reported["value"] == pytest.approx(float(found["sharpness.swaps"][a].mean()))
