@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from ldm import checkpoint
 from ldm.blocks import Attention, BasicTransformerBlock, GroupNormSiLU, ResnetBlock
 from ldm.checkpoint import CheckpointError
+from ldm.checkpoint.config_json import to_json
 from ldm.checkpoint.loading import build, load_parts
-from ldm.checkpoint.settings import config_to_json, infer_config
+from ldm.checkpoint.settings import infer_config
 from ldm.config import PHANTOM, SD15, Config, UNetConfig
 from ldm.pipeline import PHANTOM_WEIGHTS
 from ldm.probe import surgery
@@ -71,7 +72,7 @@ def test_an_old_configuration_still_loads():
 
 
 def test_the_standard_configuration_writes_what_it_always_did():
-    assert not {"mid_block_type", "transformer_layers_per_block"} & json.loads(config_to_json(SD15.unet)).keys()
+    assert not {"mid_block_type", "transformer_layers_per_block"} & json.loads(to_json(SD15.unet)).keys()
 
 
 def test_keys_are_the_published_ones():
