@@ -30,6 +30,18 @@ ISIC_NEUTRAL = {
     "MEL": "a dermoscopic image with melanoma (MEL)",
     "NV": "a dermoscopic image with melanocytic nevus (NV)",
 }
+# All that ISIC's sets tell apart, in the words of their own pages; the paper has the first two.
+DIAGNOSES = {
+    "MEL": "melanoma",
+    "NV": "melanocytic nevus",
+    "BCC": "basal cell carcinoma",
+    "AK": "actinic keratosis",
+    "AKIEC": "actinic keratosis or Bowen's disease",
+    "BKL": "benign keratosis",
+    "DF": "dermatofibroma",
+    "VASC": "vascular lesion",
+    "SCC": "squamous cell carcinoma",
+}
 # The prompts that a traversal swaps in, after the bare stem. The captions of training say "showing hair, ruler".
 ISIC_STYLES = {
     "hair": "with hairs visible on skin",
@@ -58,10 +70,10 @@ def chexpert(labels: Mapping[str, float | None], template: str = "paper") -> str
 def isic(diagnosis: str, artifacts: Collection[str]) -> str:
     """The caption of one dermoscopy.
 
-    Args:    diagnosis: "MEL" or "NV".  artifacts: those present, in any order.
+    Args:    diagnosis: one of DIAGNOSES, such as "MEL" or "NV".  artifacts: those present, in any order.
     Raises:  ValueError: for an unknown diagnosis or artifact.
     """
-    stem = _isic_stem(diagnosis)
+    stem = dermoscopy(diagnosis)
     if isinstance(artifacts, str) or (unknown := sorted(set(artifacts) - set(ISIC_CAPTION_ARTIFACTS))):
         got = artifacts if isinstance(artifacts, str) else unknown
         raise ValueError(f"artifacts: got {got!r}, expected a collection of {list(ISIC_CAPTION_ARTIFACTS)}")
@@ -69,9 +81,16 @@ def isic(diagnosis: str, artifacts: Collection[str]) -> str:
     return f"{stem} showing {', '.join(shown)}" if shown else f"{stem} with no visible artifacts"
 
 
+def dermoscopy(diagnosis: str) -> str:
+    """The neutral prompt of a diagnosis, which says nothing of artifacts. Raises ValueError for an unknown one."""
+    if diagnosis not in DIAGNOSES:
+        raise ValueError(f"diagnosis: got {diagnosis!r}, expected one of {sorted(DIAGNOSES)}")
+    return f"a dermoscopic image with {DIAGNOSES[diagnosis]} ({diagnosis})"
+
+
 def isic_style(diagnosis: str, artifact: str) -> str:
     """The prompt of a traversal towards one artifact. Raises ValueError for an unknown diagnosis or artifact."""
-    stem = _isic_stem(diagnosis)
+    stem = dermoscopy(diagnosis)
     if artifact not in ISIC_STYLES:
         raise ValueError(f"artifact: got {artifact!r}, expected one of {sorted(ISIC_STYLES)}")
     return f"{stem} {ISIC_STYLES[artifact]}"
@@ -79,26 +98,40 @@ def isic_style(diagnosis: str, artifact: str) -> str:
 
 def chexpert_table(observations: pd.DataFrame, template: str = "paper") -> NDArray[np.object_]:
     """`chexpert` of many radiographs. Args: observations: a column a label, a row an image. Returns: (N,) str."""
-    chexpert({}, template)  # an unknown template is refused even where there is no row
-    columns = list(CHEXPERT_CAPTION_LABELS)
-    present = observations[columns].to_numpy() == 1.0
+    return findings_table(observations, {name: name for name in CHEXPERT_CAPTION_LABELS}, template)
+
+
+def findings_table(
+    observations: pd.DataFrame, words: Mapping[str, str], template: str = "paper"
+) -> NDArray[np.object_]:
+    """As `chexpert_table`, with labels of any other set.
+
+    Args:    words: column -> words, in the order of the caption.
+    Returns: (N,) str.
+    Raises:  ValueError: for an unknown template.
+    """
+    if template not in CHEXPERT_STEMS:
+        raise ValueError(f"template: got {template!r}, expected one of {sorted(CHEXPERT_STEMS)}")
+    present = observations[list(words)].to_numpy() == 1.0
+    spoken = np.array(list(words.values()), dtype=object)
 
     def caption(row: NDArray[np.bool_]) -> str:
-        return chexpert(dict(zip(columns, row.astype(float), strict=True)), template)
+        return f"{CHEXPERT_STEMS[template]} {', '.join(spoken[row])}" if row.any() else CHEXPERT_NEUTRAL
 
-    return _each_distinct(present, caption)
+    return each_distinct(present, caption)
 
 
 def isic_table(observations: pd.DataFrame, template: str = "paper") -> NDArray[np.object_]:
     """`isic` of many dermoscopies; where an artifact is unknown (NaN, no column), the bare stem, which denies none.
 
-    Args:    observations: MEL, NV and the artifacts as columns, a row an image.  template: as for `chexpert`.
+    Args:    observations: diagnoses and artifacts as columns, a row an image.  template: as for `chexpert`.
     Returns: (N,) str.
-    Raises:  ValueError: for another diagnosis, or an unknown template.
+    Raises:  ValueError: for an image of none of the diagnoses, or an unknown template.
     """
     if template not in TEMPLATES:
         raise ValueError(f"template: got {template!r}, expected one of {sorted(TEMPLATES)}")
-    diagnoses, artifacts = list(ISIC_NEUTRAL), list(ISIC_CAPTION_ARTIFACTS)
+    diagnoses = [name for name in DIAGNOSES if name in ISIC_NEUTRAL or name in observations]
+    artifacts = list(ISIC_CAPTION_ARTIFACTS)
     values = observations.reindex(columns=[*diagnoses, *artifacts]).to_numpy()
     if other := int(((values[:, : len(diagnoses)] == 1.0).sum(axis=1) != 1).sum()):
         raise ValueError(f"observations: {other} images are neither {' nor '.join(diagnoses)}, which have no caption")
@@ -107,21 +140,14 @@ def isic_table(observations: pd.DataFrame, template: str = "paper") -> NDArray[n
     def caption(row: NDArray[np.bool_]) -> str:
         diagnosis = diagnoses[int(np.argmax(row[: len(diagnoses)]))]
         if row[-1]:
-            return ISIC_NEUTRAL[diagnosis]
+            return dermoscopy(diagnosis)
         shown = row[len(diagnoses) : -1]
         return isic(diagnosis, [name for name, here in zip(artifacts, shown, strict=True) if here])
 
-    return _each_distinct(np.column_stack([values == 1.0, unknown]), caption)
+    return each_distinct(np.column_stack([values == 1.0, unknown]), caption)
 
 
-def _each_distinct(rows: NDArray[np.bool_], caption: Callable[[NDArray[np.bool_]], str]) -> NDArray[np.object_]:
+def each_distinct(rows: NDArray[np.bool_], caption: Callable[[NDArray[np.bool_]], str]) -> NDArray[np.object_]:
     """(N,) captions of (N, M) rows, each distinct row worded once."""
-    codes = rows @ (1 << np.arange(rows.shape[1]))
-    _, first, places = np.unique(codes, return_index=True, return_inverse=True)
-    return np.array([caption(rows[i]) for i in first], dtype=object)[places]
-
-
-def _isic_stem(diagnosis: str) -> str:
-    if diagnosis not in ISIC_NEUTRAL:
-        raise ValueError(f"diagnosis: got {diagnosis!r}, expected one of {sorted(ISIC_NEUTRAL)}")
-    return ISIC_NEUTRAL[diagnosis]
+    _, first, places = np.unique(np.packbits(rows, axis=1), axis=0, return_index=True, return_inverse=True)
+    return np.array([caption(rows[i]) for i in first], dtype=object)[places.reshape(-1)]

@@ -10,14 +10,16 @@ A path in a label file is CheXpert-v1.0[-small]/train/patient00001/study1/view1_
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ldm.data import tables
-from ldm.data.labelled import LabelledImages
+from ldm.data import captions, radiography, tables
+from ldm.data.labelled import LabelledImages, attribute_name
+from ldm.data.places import there
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ OBSERVATIONS = (
     "Support Devices",
 )
 # fmt: on
-ATTRIBUTES = {name.lower().replace(" ", "_"): name for name in OBSERVATIONS}
+ATTRIBUTES = {attribute_name(name): name for name in OBSERVATIONS}
 DEFAULT_ATTRIBUTES = ("pleural_effusion", "support_devices")
 
 PREFIXES = ("CheXpert-v1.0-small", "CheXpert-v1.0")
@@ -40,11 +42,9 @@ BATCHES = (
 )
 BATCH_LIMITS = (21_514, 43_018, 64_541)  # a training patient is in the first batch whose limit exceeds its number
 PATH = re.compile(
-    r"^(?:CheXpert-v1\.0(?:-small)?/)?((train|valid|test)/(patient\d{5})/study\d+/view\d+_(frontal|lateral)\.jpg)$",
-    re.MULTILINE,
+    r"^(?:CheXpert-v1\.0(?:-small)?/)?((train|valid|test)/(patient\d{5})/study\d+/view\d+_(frontal|lateral)\.)(?:jpe?g|png|tiff?|webp|dcm)$",
+    re.MULTILINE | re.IGNORECASE,
 )
-UNCERTAIN = {"ones": 1.0, "zeros": 0.0, "ignore": np.nan}
-EMPTY = {"zero": 0.0, "mask": np.nan}
 LAYOUTS = ("auto", "tree", "batches")
 
 
@@ -68,12 +68,11 @@ def read(
     Raises:  ValueError: for a file that is no such table, an unknown option, or no row left.
     """
     for argument, value, known in (
-        ("uncertain", uncertain, UNCERTAIN),
-        ("empty", empty, EMPTY),
+        ("uncertain", uncertain, radiography.UNCERTAIN),
+        ("empty", empty, radiography.EMPTY),
         ("layout", layout, LAYOUTS),
     ):
         tables.one_of(argument, value, known)
-    names = [ATTRIBUTES[tables.one_of("attributes", name.lower().replace(" ", "_"), ATTRIBUTES)] for name in attributes]
     path = find(Path(root), csv)
     frame = tables.read(path, ("Path", *OBSERVATIONS))
     places = _places(path, frame["Path"])
@@ -83,21 +82,19 @@ def read(
         frame, places, values = frame[frontal], places[frontal], values[frontal]
         if frame.empty:
             raise ValueError(f"{path}: {len(frontal)} rows and no frontal view among them")
-    observations = _decided(values, uncertain, empty)
-    return LabelledImages(
+    images = radiography.assemble(
         name="chexpert",
         root=Path(root),
         frame=frame,
         files=_files(Path(root), path, places, layout),
-        attributes=tuple(name.lower().replace(" ", "_") for name in names),
-        labels=observations[names].to_numpy(),
-        groups=tables.strings(places["patient"]),
+        observations=radiography.decided(values, uncertain, empty),
+        patients=tables.strings(places["patient"]),
         keys=tables.strings(places["key"]),
-        observations=observations,
-        counted=tuple(names),
-        in_paper=frontal[frontal] if frontal_only else frontal,
-        group_kind="patient",
+        words={name: name for name in captions.CHEXPERT_CAPTION_LABELS},
+        columns=ATTRIBUTES,
+        attributes=attributes,
     )
+    return replace(images, in_paper=frontal[frontal] if frontal_only else frontal)
 
 
 def find(root: Path, csv: str = "train.csv") -> Path:
@@ -123,6 +120,7 @@ def _places(path: Path, paths: pd.Series) -> pd.DataFrame:
             f"{path}, line {tables.line(wrong[0])}: Path is {names[wrong[0]]!r}, expected "
             f"[CheXpert-v1.0[-small]/]train/patient00001/study1/view1_frontal.jpg ({len(wrong)} such rows)"
         )
+    found = [(f"{key}jpg", *rest) for key, *rest in found]  # the key of a copy in another format, too
     places = pd.DataFrame(found, columns=["key", "part", "patient", "view"], index=paths.index)
     tables.unique(path, places["key"])
     return places
@@ -142,14 +140,6 @@ def _frontal(path: Path, frame: pd.DataFrame, views: pd.Series) -> NDArray[np.bo
     return told
 
 
-def _decided(values: pd.DataFrame, uncertain: str, empty: str) -> pd.DataFrame:
-    """1, 0 or NaN: the policies applied."""
-    raw = values.to_numpy(dtype=np.float32)
-    decided = np.where(raw == -1, np.float32(UNCERTAIN[uncertain]), raw)
-    decided[np.isnan(raw)] = EMPTY[empty]
-    return pd.DataFrame(decided, index=values.index, columns=values.columns)
-
-
 def _files(root: Path, path: Path, places: pd.DataFrame, layout: str) -> NDArray[np.str_]:
     """Where each image lies. Where none is found, where it would lie beside the label file."""
     parts = places["part"].unique()
@@ -158,8 +148,8 @@ def _files(root: Path, path: Path, places: pd.DataFrame, layout: str) -> NDArray
     homes = (root, path.parent.parent)
     home = next((folder for folder in homes if any((folder / name).is_dir() for name in BATCHES)), None)
     if layout == "batches" or (layout == "auto" and tree is None and home is not None):
-        return _in_batches(path, home or root, places)
-    return tables.strings(str(tree or path.parent) + "/" + places["key"])
+        return there(_in_batches(path, home or root, places))
+    return there(tables.strings(str(tree or path.parent) + "/" + places["key"]))
 
 
 def _in_batches(path: Path, home: Path, places: pd.DataFrame) -> NDArray[np.str_]:

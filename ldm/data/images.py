@@ -1,24 +1,29 @@
-"""Image files to pixels: every kind of file that data sets hold, decoded in worker processes, in order."""
+"""Image files to squares of pixels: decoded in worker processes, in order, and looked through before."""
 
 import hashlib
 import json
 import logging
 import os
-from collections import deque
+import re
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from ldm.data.decode import decode
+from ldm.data.dicom import is_dicom
+from ldm.data.reading import AS_STORED, Reading
 from ldm.files import write_json
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 FITS = ("squash", "crop", "pad")
 CHUNK = 16  # images that go to a worker at once
@@ -33,36 +38,22 @@ class Broken(NamedTuple):
     reason: str
 
 
-def load_image(path: Path | str, size: int, fit: str = "squash") -> NDArray[np.uint8]:
+def load_image(path: Path | str, size: int, fit: str = "squash", reading: Reading = AS_STORED) -> NDArray[np.uint8]:
     """Decode an image and bring it to a square, with LANCZOS.
 
     Args:    size: the side in pixels.  fit: "squash" ignores the aspect ratio, as the paper does; "crop" takes the
-             centre; "pad" keeps all and adds black.
+             centre; "pad" keeps all and adds black.  reading: what the file leaves open.
     Returns: (size, size, 3); grey images have three equal channels.
     Raises:  ValueError: when the file cannot be decoded, or for an unknown fit.
     """
     if fit not in FITS:
         raise ValueError(f"fit: got {fit!r}, expected one of {FITS}")
     try:
-        image = _decoded(path)
+        image = decode(path, reading).image
     except Exception as error:  # on damaged bytes Pillow's decoders raise almost anything
-        raise ValueError(f"{path}: {_reason(error)}") from None
+        raise ValueError(f"{path}: {reason(error)}") from None
     square = _fitted(image, size, fit)
     return np.array(square.convert("RGB"))
-
-
-def _decoded(path: Path | str) -> Image.Image:
-    """Upright, 8 bits, mode L or RGB."""
-    with Image.open(path) as opened:
-        image = ImageOps.exif_transpose(opened)
-    if image.mode.startswith("I"):  # 16-bit grey: "I;16", in older Pillows "I"
-        values = np.asarray(image, dtype=np.int64)
-        if values.min() < 0 or values.max() > 65_535:
-            raise ValueError(f"grey values {values.min()} to {values.max()}, expected 0 to 65535")
-        return Image.fromarray(np.rint(values / 257).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("floating-point pixels, whose range is not known")
-    return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
 
 
 def _fitted(image: Image.Image, size: int, fit: str) -> Image.Image:
@@ -73,9 +64,13 @@ def _fitted(image: Image.Image, size: int, fit: str) -> Image.Image:
     return image.resize((size, size), Image.Resampling.LANCZOS)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Why a file cannot be decoded, in a line."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
+    if isinstance(error, Image.DecompressionBombError) and (count := re.search(r"(\d+) pixels", str(error))):
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow refuses from twice that on
+        return f"{int(count[1]) / 1e6:.1f} megapixels, at most {limit / 1e6:.1f} are read; make it smaller"
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -83,12 +78,24 @@ def _reason(error: Exception) -> str:
 
 
 def usable(
-    files: Sequence[str] | NDArray[np.str_], max_bad: int = 0, workers: int = 1, cache: Path | None = None
+    files: Sequence[str] | NDArray[np.str_],
+    max_bad: int = 0,
+    workers: int = 1,
+    cache: Path | None = None,
+    reading: Reading = AS_STORED,
 ) -> NDArray[np.bool_]:
-    """(N,) which files can be decoded. Logs the others; raises ValueError when they are more than `max_bad`."""
-    broken = scan(files, workers, cache)
-    refuse(broken, max_bad, len(files))
-    return ~np.isin(np.asarray(files, dtype=str), [file for file, _ in broken])
+    """(N,) which files can be decoded; each is, whole, before the first epoch meets it.
+
+    Logs the others, and how many images were read in a way worth knowing, such as 12 of 16 bits.
+
+    Raises:  ValueError: when more than `max_bad` cannot be decoded.
+    """
+    names = [str(file) for file in files]
+    broken, remarks = _scanned(names, workers, cache, True, reading)
+    refuse(broken, max_bad, len(names))
+    for remark, count in remarks.items():
+        logger.warning("%d of %d images: %s", count, len(names), remark)
+    return ~np.isin(np.asarray(names, dtype=str), [file for file, _ in broken])
 
 
 def refuse(broken: Sequence[Broken], max_bad: int, total: int) -> None:
@@ -101,28 +108,41 @@ def refuse(broken: Sequence[Broken], max_bad: int, total: int) -> None:
         logger.warning("left out: %s: %s", file, reason)
 
 
-def scan(files: Sequence[str] | NDArray[np.str_], workers: int = 1, cache: Path | None = None) -> list[Broken]:
-    """Find the files that cannot be decoded, in seconds: a JPEG is decoded only if its header or its end is amiss.
+def scan(
+    files: Sequence[str] | NDArray[np.str_],
+    workers: int = 1,
+    cache: Path | None = None,
+    whole: bool = False,
+    reading: Reading = AS_STORED,
+) -> list[Broken]:
+    """Find the files that cannot be decoded.
 
     Args:    cache: a json file; taken as the result if paths, sizes and times of all files are as they were.
+             whole: decode every file, which finds most damage; otherwise, in seconds, a JPEG only if its header or
+             its end is amiss. Either way what a decoder reads over, such as zeros in a JPEG, stays unseen.
     Returns: the broken files in the order of `files`.
     """
-    names = [str(file) for file in files]
-    state = _state(names) if cache is not None else ""
+    return _scanned([str(file) for file in files], workers, cache, whole, reading)[0]
+
+
+def _scanned(
+    names: Sequence[str], workers: int, cache: Path | None, whole: bool, reading: Reading
+) -> tuple[list[Broken], dict[str, int]]:
+    """The broken files, and how many of the others each remark is true of: none unless decoded whole."""
+    state = _state(names, whole, reading) if cache is not None else ""
     if cache is not None and (kept := _cached(cache, state)) is not None:
         return kept
-    with _pool(workers) as pool:
-        chunks = _chunks(names, 256)
-        faults = pool.map(_faults, chunks) if pool else map(_faults, chunks)
-        broken = [fault for chunk in faults for fault in chunk]
+    faults = examine_all(partial(_fault, whole=whole, reading=reading), names, workers)
+    broken = [fault for fault in faults if isinstance(fault, Broken)]
+    remarks = dict(Counter(remark for fault in faults if not isinstance(fault, Broken) for remark in fault))
     if cache is not None:
-        write_json(cache, {"state": state, "broken": broken})
-    return broken
+        write_json(cache, {"state": state, "broken": broken, "remarks": remarks})
+    return broken, remarks
 
 
-def _state(names: Sequence[str]) -> str:
-    """Changes when a file is added, removed or written."""
-    digest = hashlib.sha256()
+def _state(names: Sequence[str], whole: bool, reading: Reading) -> str:
+    """Changes when a file is added, removed or written, or when it would be looked at in another way."""
+    digest = hashlib.sha256(f"{whole} {reading}\n".encode())
     for name in names:
         try:
             found = os.stat(name)
@@ -132,28 +152,43 @@ def _state(names: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _cached(cache: Path, state: str) -> list[Broken] | None:
+def _cached(cache: Path, state: str) -> tuple[list[Broken], dict[str, int]] | None:
     try:
         kept = json.loads(cache.read_text())
-        return [Broken(*fault) for fault in kept["broken"]] if kept["state"] == state else None
+        same = kept["state"] == state
+        return ([Broken(*fault) for fault in kept["broken"]], dict(kept["remarks"])) if same else None
     except (OSError, ValueError, KeyError, TypeError):  # absent or damaged: scan anew
         return None
 
 
-def _faults(names: Sequence[str]) -> list[Broken]:
-    return [Broken(name, reason) for name in names if (reason := _fault(name))]
+def examine_all(examine: Callable[[str], T], names: Sequence[str], workers: int) -> list[T]:
+    """What a function says of each file, in order; the work is shared among processes."""
+    each = partial(_examined, examine)
+    with pool_of(workers) as pool:
+        chunks = _chunks(names, 64)
+        return [one for chunk in (pool.map(each, chunks) if pool else map(each, chunks)) for one in chunk]
 
 
-def _fault(name: str) -> str | None:
-    """Why a file cannot be decoded."""
+def _examined(examine: Callable[[str], T], names: Sequence[str]) -> list[T]:
+    return [examine(name) for name in names]
+
+
+def _fault(name: str, whole: bool, reading: Reading) -> Broken | tuple[str, ...]:
+    """Why a file cannot be decoded; of one that can, the remarks."""
     try:
-        with Image.open(name) as image:
-            whole = image.format == "JPEG" and _ends_as_jpeg(name)  # decoders read on over damage in between
-        if not whole:
-            _decoded(name)
+        if not whole and _looks_whole(name):
+            return ()
+        return decode(name, reading).remarks
     except Exception as error:  # as in load_image
-        return _reason(error)
-    return None
+        return Broken(name, reason(error))
+
+
+def _looks_whole(name: str) -> bool:
+    """A JPEG with an end; decoders read on over damage in between."""
+    if is_dicom(name):
+        return False
+    with Image.open(name) as image:
+        return image.format == "JPEG" and _ends_as_jpeg(name)
 
 
 def _ends_as_jpeg(name: str) -> bool:
@@ -166,19 +201,24 @@ def _ends_as_jpeg(name: str) -> bool:
 
 
 def iterate(
-    files: Sequence[str] | NDArray[np.str_], size: int, fit: str = "squash", workers: int = 1, max_bad: int = 0
+    files: Sequence[str] | NDArray[np.str_],
+    size: int,
+    fit: str = "squash",
+    workers: int = 1,
+    max_bad: int = 0,
+    reading: Reading = AS_STORED,
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """Decode many images, a few ahead of the one asked for.
 
-    Args:    size, fit: as of `load_image`.  workers: processes; does not change the result.
+    Args:    size, fit, reading: as of `load_image`.  workers: processes; does not change the result.
              max_bad: how many broken files may be left out.
     Yields:  (index in files, (size, size, 3)), in order.
     Raises:  ValueError: at the broken file after `max_bad` others.
     """
     broken: list[Broken] = []
-    work = partial(_load_all, size=size, fit=fit)
+    work = partial(_load_all, size=size, fit=fit, reading=reading)
     index = 0
-    with _pool(workers) as pool:
+    with pool_of(workers) as pool:
         for chunk in _ahead(pool, work, _chunks([str(file) for file in files], CHUNK), 2 * workers):
             for result in chunk:
                 if isinstance(result, Broken):
@@ -191,13 +231,13 @@ def iterate(
                 index += 1
 
 
-def _load_all(names: Sequence[str], size: int, fit: str) -> list[NDArray[np.uint8] | Broken]:
-    return [_load_or_fault(name, size, fit) for name in names]
+def _load_all(names: Sequence[str], size: int, fit: str, reading: Reading) -> list[NDArray[np.uint8] | Broken]:
+    return [_load_or_fault(name, size, fit, reading) for name in names]
 
 
-def _load_or_fault(name: str, size: int, fit: str) -> NDArray[np.uint8] | Broken:
+def _load_or_fault(name: str, size: int, fit: str, reading: Reading) -> NDArray[np.uint8] | Broken:
     try:
-        return load_image(name, size, fit)
+        return load_image(name, size, fit, reading)
     except ValueError as error:
         return Broken(name, str(error).removeprefix(f"{name}: "))
 
@@ -226,7 +266,7 @@ def _ahead(
 
 
 @contextmanager
-def _pool(workers: int) -> Iterator[Executor | None]:
+def pool_of(workers: int) -> Iterator[Executor | None]:
     """Worker processes; None for one, which is this process."""
     if workers < 1:
         raise ValueError(f"workers: got {workers}, expected >= 1")

@@ -61,6 +61,11 @@ def load(path: Path | str, images: LabelledImages) -> Split:
     return Split(*(np.sort(rows[(table["split"] == name).to_numpy()]) for name in PARTS))
 
 
+def _checked(fractions: Sequence[float]) -> None:
+    if len(fractions) != len(PARTS) or min(fractions) < 0 or fractions[0] == 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise ValueError(f"fractions: got {tuple(fractions)}, expected three numbers >= 0, train > 0, that add up to 1")
+
+
 def grouped(images: LabelledImages, seed: int = 42, fractions: Sequence[float] = PAPER_FRACTIONS) -> Split:
     """A split in which no patient or lesion is in two parts.
 
@@ -70,8 +75,7 @@ def grouped(images: LabelledImages, seed: int = 42, fractions: Sequence[float] =
     Args:    fractions: of the images, for train, validation and test.
     Raises:  ValueError: for fractions that do not add up to 1, or when too few groups leave train or validation empty.
     """
-    if len(fractions) != len(PARTS) or min(fractions) < 0 or fractions[0] == 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise ValueError(f"fractions: got {tuple(fractions)}, expected three numbers >= 0, train > 0, that add up to 1")
+    _checked(fractions)
     _, group, sizes = np.unique(images.groups, return_inverse=True, return_counts=True)
     order = np.random.RandomState(seed).permutation(len(sizes))  # its stream is promised never to change
     ends = np.concatenate([[0], np.cumsum(sizes[order])])  # of the images of the first 0, 1, 2 ... groups
@@ -85,6 +89,53 @@ def grouped(images: LabelledImages, seed: int = 42, fractions: Sequence[float] =
     part = np.zeros(len(sizes), dtype=np.int64)
     part[order[:in_both]], part[order[:in_test]] = 1, 2
     return Split(*(np.flatnonzero(part[group] == number) for number in range(len(PARTS))))
+
+
+def stratified(images: LabelledImages, seed: int = 42, fractions: Sequence[float] = PAPER_FRACTIONS) -> Split:
+    """`grouped`, and each part has about its share of every label too, as far as whole groups allow.
+
+    Groups with most of a rare label go first, ties in random order; each goes where most is still wanted of what it
+    has. (After iterative stratification, Sechidis et al. 2011.)
+
+    Args:    fractions: as of `grouped`.  Raises: as of `grouped`.
+    """
+    _checked(fractions)
+    _, group = np.unique(images.groups, return_inverse=True)
+    counts = _per_group(group, images.labels)  # (G, K + 1): positives of each label, images
+    totals = np.maximum(counts.sum(axis=0), 1)
+    share = np.array(fractions)[:, None]
+    wanted = np.repeat(share, counts.shape[1], axis=1)  # of each label's total, by each part
+    weights = counts / totals
+    part = np.zeros(len(counts), dtype=np.int64)
+    random = np.random.RandomState(seed).permutation(len(counts))
+    for g in random[np.argsort(-weights[random, :-1].max(axis=1, initial=0), kind="stable")]:
+        need = np.where(share[:, 0] > 0, (wanted / np.maximum(share, 1e-9) * weights[g]).sum(axis=1), -np.inf)
+        part[g] = np.argmax(need)
+        wanted[part[g]] -= weights[g]
+    empty = [name for name, number in zip(PARTS, np.bincount(part, minlength=3), strict=True) if not number]
+    if any(fractions[PARTS.index(name)] for name in empty):
+        raise ValueError(f"fractions: {len(counts)} groups are too few for train, validation and test")
+    return Split(*(np.flatnonzero(part[group] == number) for number in range(len(PARTS))))
+
+
+def _per_group(group: NDArray[np.int64], labels: NDArray[np.float32]) -> NDArray[np.float64]:
+    """(G, K + 1): how many images of each group show each label, and how many it has."""
+    columns = [*(labels == 1).T.astype(np.float64), np.ones(len(group))]
+    return np.stack([np.bincount(group, weights=column) for column in columns], axis=1)
+
+
+def uneven(images: LabelledImages, split: Split) -> list[str]:
+    """A sentence for each label of which a part has less than half of its share, five images or more being due."""
+    sentences = []
+    sizes = {name: len(rows) for name, rows in split.parts().items()}
+    for name, column in zip(images.attributes, images.labels.T, strict=True):
+        here = {part: int((column[rows] == 1).sum()) for part, rows in split.parts().items()}
+        total = sum(here.values())
+        due = {part: total * size / max(sum(sizes.values()), 1) for part, size in sizes.items()}
+        if any(due[part] >= 5 and here[part] < due[part] / 2 for part in PARTS):
+            shown = ", ".join(f"{here[part]:,} in {part} ({due[part]:.0f} would be its share)" for part in PARTS)
+            sentences.append(f"{name} is uneven: of {total:,} images that show it {shown}; try --split stratified")
+    return sentences
 
 
 def paper(images: LabelledImages) -> Split:

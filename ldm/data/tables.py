@@ -1,5 +1,7 @@
 """Label files: csv tables read by column name and checked, so that a wrong file ends in one line that says where."""
 
+import csv
+import gzip
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -10,14 +12,14 @@ from numpy.typing import NDArray
 from ldm.names import nearest
 
 
-def read(path: Path, columns: Sequence[str], separator: str = ",") -> pd.DataFrame:
+def read(path: Path, columns: Sequence[str], separator: str = ",", encoding: str = "utf-8") -> pd.DataFrame:
     """Read a csv file whatever its line ends, the order of its columns, and the columns it has besides.
 
     Args:    columns: those that must be there.
     Raises:  ValueError: for a file without rows, without one of the columns, or that is no such table.
     """
     try:
-        frame = pd.read_csv(path, sep=separator, index_col=False, low_memory=False)
+        frame = pd.read_csv(path, sep=separator, index_col=False, low_memory=False, encoding=encoding)
     except ValueError as error:  # pandas' parser errors and wrong encodings are ValueErrors without the file's name
         raise ValueError(f"{path}: cannot be read as a csv table: {error}") from None
     if missing := [name for name in columns if name not in frame.columns]:
@@ -94,3 +96,26 @@ def names(values: pd.Series) -> pd.Series:
 def strings(values: pd.Series) -> NDArray[np.str_]:
     """(N,) as a plain numpy array."""
     return values.to_numpy(dtype=str)
+
+
+def separator_of(path: Path) -> str:
+    """Comma, semicolon or tab, whichever the header has most of."""
+    header = first_line(path)
+    return max((",", ";", "\t"), key=header.count)
+
+
+def first_line(path: Path) -> str:
+    """The header as it stands there; of a compressed file, too."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8-sig", errors="replace") as file:
+        return str(file.readline()).rstrip("\r\n")
+
+
+def columns_of(path: Path) -> tuple[str, ...] | None:
+    """The names in the header; None for a file that has none, or cannot be opened."""
+    try:
+        header = first_line(path)
+        cells = next(csv.reader([header], delimiter=separator_of(path)), [])
+    except (OSError, EOFError, UnicodeError, csv.Error):
+        return None
+    return tuple(cell.strip() for cell in cells) or None

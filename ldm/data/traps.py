@@ -19,7 +19,11 @@ UNSAID_ARTIFACTS = ("dark_corner", "gel_border", "patches")
 
 def found(images: LabelledImages, template: str = "paper") -> list[str]:
     """One sentence for each trap that the images hold."""
-    own = _chexpert(images, template) if images.name == "chexpert" else _isic(images)
+    own: list[str] = []
+    if images.name in ("chexpert", "mimic"):
+        own = _chexpert(images, template)
+    elif images.kind == "skin":
+        own = _isic(images)
     return own + _confounded(images)
 
 
@@ -61,8 +65,8 @@ def _oddities(frame: pd.DataFrame) -> list[str]:
 
 
 def _isic(images: LabelledImages) -> list[str]:
-    if "hair" not in images.attributes:
-        return ["no artifact annotations: captions name the diagnosis only"]
+    if "hair" not in images.observations:
+        return ["no artifact annotations: captions name the diagnosis only (--artifacts names a file of them)"]
     present = images.observations == 1
     clean = (images.observations[list(captions.ISIC_CAPTION_ARTIFACTS)] == 0).all(axis=1)
     unsaid = [name for name in UNSAID_ARTIFACTS if name in present]

@@ -91,12 +91,17 @@ def test_metadata_with_other_columns(tmp_path):
     assert reader.read(folder).groups.tolist() == ["ISIC_0000000", "ISIC_0000001", "X"]
 
 
-def test_other_diagnoses_can_be_read_but_have_no_caption(tmp_path):
+def test_other_diagnoses_are_read_where_they_are_asked_for(tmp_path):
     images = reader.read(isic(tmp_path, DIAGNOSES, LESIONS, INFERRED), diagnoses=("MEL", "BCC"))
     assert images.counts()["BCC"] == 1
     assert images.in_paper.tolist() == [True, False, False]
-    with pytest.raises(ValueError, match="1 images are neither MEL nor NV"):
-        images.captions()
+    assert "a dermoscopic image with basal cell carcinoma (BCC)" in images.captions().tolist()
+    assert images.notes[0].startswith("1 of 4 images are neither MEL nor BCC, and are left out")
+    assert (
+        reader.read(isic(tmp_path, DIAGNOSES, LESIONS, INFERRED))
+        .notes[0]
+        .startswith("1 of 4 images are neither MEL nor NV")
+    )
 
 
 def test_an_image_folder_nested_in_itself(tmp_path):
