@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm.data.reading import PERCENTILES, Reading
+from ldm.data.reading import PERCENTILES, Reading, used_bits
 
 if TYPE_CHECKING:
     from pydicom.dataset import FileDataset
@@ -32,9 +32,9 @@ TAGS = (
 
 
 def is_dicom(path: Path | str) -> bool:
-    """By the file's first bytes: exports often have no extension. Raises OSError for no such file."""
+    """By the file's first bytes, for exports often have no extension, or by that. Raises OSError for no such file."""
     with open(path, "rb") as file:
-        return file.read(132)[128:] == MAGIC
+        return file.read(132)[128:] == MAGIC or str(path).lower().endswith((".dcm", ".dicom"))
 
 
 def pixels(path: Path | str, reading: Reading) -> tuple[NDArray[np.uint8], str, tuple[str, ...]]:
@@ -45,9 +45,13 @@ def pixels(path: Path | str, reading: Reading) -> tuple[NDArray[np.uint8], str, 
     try:
         import pydicom
         from pydicom import pixels as processing
+        from pydicom.errors import InvalidDicomError
     except ImportError:
         raise ValueError('a DICOM file, which needs pydicom: pip install -e ".[dicom]"') from None
-    data = pydicom.dcmread(path, specific_tags=list(TAGS))
+    try:
+        data = pydicom.dcmread(path, specific_tags=list(TAGS))
+    except InvalidDicomError:
+        raise ValueError("no DICOM file: the letters DICM do not follow its first 128 bytes") from None
     if "Rows" not in data or "PhotometricInterpretation" not in data:
         raise ValueError("a DICOM file without an image")
     if (frames := int(data.get("NumberOfFrames") or 1)) > 1:
@@ -93,7 +97,7 @@ def _of_interest(
     if reading.grey_range == "bits" and data.get("WindowWidth") is not None and data.get("WindowCenter") is not None:
         centre, width = _first(data.WindowCenter), _first(data.WindowWidth)
         return windowed(values, centre, width, str(data.get("VOILUTFunction") or "LINEAR")), ()
-    low, high = _range(data)
+    low, high = _range(data, stored, reading)
     return (values - low) / (high - low), (f"DICOM without a window in use: {low:g} to {high:g} became 0 to 255",)
 
 
@@ -117,12 +121,15 @@ def windowed(values: NDArray[np.float64], centre: float, width: float, function:
     return np.clip((values - (centre - 0.5)) / (width - 1) + 0.5, 0, 1)
 
 
-def _range(data: "FileDataset") -> tuple[float, float]:
-    """What the bits that are stored can hold, behind the modality transform."""
-    bits = int(data.BitsStored)
+def _range(data: "FileDataset", stored: NDArray[np.integer], reading: Reading) -> tuple[float, float]:
+    """What the bits that are stored, or used, can hold, behind the modality transform."""
     if data.get("ModalityLUTSequence"):
         return 0.0, 2.0 ** _bits_of_table(data.ModalityLUTSequence[0]) - 1
-    low = -(2.0 ** (bits - 1)) if data.PixelRepresentation else 0.0
+    bits, low = int(data.BitsStored), 0.0
+    if data.PixelRepresentation:
+        low = -(2.0 ** (bits - 1))
+    elif reading.grey_range == "bits":
+        bits = min(bits, used_bits(int(stored[~_padding(stored, data)].max(initial=0))))
     slope, intercept = float(data.get("RescaleSlope", 1)), float(data.get("RescaleIntercept", 0))
     ends = (slope * low + intercept, slope * (low + 2.0**bits - 1) + intercept)
     return min(ends), max(ends)

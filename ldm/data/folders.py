@@ -31,7 +31,7 @@ SETS = {
         ("train.csv", "valid.csv"),
         ("Path", "No Finding"),
         chexpert.read,
-        ("csv", "frontal_only", "uncertain", "empty", "attributes", "layout"),
+        ("csv", "frontal_only", "uncertain", "empty", "layout"),
         (*chexpert.PREFIXES, chexpert.FIRST_BATCH),
     ),
     "isic": DataSet("ISIC 2019", (isic.TRUTH,), ("image", *isic.DIAGNOSES), isic.read, SKIN),
@@ -47,25 +47,23 @@ SETS = {
         mimic.LABELS,
         ("subject_id", "study_id", "Pleural Effusion"),
         mimic.read,
-        ("csv", "frontal_only", "uncertain", "empty", "attributes"),
+        ("csv", "frontal_only", "uncertain", "empty"),
         mimic.FOLDERS,
     ),
-    "nih": DataSet(
-        "NIH ChestX-ray14", (nih.TABLE,), ("Image Index", "Finding Labels"), nih.read, ("csv", "attributes")
-    ),
+    "nih": DataSet("NIH ChestX-ray14", (nih.TABLE,), ("Image Index", "Finding Labels"), nih.read, ("csv",)),
     "padchest": DataSet(
         "PadChest",
         padchest.TABLE,
         ("ImageID", "PatientID", "Projection", "Labels"),
         padchest.read,
-        ("csv", "frontal_only", "attributes"),
+        ("csv", "frontal_only"),
     ),
     "vindr": DataSet(
         "VinDr-CXR",
         (*vindr.LABELS, vindr.BOXES),
         ("image_id", "rad_id"),
         vindr.read,
-        ("csv", "attributes"),
+        ("csv",),
         ("annotations",),
     ),
 }
@@ -108,8 +106,8 @@ def read(
     known = SETS[name]
     if file is not None:
         given["csv"] = file
-    refuse_idle(given, known.options, known.title, root)
     wanted = given.pop("attributes", None)
+    refuse_idle(given, known.options, known.title, root)
     images = known.read(root, **given)
     return replace(images if wanted is None else images.with_attributes(wanted), reading=reading)
 

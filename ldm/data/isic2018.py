@@ -35,11 +35,13 @@ def read(
     numbers = dermoscopy.one_hot(path, frame, DIAGNOSES)
     frame = dermoscopy.keyed(path, frame)
     lesions = places.table_in(root, (LESIONS,), FOLDERS)
+    notes: tuple[str, ...] = ()
     if lesions is None:
-        frame, notes = frame.assign(group=None), (f"no {LESIONS}: lesions are unknown, so a split cannot keep them",)
+        frame = frame.assign(group=None)
+        notes = (f"no {LESIONS}: lesions are unknown, so a grouped split cannot keep their images together",)
     else:
         groups = dermoscopy.keyed(lesions, tables.read(lesions, ("image", "lesion_id")))["lesion_id"]
-        frame, notes = frame.assign(group=groups.reindex(frame.index)), ()
+        frame = frame.assign(group=groups.reindex(frame.index))
     labels = Labels(
         path=path,
         frame=frame,

@@ -4,7 +4,6 @@ Data_Entry_2017[_v2020].csv          Image Index, Finding Labels, Follow-up #, P
 images/, images_001/images/ ...      00000001_000.png
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +30,9 @@ WORDS = {
     "Fibrosis": "Fibrosis",
     "Hernia": "Hernia",
 }
-DEFAULT_ATTRIBUTES = ("pleural_effusion", "cardiomegaly")
 
 
-def read(root: Path | str, *, csv: str = TABLE, attributes: Sequence[str] = DEFAULT_ATTRIBUTES) -> LabelledImages:
+def read(root: Path | str, *, csv: str = TABLE) -> LabelledImages:
     """Read the label file; the images may be absent.
 
     Returns: rows in file order; groups are patients; 1 or 0: what the report does not say counts as absent.
@@ -50,9 +48,9 @@ def read(root: Path | str, *, csv: str = TABLE, attributes: Sequence[str] = DEFA
     known = [*WORDS, NOTHING]
     cells = tables.names(frame["Finding Labels"])
     lists = [[label.strip() for label in cell.split("|")] for cell in cells]
-    if wrong := [(row, label) for row, labels in enumerate(lists) for label in labels if label not in known]:
-        row, label = wrong[0]
-        raise ValueError(f"{path}, line {tables.line(row)}: Finding Labels has {label!r}{tables.nearest(label, known)}")
+    for row, labels in enumerate(lists):
+        for label in labels:
+            tables.one_of(f"{path}, line {tables.line(row)}: Finding Labels", label, known)
     patients = frame["Patient ID"].astype(str).str.zfill(8)
     return radiography.assemble(
         name="nih",
@@ -64,5 +62,4 @@ def read(root: Path | str, *, csv: str = TABLE, attributes: Sequence[str] = DEFA
         keys=tables.strings(names),
         words=WORDS,
         columns=radiography.attributes_of({**WORDS, NOTHING: NOTHING}),
-        attributes=attributes,
     )

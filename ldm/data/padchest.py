@@ -7,7 +7,6 @@ PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv[.gz]
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from ldm.data.labelled import LabelledImages
 TABLE = ("PADCHEST_*.csv", "PADCHEST_*.csv.gz")
 PROJECTIONS = ("PA", "AP", "AP_horizontal")  # the frontal ones
 UNSAID = ("normal", "unchanged", "exclude", "suboptimal study", "")  # labels that name no finding
-DEFAULT_ATTRIBUTES = ("pleural_effusion", "cardiomegaly")
 LABEL = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 
 
@@ -27,13 +25,12 @@ def read(
     *,
     csv: str = "",
     frontal_only: bool = True,
-    attributes: Sequence[str] = DEFAULT_ATTRIBUTES,
 ) -> LabelledImages:
     """Read the label file; the images may be absent.
 
     Returns: rows in file order; groups are patients; 1 or 0: what the report does not say counts as absent. Images
              labelled "exclude" are left out.
-    Raises:  ValueError: for a file that is no such table, an attribute that no image has, or no row left.
+    Raises:  ValueError: for a file that is no such table, or no row left.
     """
     root = Path(root)
     path = places.table_in(root, (csv,) if csv else TABLE)
@@ -64,13 +61,7 @@ def read(
         keys=tables.strings(frame["ImageID"]),
         words=words,
         columns=radiography.attributes_of({label: label for label in known}),
-        attributes=attributes if attributes != DEFAULT_ATTRIBUTES else _there(attributes, known),
         notes=[f"{(~rows).sum():,} of {len(rows):,} images are excluded, unlabelled or not frontal, and left out"]
         if not rows.all()
         else (),
     )
-
-
-def _there(attributes: Sequence[str], known: Sequence[str]) -> Sequence[str]:
-    """The default ones that some image has, or the most frequent label."""
-    return [name for name in attributes if name.replace("_", " ") in known] or [known[0]]

@@ -13,6 +13,7 @@ from ldm.data.wording import Radiographs
 UNCERTAIN = {"ones": 1.0, "zeros": 0.0, "ignore": np.nan}
 EMPTY = {"zero": 0.0, "mask": np.nan}
 FRONTAL = ("AP", "PA")
+DEFAULT_ATTRIBUTES = ("pleural_effusion", "cardiomegaly")  # of sets that the paper did not use
 
 
 def decided(values: pd.DataFrame, uncertain: str, empty: str) -> pd.DataFrame:
@@ -34,13 +35,13 @@ def assemble(
     keys: NDArray[np.str_],
     words: Mapping[str, str],
     columns: Mapping[str, str],
-    attributes: Sequence[str],
+    attributes: Sequence[str] | None = None,
     notes: Sequence[str] = (),
 ) -> LabelledImages:
     """The images of one set, none of which the paper used.
 
     Args:    patients: None where the set does not tell.  words: column -> words in captions.
-             columns: attribute -> column.  attributes: those wanted.
+             columns: attribute -> column.  attributes: None: of the default ones those that the set has, or its first.
     Raises:  ValueError: for an attribute that the set does not have.
     """
     images = LabelledImages(
@@ -61,6 +62,8 @@ def assemble(
         columns=columns,
         notes=tuple(notes),
     )
+    if attributes is None:
+        attributes = [name for name in DEFAULT_ATTRIBUTES if name in columns] or list(columns)[:1]
     return images.with_attributes(attributes)
 
 

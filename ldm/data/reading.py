@@ -28,4 +28,4 @@ AS_STORED = Reading()  # what is done where nobody chooses
 
 def used_bits(highest: int) -> int:
     """The fewest of the usual bits that can hold a value, such as 12 for 3,000."""
-    return next((bits for bits in USUAL_BITS if highest < 2**bits), 16)
+    return next((bits for bits in USUAL_BITS if highest < 2**bits), 32)

@@ -7,7 +7,6 @@ train/, test/                                   IMAGE_ID.dicom, .dcm, .png
 Patients are not told.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +18,14 @@ from ldm.data.labelled import LabelledImages
 LABELS = ("image_labels_train.csv", "image_labels_test.csv")
 BOXES = "train.csv"
 NOTHING = "No finding"
-DEFAULT_ATTRIBUTES = ("pleural_effusion", "cardiomegaly")
 
 
-def read(root: Path | str, *, csv: str = "", attributes: Sequence[str] = DEFAULT_ATTRIBUTES) -> LabelledImages:
+def read(root: Path | str, *, csv: str = "") -> LabelledImages:
     """Read the labels; a label counts as present where more than half of the image's radiologists gave it.
 
     Args:    csv: image_labels_test.csv, or another table of one of the two forms (default: training labels).
     Returns: one row an image, in the order in which they come first; every image is a group of its own.
-    Raises:  ValueError: for a file that is no such table, or an unknown attribute.
+    Raises:  ValueError: for a file that is no such table.
     """
     root = Path(root)
     path = places.table_in(root, (csv,) if csv else (*LABELS, BOXES), ("annotations",))
@@ -50,7 +48,6 @@ def read(root: Path | str, *, csv: str = "", attributes: Sequence[str] = DEFAULT
         keys=keys,
         words=words,
         columns=radiography.attributes_of({**words, NOTHING: NOTHING} if NOTHING in observations else words),
-        attributes=attributes,
         notes=[f"a label is present where more than half of {raters:.1f} radiologists an image gave it"]
         if raters > 1
         else (),

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from ldm.data import images
+from ldm.data.decode import decode
 from ldm.data.images import Broken, iterate, load_image, scan, usable
+from ldm.data.reading import Reading
 
 
 def ramp(height: int = 24, width: int = 40) -> np.ndarray:
@@ -44,6 +46,68 @@ def test_sixteen_bit_png_keeps_the_whole_range(tmp_path):
     values = np.array([[0, 65535], [32896, 257]], dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / "a.png")
     assert load_image(tmp_path / "a.png", 2)[..., 0].tolist() == [[0, 255], [128, 1]]
+
+
+@pytest.mark.parametrize(("highest", "white"), [(255, 255), (900, 1023), (3000, 4095), (9000, 16383), (40000, 65535)])
+def test_grey_of_fewer_than_16_bits_is_scaled_by_those_that_are_used(tmp_path, highest, white):
+    """12 bits in a 16-bit PNG or TIFF would come out nearly black."""
+    values = np.linspace(0, highest, 64).astype(np.uint16).reshape(8, 8)
+    for extension in ("png", "tif"):
+        Image.fromarray(values).save(tmp_path / f"a.{extension}")
+        loaded = load_image(tmp_path / f"a.{extension}", 8)[..., 0]
+        np.testing.assert_array_equal(loaded, np.rint(values / white * 255))
+        remarks = decode(tmp_path / f"a.{extension}").remarks
+        assert remarks == () if white == 65535 else f"0 to {white} became 0 to 255" in remarks[0]
+    whole = load_image(tmp_path / "a.png", 8, reading=Reading(grey_range="type"))[..., 0]
+    np.testing.assert_array_equal(whole, np.rint(values / 257))
+
+
+def test_percentiles_by_option(tmp_path):
+    values = np.arange(10_000, dtype=np.uint16).reshape(100, 100)
+    values[0, :10] = 65535
+    Image.fromarray(values).save(tmp_path / "a.png")
+    loaded = load_image(tmp_path / "a.png", 100, reading=Reading(grey_range="percentiles"))[..., 0]
+    assert (loaded[0, 10:50] == 0).all()
+    assert (loaded[99, 50:] == 255).all()
+    assert abs(int(loaded[50, 0]) - 128) < 3
+
+
+def test_a_narrow_range_is_remarked_on(tmp_path):
+    Image.fromarray(np.linspace(20, 60, 64).astype(np.uint8).reshape(8, 8)).save(tmp_path / "a.png")
+    assert "less than a quarter of the range" in decode(tmp_path / "a.png").remarks[0]
+
+
+def test_transparent_pixels_are_laid_on_a_background(tmp_path):
+    pixels = np.full((4, 4, 4), 200, dtype=np.uint8)
+    pixels[:2, :, 3] = 0
+    pixels[2:, :, 3] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png", 4)[:, 0, 0].tolist() == [0, 0, 200, 200]
+    assert load_image(tmp_path / "a.png", 4, reading=Reading(background=255))[:, 0, 0].tolist() == [255, 255, 200, 200]
+    assert decode(tmp_path / "a.png").remarks == ("transparent pixels were laid on grey 0",)
+    grey = Image.fromarray(pixels[..., [0, 3]], "LA")
+    grey.save(tmp_path / "b.png")
+    assert decode(tmp_path / "b.png").image.mode == "L"
+
+
+def test_negatives_are_inverted(tmp_path):
+    Image.fromarray(ramp(8, 8)).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(
+        load_image(tmp_path / "a.png", 8, reading=Reading(invert=True))[..., 0], 255 - ramp(8, 8)
+    )
+
+
+@pytest.mark.parametrize("options", [{"grey_range": "auto"}, {"background": 256}])
+def test_readings_that_are_none(options):
+    with pytest.raises(ValueError, match=r"got (?:'auto'|256), expected"):
+        Reading(**options)
+
+
+def test_the_limit_of_pixels_is_said(tmp_path, monkeypatch):
+    Image.new("L", (100, 100)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    with pytest.raises(ValueError, match=r"0\.0 megapixels, at most 0\.0 are read; make it smaller"):
+        load_image(tmp_path / "a.png", 4)
 
 
 def test_cmyk_jpeg(tmp_path):
@@ -83,18 +147,23 @@ def test_an_unknown_fit(tmp_path):
 # ---------------------------------------------------------------- broken files
 
 
-@pytest.fixture
-def folder(tmp_path) -> list[str]:
-    """Forty files in order, 3, 20 and 33 of which are broken: cut off, no image, not there."""
+def _noise_as_jpeg() -> bytes:
     buffer = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
     Image.fromarray(noise).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path) -> list[str]:
+    """Forty files in order, 3, 20 and 33 of which are broken: cut off, no image, not there."""
+    whole = _noise_as_jpeg()
     for i in range(40):
         if i % 2:
-            (tmp_path / f"{i:02d}.jpg").write_bytes(buffer.getvalue())
+            (tmp_path / f"{i:02d}.jpg").write_bytes(whole)
         else:
             Image.new("L", (9, 9), i).save(tmp_path / f"{i:02d}.jpg", "PNG")  # a PNG by another name
-    (tmp_path / "03.jpg").write_bytes(buffer.getvalue()[:-500])
+    (tmp_path / "03.jpg").write_bytes(whole[:-500])
     (tmp_path / "20.jpg").write_bytes(b"no image")
     (tmp_path / "33.jpg").unlink()
     return [str(tmp_path / f"{i:02d}.jpg") for i in range(40)]
@@ -113,6 +182,26 @@ def test_a_scan_names_what_is_broken_and_why(folder):
 def test_a_scan_survives_stumps(tmp_path, content):
     (tmp_path / "a.jpg").write_bytes(content)
     assert [fault.file for fault in scan([str(tmp_path / "a.jpg")])] == [str(tmp_path / "a.jpg")]
+
+
+def test_damage_in_the_middle_is_found_where_all_is_decoded(tmp_path):
+    content = bytearray(_noise_as_jpeg())
+    middle = len(content) // 2
+    content[middle : middle + 400] = np.random.default_rng(0).integers(0, 256, 400, dtype=np.uint8).tobytes()
+    (tmp_path / "a.jpg").write_bytes(content)
+    name = str(tmp_path / "a.jpg")
+    assert scan([name]) == []  # its header and its end are whole
+    assert "broken data stream" in scan([name], whole=True)[0].reason
+    assert usable([name], max_bad=1).tolist() == [False]  # what is trained on is always decoded whole
+
+
+def test_what_was_decided_is_said_once_for_all_images(tmp_path, caplog):
+    for i in range(3):
+        Image.fromarray(np.array([[0, 3000 + i]], dtype=np.uint16)).save(tmp_path / f"{i}.png")
+    names = [str(tmp_path / f"{i}.png") for i in range(3)]
+    assert usable(names, cache=tmp_path / "scan.json").all()
+    assert usable(names, cache=tmp_path / "scan.json").all()  # from the cache
+    assert caplog.messages == ["3 of 3 images: grey: 12 of 16 bits are used, 0 to 4095 became 0 to 255"] * 2
 
 
 def test_a_jpeg_with_bytes_after_its_end_is_whole(folder):

@@ -139,6 +139,50 @@ def test_three_groups_are_enough(images, groups):
     assert lengths(splits.grouped(some)) == [groups - test - validation, validation, test]
 
 
+# ---------------------------------------------------------------- by group and by label
+
+
+def test_a_rare_label_is_in_every_part(tmp_path):
+    """Eight patients of 120 have all the positives: by chance alone most of them fall into train."""
+    study = "train/patient{:05d}/study{}/view1_frontal.jpg"
+    rows = [
+        radiograph(study.format(patient, i), support_devices=float(patient % 15 == 0), pleural_effusion=float(i % 2))
+        for patient in range(120)
+        for i in range(1 + patient % 4)
+    ]
+    images = chexpert_reader.read(chexpert(tmp_path, rows))
+    plain, even = splits.grouped(images, seed=0), splits.stratified(images, seed=0)
+    assert splits.leakage(images, even) == 0
+    assert sorted(np.concatenate(list(even.parts().values()))) == list(range(len(images)))
+    total = images.counts()
+    for rows_of_part, fraction in zip(even.parts().values(), splits.PAPER_FRACTIONS, strict=True):
+        counts = images.counts(rows_of_part)
+        assert abs(counts["Support Devices"] - fraction * total["Support Devices"]) <= 4  # the largest group
+        assert abs(counts["Pleural Effusion"] - fraction * total["Pleural Effusion"]) <= 4
+        assert abs(len(rows_of_part) - fraction * len(images)) <= 4
+    assert splits.uneven(images, even) == []
+    assert splits.stratified(images, seed=0).test.tolist() == even.test.tolist()
+    assert splits.stratified(images, seed=1).test.tolist() != even.test.tolist()
+    assert plain.test.tolist() != even.test.tolist()
+
+
+def test_an_uneven_split_is_said(images):
+    devices = np.flatnonzero(images.labels[:, 1] == 1)
+    others = np.flatnonzero(images.labels[:, 1] == 0)
+    split = splits.Split(np.sort(np.concatenate([devices, others[:40]])), others[40:60], others[60:])
+    (sentence,) = splits.uneven(images, split)
+    assert sentence.startswith(
+        "support_devices is uneven: of 40 images that show it 40 in train (27 would be its share)"
+    )
+    assert sentence.endswith("try --split stratified")
+
+
+def test_stratified_parts_may_be_left_out_and_groups_too_few(images):
+    assert len(splits.stratified(images, fractions=(0.8, 0.2, 0.0)).test) == 0
+    with pytest.raises(ValueError, match="groups are too few"):
+        splits.stratified(images.select(np.arange(6)))
+
+
 # ---------------------------------------------------------------- files
 
 
