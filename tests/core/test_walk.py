@@ -175,7 +175,10 @@ def test_five_lines_of_python_make_an_image():
     assert images.shape == (1, 3, 128, 128)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "tools/README.md", "weights/README.md", "weights/RESULTS.md"])
+PAGES = ("README.md", "CONTRIBUTING.md", "tools/README.md", "weights/README.md", "weights/RESULTS.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_no_page_links_to_nothing(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
