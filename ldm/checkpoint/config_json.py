@@ -58,7 +58,6 @@ _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
         "conv_out_kernel": (3,),
         "cross_attention_norm": (None,),
         "downsample_padding": (1,),
-        "dropout": (0,),
         "dual_cross_attention": (False,),
         "encoder_hid_dim": (None,),
         "encoder_hid_dim_type": (None,),
@@ -83,7 +82,7 @@ _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
     },
 }
 
-# What changes no output: sizes and dtypes that a user chooses, numbers of training, and of outputs not taken here.
+# What changes no image: sizes and dtypes that a user chooses, numbers of training, and of outputs not taken here.
 # upcast_attention: scores are summed in float32 by every attention used here. force_upcast: the autoencoder runs in
 # float32 whatever the U-Net does.
 _OF_NO_EFFECT: dict[str, tuple[str, ...]] = {
@@ -111,7 +110,7 @@ _OF_NO_EFFECT: dict[str, tuple[str, ...]] = {
         "use_cache",
     ),
     "vae": ("force_upcast", "sample_size"),
-    "unet": ("upcast_attention", "addition_embed_type_num_heads"),
+    "unet": ("dropout", "upcast_attention", "addition_embed_type_num_heads"),
 }
 
 # What the tensors' shapes show too.
