@@ -6,7 +6,6 @@ open_clip's own tokenizer does), truncated so that the end token stays last.
 """
 
 import gzip
-import html
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
@@ -18,6 +17,7 @@ import regex
 import torch
 from torch import Tensor
 
+from ldm.checkpoint.vocabulary import Vocabulary
 from ldm.config import CONTEXT_TOKENS
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -44,37 +44,84 @@ def byte_characters() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
+def clip_vocabulary() -> Vocabulary:
+    """CLIP's own. Ids in order: single characters, the same as ends of words, merged pairs, the two special tokens."""
+    lines = gzip.decompress(vocabulary_file().read_bytes()).decode().split("\n")[1 : MERGES + 1]
+    merges = tuple((first, second) for first, second in (line.split() for line in lines))
+    singles = list(byte_characters().values())
+    pieces = singles + [c + "</w>" for c in singles] + ["".join(pair) for pair in merges] + [START, END]
+    return Vocabulary({piece: i for i, piece in enumerate(pieces)}, merges)
+
+
 def clean(text: str) -> str:
-    """Mends mis-decoded Unicode, unescapes HTML twice, folds white space, lower-cases."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return regex.sub(r"\s+", " ", text).strip().lower()
+    """Mends mis-decoded Unicode, folds white space, lower-cases.
+
+    HTML entities: what ftfy unescapes, once, and only in lines without a "<", as SD1.5's own tokenizer does;
+    open_clip's unescapes twice more, and `R&AMP;D` or `5 &gt; 3 <b>` would have other ids.
+    """
+    return regex.sub(r"\s+", " ", ftfy.fix_text(text)).strip().lower()
 
 
 class Tokenizer:
-    """`tokenizer(["a prompt", ...])` -> (B, 77) int64."""
+    """`tokenizer(["a prompt", ...])` -> (B, 77) int64.
 
-    def __init__(self, tokens: int = CONTEXT_TOKENS) -> None:
+    vocabulary: the model's, with the words that were added to it; None: CLIP's.
+    """
+
+    def __init__(self, tokens: int = CONTEXT_TOKENS, vocabulary: Vocabulary | None = None) -> None:
+        given = vocabulary or Vocabulary()
+        words = given if given.ids else clip_vocabulary()
+        assert words.ids is not None
+        assert words.merges is not None
         self.tokens = tokens
         self.bytes = byte_characters()
-        lines = gzip.decompress(vocabulary_file().read_bytes()).decode().split("\n")[1 : MERGES + 1]
-        merges = [tuple(line.split()) for line in lines]
-        self.rank = {pair: i for i, pair in enumerate(merges)}
-        singles = list(self.bytes.values())
-        # Ids in order: single characters, the same as ends of words, merged pairs, the two special tokens.
-        vocabulary = singles + [c + "</w>" for c in singles] + ["".join(pair) for pair in merges] + [START, END]
-        self.ids = {piece: i for i, piece in enumerate(vocabulary)}
-        self.pieces = vocabulary
+        self.ids = dict(words.ids)
+        self.rank = {pair: i for i, pair in enumerate(words.merges)}
+        for piece in (START, END):
+            if piece not in self.ids:
+                raise ValueError(f"the vocabulary has no {piece}: it is not CLIP's; get the model's own tokenizer")
         self.start, self.end = self.ids[START], self.ids[END]
+        self.added = {START: (self.start,), END: (self.end,), **given.added}
+        self.pieces = {i: piece for piece, i in self.ids.items()}
+        self.pieces |= {ids[0]: f"{text}</w>" for text, ids in given.added.items() if len(ids) == 1}
+        self.padding = self.ids.get(given.padding, self.end)
+        texts = sorted(self.added, key=len, reverse=True)  # of two that begin alike, the longer
+        self._added_texts = regex.compile("(" + "|".join(map(regex.escape, texts)) + ")")
         self._merge = lru_cache(maxsize=65536)(self._merge_uncached)
+
+    @property
+    def rows(self) -> set[int]:
+        """Every id that some text has: the rows of the embedding table that can be reached."""
+        return {*self.ids.values(), *(i for ids in self.added.values() for i in ids)}
+
+    def require_rows(self, count: int) -> None:
+        """Raises ValueError unless a table of embeddings with so many rows has one for each id, and no other."""
+        unreached, beyond = sorted(set(range(count)) - self.rows), [i for i in self.rows if not 0 <= i < count]
+        if unreached:
+            raise ValueError(
+                f"the text encoder has {count} rows, and {len(unreached)} of them ({unreached[0]}) have no word that "
+                "reaches them: put its tokenizer's folder beside it, or give the word as --embedding"
+            )
+        if beyond:
+            raise ValueError(
+                f"the text encoder has {count} rows, its tokenizer words for {len(self.rows)}: they are of two models"
+            )
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without start, end and padding."""
+        ids: list[int] = []
+        for stretch in self._added_texts.split(text):  # added words are taken as they are written, before cleaning
+            ids += self.added[stretch] if stretch in self.added else self._encode_plain(stretch)
+        return ids
+
+    def _encode_plain(self, text: str) -> list[int]:
         ids: list[int] = []
         for piece in PIECES.findall(clean(text)):
             if piece in (START, END):
                 ids.append(self.ids[piece])
             else:
-                ids += [self.ids[part] for part in self._merge("".join(self.bytes[b] for b in piece.encode()))]
+                parts = self._merge("".join(self.bytes[b] for b in piece.encode()))
+                ids += [self.ids.get(part, self.end) for part in parts]  # of CLIP's vocabulary every part has an id
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -95,7 +142,7 @@ class Tokenizer:
         rows = []
         for text in texts:
             ids = [self.start, *self.encode(text)[: self.tokens - 2], self.end]
-            rows.append(ids + [self.end] * (self.tokens - len(ids)))
+            rows.append(ids + [self.padding] * (self.tokens - len(ids)))
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.tokens)
 
     def _merge_uncached(self, word: str) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from ldm.checkpoint.folders import Files, networks_of, open_file, open_files, si
 from ldm.checkpoint.foreign import read_json, refuse_other_classes
 from ldm.checkpoint.layouts import FOLDERS, PARTS
 from ldm.checkpoint.quantised import FLOAT8
+from ldm.checkpoint.vocabulary import Vocabulary, added_from_metadata, read_vocabulary
 
 Layout = Literal["single", "folder", "part"]
 WeightSet = Literal["ema", "plain"]
@@ -23,6 +24,7 @@ EXTRAS_FILE = "single_file_extras.safetensors"  # ours: what a single file holds
 CONFIG_KEY = "ldm.config"
 HEADER_KEY = "ldm.header."
 VAE_NAMES_KEY = "ldm.vae_names"
+WORDS_KEY = "ldm.added_words"
 BLOCKS_KEY = "ldm.unet_blocks"  # classes that are not the standard ones, by name
 
 
@@ -38,7 +40,7 @@ class Checkpoint:
     read, or that a conversion carried along.
     single_names: whether a network alone has CompVis names.  ema_only: whether the U-Net is a moving average without
     the trained weights.  scales: stored names of what quantised weights are multiplied with.
-    config_files: part -> the config.json beside its weights.
+    config_files: part -> the config.json beside its weights.  vocabulary: of the text encoder.
     """
 
     path: Path
@@ -54,6 +56,7 @@ class Checkpoint:
     ema_only: bool = False
     scales: tuple[str, ...] = ()
     config_files: Mapping[str, Path] = field(default_factory=dict)
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
 
     @property
     def blocks(self) -> str:
@@ -127,6 +130,12 @@ class Checkpoint:
             extras=(*self.extras, *base.extras, *left),
             unexpected=self.unexpected + base.unexpected,
             hidden={**self.hidden, **hidden_parts},
+            config_files={
+                **{part: file for part, file in base.config_files.items() if part in taken},
+                **self.config_files,
+            },
+            vocabulary=base.vocabulary if "clip" in taken else self.vocabulary,
+            scales=self.scales + base.scales,
         )
 
     def require_complete(self) -> None:
@@ -177,6 +186,7 @@ def _identify_file(path: Path) -> Checkpoint:
         single_names=found.single_names,
         ema_only=found.ema_only,
         scales=found.scales,
+        vocabulary=_vocabulary(_tokenizer_beside(path), files) if "clip" in found.parts else Vocabulary(),
     )
     return checkpoint if found.several else _with_config_json(checkpoint, part, config_file)
 
@@ -206,6 +216,7 @@ def _identify_folder(path: Path) -> Checkpoint:
         vae_names="old" if "vae" in found and found["vae"].old_vae_names else "new",
         single_names=any(one.single_names for one in found.values()),
         scales=tuple(scale for one in found.values() for scale in one.scales),
+        vocabulary=_vocabulary(path / "tokenizer", files["clip"]) if "clip" in files else Vocabulary(),
     )
     for part in PARTS:
         if part in files:
@@ -221,6 +232,19 @@ def _identify_folder(path: Path) -> Checkpoint:
         unexpected=checkpoint.unexpected + unexpected,
         headers={**checkpoint.headers, **_carried_headers(file)},
     )
+
+
+def _tokenizer_beside(file: Path) -> Path | None:
+    """The folder of the tokenizer of a file within a folder of networks."""
+    return file.parent.parent / "tokenizer" if file.parent.name == FOLDERS["clip"] else None
+
+
+def _vocabulary(folder: Path | None, files: Files) -> Vocabulary:
+    """The words of a text encoder: its tokenizer's, or those that our metadata tell."""
+    if folder is not None and folder.is_dir():
+        return read_vocabulary(folder)
+    with naming(files[0].path):
+        return Vocabulary(added=added_from_metadata(files[0].header.metadata, WORDS_KEY))
 
 
 def _with_config_json(checkpoint: Checkpoint, part: str, path: Path) -> Checkpoint:

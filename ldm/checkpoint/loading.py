@@ -21,6 +21,7 @@ from ldm.checkpoint.identification import PART_NAMES, Checkpoint, WeightSet, ide
 from ldm.checkpoint.layouts import PARTS
 from ldm.checkpoint.report import KeyReport, explain, require_fit
 from ldm.checkpoint.settings import PartConfig
+from ldm.checkpoint.vocabulary import Vocabulary
 from ldm.clip import CLIPTextEncoder
 from ldm.config import CLIPConfig, Config, UNetConfig, VAEConfig
 from ldm.unet import UNet
@@ -48,6 +49,7 @@ class Loaded:
     writing into a parameter copies the page, never changes the file. The files may be replaced meanwhile (as `save`
     does), but not rewritten in place.
     weight_set: which U-Net weights these are where the checkpoint has both sets; None where it has one.
+    vocabulary: what the tokenizer must know, words that were added included.
     """
 
     config: Config
@@ -59,6 +61,7 @@ class Loaded:
     files: tuple[Path, ...]
     mapped: bool
     weight_set: WeightSet | None
+    vocabulary: Vocabulary
 
 
 class _LeaveUninitialised(TorchFunctionMode):
@@ -151,7 +154,18 @@ def load_parts(
     assert isinstance(vae, AutoencoderKL)
     assert isinstance(unet, UNet)
     files = tuple(file.path for file in checkpoint.files)
-    return Loaded(config, clip, vae, unet, examined.report, checkpoint.describe(), files, mapped, weight_set)
+    return Loaded(
+        config=config,
+        clip=clip,
+        vae=vae,
+        unet=unet,
+        report=examined.report,
+        description=checkpoint.describe(),
+        files=files,
+        mapped=mapped,
+        weight_set=weight_set,
+        vocabulary=checkpoint.vocabulary,
+    )
 
 
 def fill(network: nn.Module, tensors: Mapping[str, LazyTensor], device: torch.device | str) -> None:

@@ -22,6 +22,7 @@ from ldm.checkpoint.identification import (
     EXTRAS_FILE,
     HEADER_KEY,
     VAE_NAMES_KEY,
+    WORDS_KEY,
     WeightSet,
     identify,
 )
@@ -29,10 +30,12 @@ from ldm.checkpoint.layouts import FOLDERS, PARTS
 from ldm.checkpoint.loading import examine
 from ldm.checkpoint.report import require_fit
 from ldm.checkpoint.settings import PartConfig
+from ldm.checkpoint.vocabulary import added_to_metadata
 from ldm.unet import STANDARD_BLOCKS
 
 Tensors = Mapping[str, LazyTensor]
 VaeNames = Literal["new", "old"]
+CLIP_PIECES = {("!", 0), ("a</w>", 320), ("<|startoftext|>", 49406), ("<|endoftext|>", 49407)}  # some of CLIP's
 PLAIN_METADATA = {"format": "pt"}  # what every published file has: the tensors come from PyTorch
 
 
@@ -43,6 +46,7 @@ class Content:
     parts: "clip", "vae", "unet", "unet_ema", or some of them -> our names -> tensors.  extras: a single file's other
     tensors.  headers: "single" or a part -> the header that its file had, for files that were there before.
     metadata: the user's own, text -> text.  always_tell_config: also where it shows in the shapes.
+    words: added to the text encoder's vocabulary -> their ids.
     """
 
     parts: Mapping[str, Tensors]
@@ -52,6 +56,7 @@ class Content:
     vae_names: VaeNames = "new"
     metadata: Mapping[str, str] = field(default_factory=dict)
     always_tell_config: bool = False
+    words: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def save(
@@ -113,6 +118,11 @@ def convert(
         checkpoint = checkpoint.choose(ema)
     examined = examine(checkpoint)
     require_fit(checkpoint, examined.report)
+    if (own := checkpoint.vocabulary.ids) and not CLIP_PIECES.issubset(own.items()):
+        raise CheckpointError(
+            f"{source}: its tokenizer has a vocabulary of its own, {len(own)} pieces, which neither layout written "
+            "here has a place for: keep the folder as it is"
+        )
     content = Content(
         parts={
             part: {name: tensor.cast(dtype) for name, tensor in tensors.items()}
@@ -123,6 +133,7 @@ def convert(
         headers=checkpoint.headers,
         vae_names=vae_names or checkpoint.vae_names,
         metadata={BLOCKS_KEY: checkpoint.blocks} if checkpoint.blocks else {},
+        words=checkpoint.vocabulary.added,
     )
     return _write(Path(target), content, layout, overwrite)
 
@@ -162,6 +173,8 @@ def _single_metadata(content: Content) -> dict[str, str]:
         metadata[CONFIG_KEY] = settings.config_to_metadata(content.configs)
     if content.vae_names == "old":
         metadata[VAE_NAMES_KEY] = "old"
+    if content.words:
+        metadata[WORDS_KEY] = added_to_metadata(content.words)
     for part in content.parts:
         header, tensors = content.headers.get(part), _part_tensors(content, part)
         if header and _must_carry(header, tensors, _part_metadata(content, part)):
@@ -189,9 +202,15 @@ def _write_single(path: Path, content: Content) -> list[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     header = content.headers.get("single")
     metadata = _single_metadata(content)
-    former = _users_metadata(header)
-    write_tensors(path, _single_tensors(content), {**former, **metadata}, header)
+    metadata = {**_users_metadata(header), **metadata}
+    header = header if header and _tells_words(header, metadata) else None
+    write_tensors(path, _single_tensors(content), metadata, header)
     return [path]
+
+
+def _tells_words(header: Header, metadata: Mapping[str, str]) -> bool:
+    """Whether a former header tells the words that were added to the vocabulary, as new metadata would."""
+    return header.metadata.get(WORDS_KEY) == metadata.get(WORDS_KEY)
 
 
 def _users_metadata(header: Header | None) -> dict[str, str]:
@@ -215,6 +234,8 @@ def _part_metadata(content: Content, part: str) -> dict[str, str]:
     metadata = {**PLAIN_METADATA, **content.metadata}
     if part in PARTS and _tells_config(content, part):
         metadata[CONFIG_KEY] = settings.config_to_metadata({part: content.configs[part]})
+    if part == "clip" and content.words:
+        metadata[WORDS_KEY] = added_to_metadata(content.words)
     return metadata
 
 
@@ -234,6 +255,7 @@ def _write_folder(folder: Path, content: Content) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         header = content.headers.get(part)
         metadata = {**_users_metadata(header), **_part_metadata(content, part)}
+        header = header if header and _tells_words(header, metadata) else None
         write_tensors(path, _part_tensors(content, part), metadata, header)
         written.append(path)
     for network, config in content.configs.items():

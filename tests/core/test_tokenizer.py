@@ -8,13 +8,19 @@ import pytest
 import torch
 from reference import GOLDEN
 
-from ldm.tokenizer import Tokenizer, byte_characters, clean
+from ldm.checkpoint.vocabulary import Vocabulary
+from ldm.tokenizer import Tokenizer, byte_characters, clean, clip_vocabulary
 
 # 40 prompts with the ids of transformers' slow CLIPTokenizer and ftfy, padded with the end token: what SD1.5 was
 # released with. Medical captions, white space, HTML, broken and odd Unicode, special tokens, overlong texts.
 ROWS = json.loads((GOLDEN / "tokenizer.json").read_text(encoding="utf-8"))["rows"]
 PROMPTS = [row["prompt"] for row in ROWS]
 START, END = 49406, 49407
+
+# What transformers 4.57.6's slow CLIPTokenizer with ftfy 6.3.1 makes of 510 texts with HTML entities, written well and
+# badly, some beside a "<"; and of texts with words that were added to its vocabulary.
+ENTITIES = json.loads((GOLDEN / "tokenizer_entities.json").read_text(encoding="utf-8"))["rows"]
+ADDED = json.loads((GOLDEN / "tokenizer_added.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +33,54 @@ def test_the_ids_are_the_original_ones(tokenizer, row):
     assert tokenizer([row["prompt"]]).tolist() == [row["ids"]]
     # Start, text, end; where a prompt was cut off, the first 75 of its tokens.
     assert min(len(tokenizer.encode(row["prompt"])), 75) + 2 == row["n_tokens"]
+
+
+def test_html_entities_are_left_where_the_original_leaves_them(tokenizer):
+    assert len(ENTITIES) >= 500
+    assert [row["prompt"] for row in ENTITIES if tokenizer.encode(row["prompt"]) != row["ids"]] == []
+
+
+@pytest.fixture(scope="module")
+def words() -> Vocabulary:
+    return Vocabulary(added={text: (i,) for text, i in ADDED["added"].items() if i > END})
+
+
+@pytest.mark.parametrize("row", ADDED["rows"], ids=range(len(ADDED["rows"])))
+def test_added_words_are_taken_whole_and_as_they_are_written(words, row):
+    assert Tokenizer(vocabulary=words).encode(row["prompt"]) == row["ids"]
+
+
+def test_an_added_word_may_stand_for_several_ids(words):
+    tokenizer = Tokenizer(vocabulary=Vocabulary(added={"<lesion>": (49408, 49409)}))
+    assert tokenizer(["a <lesion>"]).tolist()[0][:5] == [START, 320, 49408, 49409, END]
+    assert tokenizer.rows == set(range(49410))
+
+
+def test_a_vocabulary_of_another_model_is_used(tokenizer):
+    clips = clip_vocabulary()
+    turned = {piece: 49407 - i for piece, i in clips.ids.items()}
+    other = Tokenizer(vocabulary=Vocabulary(turned, clips.merges, padding="!"))
+    ids = tokenizer.encode("a chest x-ray")
+    assert other(["a chest x-ray"]).tolist()[0] == [1, *(49407 - i for i in ids), 0] + [49407] * (75 - len(ids))
+
+
+def test_a_vocabulary_without_clips_special_tokens_is_refused():
+    with pytest.raises(ValueError, match=r"has no <\|startoftext\|>: it is not CLIP's"):
+        Tokenizer(vocabulary=Vocabulary({"a</w>": 0}, (("a", "b"),)))
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "rows", "message"),
+    [
+        (Vocabulary(), 49409, r"49409 rows, and 1 of them \(49408\) .* no word that .*--embedding"),
+        (Vocabulary(), 49400, r"49400 rows, its tokenizer words for 49408"),
+        (Vocabulary(added={"<cat>": (49500,)}), 49409, r"49409 rows, and 1 of them \(49408\)"),
+    ],
+)
+def test_rows_that_no_word_reaches_are_refused(vocabulary, rows, message):
+    with pytest.raises(ValueError, match=message):
+        Tokenizer(vocabulary=vocabulary).require_rows(rows)
+    Tokenizer(vocabulary=Vocabulary(added={"<cat>": (49408,)})).require_rows(49409)
 
 
 def test_a_batch_is_its_prompts_one_by_one(tokenizer):
@@ -68,7 +122,8 @@ def test_a_single_string_is_refused(tokenizer):
 def test_the_vocabulary_is_complete(tokenizer):
     assert len(tokenizer.pieces) == len(tokenizer.ids) == 49408
     assert (tokenizer.start, tokenizer.end) == (START, END)
-    assert [tokenizer.ids[piece] for piece in tokenizer.pieces] == list(range(49408))
+    assert [tokenizer.ids[tokenizer.pieces[i]] for i in range(49408)] == list(range(49408))
+    assert tokenizer.rows == set(range(49408))
     characters = byte_characters()
     assert sorted(characters) == list(range(256))
     assert len(set(characters.values())) == 256
@@ -103,8 +158,8 @@ def test_a_character_cut_in_the_middle_decodes_to_a_replacement(tokenizer):
         ("\ufeffa chest x-ray", "a chest x-ray"),  # the byte order mark of a Windows text file
         ("A CHEST X-RAY", "a chest x-ray"),
         ("a\u00a0chest\tx-ray ", "a chest x-ray"),
-        ("&amp;lt;", "<"),
-        ("1 < 2 &amp;amp; 3", "1 < 2 & 3"),  # twice escaped, where ftfy leaves entities alone for the sake of the <
+        ("&amp;gt; 3", "&gt; 3"),  # once, and once only
+        ("1 &lt; 2 &amp; 3", "1 < 2 & 3"),
     ],
 )
 def test_texts_that_read_the_same_are_the_same(tokenizer, text, same):
