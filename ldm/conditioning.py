@@ -1,12 +1,12 @@
-"""The embedding schedule: which context the U-Net sees at which step, as plain data.
+"""Contexts as data: what the U-Net is told at every step, for every row of the batch.
 
-Changing the prompt during a run then touches neither the U-Net nor a sampler. A schedule stores K
-contexts once and, for every step, their weights:
+Changing the prompt during a run then touches neither the U-Net nor a sampler. K contexts are stored once and, for every
+step and row, their weights:
 
-    schedule.at(i) = sum_k weights[i, k] contexts[k]
+    contexts.at(i)[b] = sum_k weights[i, b, k] prompts[k, b]
 
     constant    one row of ones                          swap, piecewise    one 1 a row
-    blend, ramp rows (1 - lambda_i, lambda_i)
+    blend, ramp rows (1 - lambda_i, lambda_i)            side_by_side       rows that differ
 
 Letters: S steps, K contexts, B batch (or 1 for all samples), L tokens, D width.
 
@@ -28,20 +28,22 @@ Indexing = Literal["steps", "authors"]
 
 
 @dataclass(frozen=True, eq=False)
-class EmbeddingSchedule:
-    """S contexts of (B, L, D), without S copies of them.
+class Contexts:
+    """The contexts of S steps, (B or 1, L, D) each, without S copies of them.
 
     Raises: ValueError: shapes that do not fit together, or weights that are not finite.
     """
 
-    contexts: Tensor  # (K, B or 1, L, D)
-    weights: Tensor  # (S, K) float64 on the CPU
+    prompts: Tensor  # (K, B or 1, L, D)
+    weights: Tensor  # (S, B or 1, K) float64 on the CPU
 
     def __post_init__(self) -> None:
-        if self.contexts.ndim != 4 or not self.contexts.is_floating_point():
-            raise ValueError(f"contexts: expected floating-point (K, B, L, D), got {_describe(self.contexts)}")
-        if self.weights.ndim != 2 or self.weights.shape[0] == 0 or self.weights.shape[1] != len(self.contexts):
-            raise ValueError(f"weights: expected (S, {len(self.contexts)}) with S > 0, got {_describe(self.weights)}")
+        if self.prompts.ndim != 4 or not self.prompts.is_floating_point():
+            raise ValueError(f"prompts: expected floating-point (K, B, L, D), got {_describe(self.prompts)}")
+        stored, batch = self.prompts.shape[:2]
+        fits = self.weights.ndim == 3 and len(self.weights) > 0 and self.weights.shape[2] == stored
+        if not fits or (batch > 1 and self.weights.shape[1] not in (1, batch)):
+            raise ValueError(f"weights: expected (S, 1 or {batch}, {stored}) with S > 0, got {_describe(self.weights)}")
         if not bool(self.weights.isfinite().all()):
             raise ValueError("weights: expected finite values, got NaN or infinity")
 
@@ -52,28 +54,30 @@ class EmbeddingSchedule:
     def at(self, step: int) -> Tensor:
         """The context of one step.
 
-        Where one weight is 1 and the rest 0 this is that context itself, bit for bit and without a
-        copy: no rounding may tell a swap from a run that had the prompt from the start.
+        Where one weight is 1 and the rest 0 this is that context itself, bit for bit: no rounding may tell a swap from
+        a run that had the prompt from the start.
 
         Args:    step: 0 .. S-1, counted from noise.
-        Returns: (B or 1, L, D), dtype and device of the contexts.
+        Returns: (B or 1, L, D), dtype and device of the prompts.
         Raises:  ValueError: step out of range.
         """
         if not 0 <= step < len(self):
-            raise ValueError(f"step: expected 0..{len(self) - 1}, the embedding schedule's steps, got {step}")
-        active = [(k, weight) for k, weight in enumerate(self.weights[step].tolist()) if weight != 0]
-        if len(active) == 1 and active[0][1] == 1:
-            return self.contexts[active[0][0]]
-        mixture = torch.zeros_like(self.contexts[0])
-        for k, weight in active:
-            mixture = mixture + weight * self.contexts[k]
-        return mixture
+            raise ValueError(f"step: expected 0..{len(self) - 1}, as many as there are contexts for, got {step}")
+        weights = self.weights[step]  # (B or 1, K)
+        chosen = weights.argmax(dim=1)
+        if torch.equal(weights, torch.nn.functional.one_hot(chosen, len(self.prompts)).to(weights)):
+            if bool((chosen == chosen[0]).all()):
+                return self.prompts[chosen[0]]
+            return self.prompts.expand(-1, len(chosen), -1, -1)[chosen, torch.arange(len(chosen))]
+        precision = torch.promote_types(self.prompts.dtype, torch.float32)
+        shares = weights.T[..., None, None].to(self.prompts.device, precision)
+        return (shares * self.prompts).sum(dim=0).to(self.prompts.dtype)
 
 
-# ---- schedules over steps -------------------------------------------------------------------------
+# ---- one prompt, or several in turn ----------------------------------------------------------------
 
 
-def constant(context: Tensor, steps: int) -> EmbeddingSchedule:
+def constant(context: Tensor, steps: int) -> Contexts:
     """The same context at every step: ordinary sampling.
 
     Args:    context: (B, L, D).  steps: S >= 1.
@@ -82,9 +86,7 @@ def constant(context: Tensor, steps: int) -> EmbeddingSchedule:
     return piecewise([context], [], steps)
 
 
-def swap(
-    context: Tensor, other: Tensor, at: int = 20, steps: int = 50, indexing: Indexing = "steps"
-) -> EmbeddingSchedule:
+def swap(context: Tensor, other: Tensor, at: int = 20, steps: int = 50, indexing: Indexing = "steps") -> Contexts:
     """`context` until the swap step, `other` from there on.
 
     A small `at` rewrites the layout; a large one can only change detail, as less noise is left to
@@ -111,7 +113,7 @@ def neutral_steps(at: int, steps: int, indexing: Indexing = "steps") -> int:
     return taken
 
 
-def piecewise(contexts: Sequence[Tensor], boundaries: Sequence[int], steps: int) -> EmbeddingSchedule:
+def piecewise(contexts: Sequence[Tensor], boundaries: Sequence[int], steps: int) -> Contexts:
     """Several swaps in a row: contexts[k] from step boundaries[k-1] up to boundaries[k].
 
     Args:    contexts: K of (B or 1, L, D).  boundaries: K-1 steps in 0..S, never falling.  steps: S >= 1.
@@ -125,10 +127,10 @@ def piecewise(contexts: Sequence[Tensor], boundaries: Sequence[int], steps: int)
         raise ValueError(f"boundaries: expected rising steps in 0..{steps}, got {boundaries}")
     # A step lies in piece k when k boundaries are at or before it.
     pieces = torch.tensor([bisect_right(boundaries, step) for step in range(steps)])
-    return EmbeddingSchedule(stacked, torch.nn.functional.one_hot(pieces, len(contexts)).double())
+    return Contexts(stacked, torch.nn.functional.one_hot(pieces, len(contexts)).double()[:, None])
 
 
-def blend(context: Tensor, other: Tensor, weights: Sequence[float] | Tensor) -> EmbeddingSchedule:
+def blend(context: Tensor, other: Tensor, weights: Sequence[float] | Tensor) -> Contexts:
     """Mix two prompts with a weight of its own for every step: the soft combination of Wu et al.
 
     c_i = (1 - lambda_i) context + lambda_i other      (lambda: the new prompt's share)
@@ -139,10 +141,10 @@ def blend(context: Tensor, other: Tensor, weights: Sequence[float] | Tensor) -> 
     lambdas = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
     if lambdas.ndim != 1 or len(lambdas) == 0 or not bool(((lambdas >= 0) & (lambdas <= 1)).all()):
         raise ValueError(f"weights: expected one value in 0..1 for every step, got {weights}")
-    return EmbeddingSchedule(_stack([context, other]), torch.stack([1 - lambdas, lambdas], dim=1))
+    return Contexts(_stack([context, other]), torch.stack([1 - lambdas, lambdas], dim=1)[:, None])
 
 
-def ramp(context: Tensor, other: Tensor, begin: int, end: int, steps: int = 50) -> EmbeddingSchedule:
+def ramp(context: Tensor, other: Tensor, begin: int, end: int, steps: int = 50) -> Contexts:
     """A blend that rises in a straight line: the last pure `context` at step `begin`, pure `other` from `end` on.
 
     lambda_i = clip((i - begin) / (end - begin), 0, 1)
@@ -156,35 +158,28 @@ def ramp(context: Tensor, other: Tensor, begin: int, end: int, steps: int = 50) 
     return blend(context, other, [min(max((i - begin) / (end - begin), 0.0), 1.0) for i in range(steps)])
 
 
-# ---- the same over timesteps: what stays put when the number of steps changes ---------------------
+# ---- rows that differ ------------------------------------------------------------------------------
 
 
-def swap_at_timestep(context: Tensor, other: Tensor, t: int, timesteps: Sequence[int]) -> EmbeddingSchedule:
-    """`context` while the timestep is above `t`, `other` at and below it.
+def side_by_side(rows: Sequence[Contexts]) -> Contexts:
+    """One batch of several contexts, each with its own prompts, swaps and blends.
 
-    Step 20 of 50 and step 40 of 100 are the same amount of noise; in timesteps both are t = 581.
-
-    Args:    context, other: (B or 1, L, D).  t: training timestep.  timesteps: S falling values, as sampled.
-    Raises:  ValueError: as for `piecewise_timesteps`.
+    Args:    rows: of as many steps each; in the batch they follow one another.
+    Raises:  ValueError: none given, or contexts that cannot share a batch.
     """
-    return piecewise_timesteps([context, other], [t], timesteps)
-
-
-def piecewise_timesteps(
-    contexts: Sequence[Tensor], boundaries: Sequence[int], timesteps: Sequence[int]
-) -> EmbeddingSchedule:
-    """Several swaps: contexts[k] once the timestep has come down to boundaries[k-1].
-
-    Args:    contexts: K of (B or 1, L, D).  boundaries: K-1 training timesteps, never rising.
-             timesteps: S falling values, as sampled.
-    Raises:  ValueError: contexts that do not match, or boundaries of a wrong number or order.
-    """
-    if list(timesteps) != sorted(set(timesteps), reverse=True):
-        raise ValueError(f"timesteps: expected falling values, got {timesteps}")
-    if list(boundaries) != sorted(boundaries, reverse=True):
-        raise ValueError(f"boundaries: expected falling timesteps, got {boundaries}")
-    steps_before = [sum(t > boundary for t in timesteps) for boundary in boundaries]
-    return piecewise(contexts, steps_before, len(timesteps))
+    if len(rows) == 0:
+        raise ValueError("rows: expected at least one, got none")
+    if len({len(contexts) for contexts in rows}) > 1:
+        raise ValueError(f"rows: expected as many steps each, got {[len(contexts) for contexts in rows]}")
+    stored = max(len(contexts.prompts) for contexts in rows)
+    prompts = [torch.cat([c.prompts, c.prompts[:1].expand(stored - len(c.prompts), -1, -1, -1)]) for c in rows]
+    weights = [torch.nn.functional.pad(c.weights, (0, stored - len(c.prompts))) for c in rows]
+    batches = [max(p.shape[1], w.shape[1]) for p, w in zip(prompts, weights, strict=True)]
+    _check_alike([p[0] for p in prompts])
+    return Contexts(
+        torch.cat([p.expand(-1, n, -1, -1) for p, n in zip(prompts, batches, strict=True)], dim=1),
+        torch.cat([w.expand(-1, n, -1) for w, n in zip(weights, batches, strict=True)], dim=1),
+    )
 
 
 # ---- checks: made here, once, so that no run fails halfway -----------------------------------------
@@ -194,6 +189,15 @@ def _stack(contexts: Sequence[Tensor]) -> Tensor:
     """-> (K, B or 1, L, D), after making sure that the contexts can share a run."""
     if len(contexts) == 0:
         raise ValueError("contexts: expected at least one, got none")
+    _check_alike(contexts)
+    batches = {len(context) for context in contexts} - {1}
+    if len(batches) > 1:
+        raise ValueError(f"contexts: expected one batch size (or 1), got {[len(context) for context in contexts]}")
+    batch = max(batches, default=1)
+    return torch.stack([context.expand(batch, -1, -1) for context in contexts])
+
+
+def _check_alike(contexts: Sequence[Tensor]) -> None:
     first = contexts[0]
     for k, context in enumerate(contexts):
         if context.ndim != 3 or not context.is_floating_point():
@@ -203,11 +207,6 @@ def _stack(contexts: Sequence[Tensor]) -> Tensor:
                 f"context {k}: expected (L, D), dtype and device of context 0, {_describe(first)}, "
                 f"got {_describe(context)}"
             )
-    batches = {len(context) for context in contexts} - {1}
-    if len(batches) > 1:
-        raise ValueError(f"contexts: expected one batch size (or 1), got {[len(context) for context in contexts]}")
-    batch = max(batches, default=1)
-    return torch.stack([context.expand(batch, -1, -1) for context in contexts])
 
 
 def _check_steps(steps: int) -> None:

@@ -6,7 +6,7 @@ eps_fn = ldm.guidance.guided(sd.unet, ldm.conditioning.constant(context, 50), 7.
 with torch.no_grad():
     for step in ldm.samplers.ddim(eps_fn, ldm.samplers.initial_noise([0], sd.latent_shape), sd.schedule, 50):
         ...
-images = sd.decode_latents(step.x_t)
+images = sd.decode_latents(step.x_prev)
 """
 
 from __future__ import annotations

@@ -33,16 +33,17 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ldm.bench.harness import Timing, time_in_turn
-from ldm.conditioning import EmbeddingSchedule, constant
+from ldm.conditioning import Contexts, constant
 from ldm.guidance import GuidedEps, guided
 from ldm.pipeline import StableDiffusion
-from ldm.samplers import RANDOM, SAMPLERS, initial_noise, step_noise
+from ldm.samplers import SAMPLERS, initial_noise, step_noise
 from ldm.schedule import EVEN_SPACINGS, SPACINGS, Schedule, log_snr
 from ldm.study.evaluation.instruments import Instruments
 from ldm.study.metrics.cfrt import cfrt
-from ldm.traversal.prompt_tree import AtSwap, Branch, TreeResult, evaluations, traverse_tree
+from ldm.traversal.prompt_tree import Branch, TreeResult, traverse_tree
 
 # euler is left out: it is ddim in other letters, which `check` verifies on the network at hand.
+RANDOM = tuple(name for name, sampler in SAMPLERS.items() if sampler.random)
 COMPARED = tuple(name for name in SAMPLERS if name not in (*RANDOM, "euler"))
 COMPARED_SPACINGS = ("leading", "trailing", "karras", "align_your_steps")  # others on request: five minutes must do
 SWAP_NEAR = 600  # the timestep that swaps are made near to
@@ -60,7 +61,6 @@ class Comparison:
     samplers: tuple[str, ...] = COMPARED
     spacings: tuple[str, ...] = COMPARED_SPACINGS
     reference_steps: int = 150
-    at_swap: AtSwap = "reset"
 
     def __post_init__(self) -> None:
         """Everything that can be wrong before a network is at hand."""
@@ -81,9 +81,9 @@ class Comparison:
             )
 
     def pairs(self) -> list[tuple[str, str]]:
-        """Sampler and spacing, but for plms on uneven timesteps, which it refuses."""
+        """Sampler and spacing, but for uneven timesteps where the sampler refuses them."""
         both = product(self.samplers, self.spacings)
-        return [(sampler, spacing) for sampler, spacing in both if sampler != "plms" or spacing in EVEN_SPACINGS]
+        return [(name, spacing) for name, spacing in both if not SAMPLERS[name].even or spacing in EVEN_SPACINGS]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +105,7 @@ class Bench:
         """The context that guidance pushes away from."""
         return self.sd.encode_prompts([""])
 
-    def guide(self, schedule: EmbeddingSchedule, guidance: float, max_batch: int | None = None) -> GuidedEps:
+    def guide(self, schedule: Contexts, guidance: float, max_batch: int | None = None) -> GuidedEps:
         """The network as samplers call it."""
         return guided(self.sd.unet, schedule, guidance, self.empty, max_batch=max_batch or self.max_batch)
 
@@ -116,7 +116,6 @@ class Bench:
         forks: Mapping[str, tuple[str, int]],
         guidance: float,
         seeds: Sequence[int],
-        at_swap: AtSwap,
     ) -> TreeResult:
         """The neutral path, and branches that leave it: name -> style and step."""
         children = tuple(Branch(name, self.contexts[style], at) for name, (style, at) in forks.items())
@@ -128,7 +127,6 @@ class Bench:
             self.sd.schedule,
             len(timesteps),
             sampler=SAMPLERS[sampler],
-            at_swap=at_swap,
             noise=step_noise(seeds, shape),
             timesteps=timesteps,
         )
@@ -173,7 +171,7 @@ def reference(bench: Bench, guidance: float, steps: int) -> dict[str, Tensor]:
     timesteps = reference_timesteps(steps, schedule, sorted(set(swaps.values())))
     style = next(iter(comparison.styles))
     forks = {spacing: (style, fork_step(timesteps, t)) for spacing, t in swaps.items()}
-    return bench.traverse("unipc", timesteps, forks, guidance, comparison.seeds, "reset").latents
+    return bench.traverse("unipc", timesteps, forks, guidance, comparison.seeds).latents
 
 
 def relative_error(x: Tensor, exact: Tensor) -> float:
@@ -223,7 +221,7 @@ def measure(
     style = next(iter(comparison.styles))
     forks = {"swapped": (style, fork_step(timesteps, swap_timestep(spacing, schedule)))}
     began = time.perf_counter()
-    found = bench.traverse(sampler, timesteps, forks, guidance, comparison.seeds, comparison.at_swap).latents
+    found = bench.traverse(sampler, timesteps, forks, guidance, comparison.seeds).latents
     seconds = time.perf_counter() - began
     direction, true = ((of[name] - of["neutral"]).flatten(1) for of, name in ((found, "swapped"), (exact, spacing)))
     return {
@@ -232,7 +230,7 @@ def measure(
         "spacing": spacing,
         "budget": budget,
         "steps": steps,
-        "evaluations": sum(evaluations(SAMPLERS[sampler], steps)),
+        "evaluations": SAMPLERS[sampler].evaluations_of(steps),
         "error": relative_error(found["neutral"], exact["neutral"]),
         "swap_error": relative_error(found["swapped"], exact[spacing]),
         "swap_cosine": float(F.cosine_similarity(direction, true, dim=1).mean()),
@@ -243,7 +241,7 @@ def measure(
 
 def steps_for(sampler: str, budget: int) -> int:
     """How many steps a number of evaluations is good for; plms takes one evaluation more than it has steps."""
-    return budget // evaluations(SAMPLERS[sampler], 2)[-1]
+    return budget // SAMPLERS[sampler].evaluations
 
 
 def slopes(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -288,14 +286,14 @@ def flip_rates(
     for sampler, spacing, steps in tqdm(cases, desc="CFRT", unit="sampler", mininterval=1):
         forks = {style: (style, steps // 5) for style in styles}
         timesteps = SPACINGS[spacing](steps, bench.sd.schedule)
-        found = bench.traverse(sampler, timesteps, forks, guidance, seeds, comparison.at_swap).latents
+        found = bench.traverse(sampler, timesteps, forks, guidance, seeds).latents
         images = [instruments.probabilities(instruments.pixels(found[name])) for name in ("neutral", *styles)]
         neutral, *swapped = (of.numpy()[:, columns] for of in images)
         report = cfrt(neutral, np.stack(swapped, axis=1)[:, :, None], heads, styles)
         yield {
             "sampler": sampler,
             "spacing": spacing,
-            "evaluations": sum(evaluations(SAMPLERS[sampler], steps)),
+            "evaluations": SAMPLERS[sampler].evaluations_of(steps),
             "seeds": len(seeds),
             "cfrt": {style: report[style]["cfrt"]["own_head_signed"]["value"] for style in styles},
             "target_change": {style: report[style]["target_change"]["value"] for style in styles},
@@ -318,7 +316,7 @@ def run_alone(bench: Bench, sampler: str, seeds: Sequence[int], max_batch: int |
             eps_fn, x_T, schedule, CHECKED_STEPS, noise=step_noise(seeds, shape),
             timesteps=SPACINGS["trailing"](CHECKED_STEPS, schedule),
         )  # fmt: skip
-    return last.x_t
+    return last.x_prev
 
 
 def check(bench: Bench) -> list[dict[str, Any]]:
@@ -354,20 +352,13 @@ def timings(bench: Bench, rounds: int) -> dict[str, dict[str, float]]:
     timed: dict[str, Timing] = time_in_turn(calls, rounds, label="timing")
     found = {}
     for name, timing in timed.items():
-        asked = sum(evaluations(SAMPLERS[name], CHECKED_STEPS))
+        asked = SAMPLERS[name].evaluations_of(CHECKED_STEPS)
         base = asdict(timing)
         found[name] = {
             "ms_per_evaluation": timing.median_ms / asked,
             "p20_ms": base["p20_ms"] / asked,
             "p80_ms": base["p80_ms"] / asked,
             "ratio_to_ddim": timing.ratio * asked / CHECKED_STEPS,
-            "latents_remembered": latents_remembered(name),
+            "latents_remembered": SAMPLERS[name].memory,
         }
     return found
-
-
-def latents_remembered(sampler: str) -> int:
-    """How many latents a sampler holds from one step to the next, beside x_t."""
-    zero = torch.zeros(1, 1, 1, 1)
-    run = SAMPLERS[sampler](lambda x_t, t, step: x_t, zero, Schedule.sd15(), 5, noise=lambda step: zero)
-    return max(len(step.history) for step in run)

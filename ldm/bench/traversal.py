@@ -69,7 +69,7 @@ def run_alone(sd: StableDiffusion, plan: Traversal, tree: Branch, branch: Branch
     eps_fn = guided(sd.unet, contexts, plan.guidance, sd.encode_prompts([plan.negative]), max_batch=max_batch)
     x_T = initial_noise(plan.seeds, latent_shape(sd, plan)).to(sd.device)
     *_, last = ddim(eps_fn, x_T, sd.schedule, plan.steps)
-    return last.x_t
+    return last.x_prev
 
 
 def load_against_read(path: Path, device: torch.device, dtype: torch.dtype, rounds: int) -> Json:

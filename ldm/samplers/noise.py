@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.samplers.step import Noise
+from ldm.samplers.driver import Noise
 
 
 def initial_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -27,20 +27,21 @@ def initial_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
 
 
 def step_noise(seeds: Sequence[int], shape: Sequence[int]) -> Noise:
-    """The noise that eta > 0 adds, a function of seed and step alone.
+    """The noise that random samplers add, a function of seed, step and draw alone.
 
     Random access instead of a running stream: a branch that starts at step 20 gets the same z as the
     run that it left, and branches of one seed stay comparable.
 
     Args:    seeds, shape: as for `initial_noise`.
-    Returns: noise(step) -> (B, *shape) float32 on the CPU.
+    Returns: noise(step, draw) -> (B, *shape) float32 on the CPU; draw 0 is a step's first.
     Raises:  ValueError: no seeds, or a seed out of range.
     """
     _check_seeds(seeds)
 
-    def noise(step: int) -> Tensor:
-        # SeedSequence hashes the pair: seed + step would give seed 7's step 1 to seed 8's step 0.
-        mixed = [int(np.random.SeedSequence((seed, step)).generate_state(1)[0]) for seed in seeds]
+    def noise(step: int, draw: int = 0) -> Tensor:
+        # SeedSequence hashes the numbers: seed + step would give seed 7's step 1 to seed 8's step 0.
+        names = [(seed, step, draw) if draw else (seed, step) for seed in seeds]
+        mixed = [int(np.random.SeedSequence(name).generate_state(1)[0]) for name in names]
         return initial_noise(mixed, shape)
 
     return noise

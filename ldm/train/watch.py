@@ -142,5 +142,5 @@ def draw_samples(
         schedule_of_contexts = conditioning.constant(context, SAMPLE_STEPS)
         eps_fn = guidance.guided(unet, schedule_of_contexts, SAMPLE_GUIDANCE, empty)
         *_, last = samplers.ddim(eps_fn, noise, schedule, SAMPLE_STEPS)
-        rows.append(list(to_uint8(decode(last.x_t))))
+        rows.append(list(to_uint8(decode(last.x_prev))))
     return figures.grid(rows, list(contexts), [f"seed {seed}" for seed in SAMPLE_SEEDS])

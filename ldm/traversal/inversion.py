@@ -12,8 +12,8 @@ scale and to sample at another. So invert at guidance 1, under a prompt that des
 larger scale from there, give that prompt as the negative one too: eps + g (eps - eps) = eps, so the image is retraced
 at any scale, and guidance acts on what a swapped prompt changes. `ldm bench inversion` measures all of this.
 
-Steps come in reverse: the first has index S - 1, the last 0, so that an embedding schedule and `Step.index` keep their
-meaning. `x_in` is the latent before (less noise), `x_t` the latent after (more noise); the last `x_t` is x_T.
+Steps come in reverse: the first has index S - 1, the last 0, so that contexts and `Step.index` keep their
+meaning: each goes from its `x_prev` up to its `x_t`, and the last `x_t` is x_T.
 
 Papers: DDIM = Song et al. 2020, arXiv:2010.02502, section 4.3.  AIDI = Pan et al. 2023, arXiv:2309.04907.
 EDICT = Wallace et al. 2022, arXiv:2211.12446.
@@ -28,8 +28,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from ldm.samplers import EpsFn, History, Noise, Step
-from ldm.samplers.step import Level, noise_levels
+from ldm.samplers import EpsFn, History, Level, Noise, Step
+from ldm.samplers.driver import noise_levels
 from ldm.schedule import Schedule
 
 MIXING = 0.93  # EDICT's p, as its authors chose for 50 steps
@@ -68,9 +68,9 @@ def ddim_inversion(
         x_t = x_prev
         for _ in range(iterations):
             eps = eps_fn(x_t, level.t, index).to(x_0.dtype)
-            x0_pred = (x_prev - prev.sigma * eps) / prev.alpha
-            x_t = level.alpha * x0_pred + level.sigma * eps
-        yield Step(index, level.t, x_t, x0_pred, eps, x_in=x_prev, evaluations=iterations)
+            x0_pred = (x_prev - prev.std * eps) / prev.alpha
+            x_t = level.alpha * x0_pred + level.std * eps
+        yield Step(index, level.t, x_t, eps, x0_pred, x_prev, evaluations=iterations)
         x_prev = x_t
 
 
@@ -111,8 +111,8 @@ def fixed_point_inversion(
         c, d = _coefficients(prev, level)
         eps, evaluations = _settled_eps(eps_fn, level.t, index, x_prev, c, d, tolerance, iterations)
         x_t = c * x_prev + d * eps
-        x0_pred = (x_prev - prev.sigma * eps) / prev.alpha
-        yield Step(index, level.t, x_t, x0_pred, eps, x_in=x_prev, evaluations=evaluations)
+        x0_pred = (x_prev - prev.std * eps) / prev.alpha
+        yield Step(index, level.t, x_t, eps, x0_pred, x_prev, evaluations=evaluations)
         x_prev = x_t
 
 
@@ -176,10 +176,10 @@ def edict(
     can be undone knowing the other half: `edict_inversion`. Mixing keeps the two together: one step shrinks their
     difference by p^2. The latents take turns at being x in these lines, x on even steps, as in the authors' code.
 
-    Args:    as for every `ldm.samplers.Sampler`; deterministic, two evaluations a step.
+    Args:    as of `ldm.samplers.Sampler`; deterministic, two evaluations a step.
              history: (y,), the partner of x_T, also at the start; () is x_T itself.
              mixing: p, above 0 and at most 1, which is none.
-    Returns: an iterator of S - start steps, each with the partner of its x_t in `history`.
+    Returns: an iterator of S - start steps, each with the partner of its x_prev in `history`.
     Raises:  ValueError: as of every `Sampler`; a history that is no partner, or mixing out of range.
     """
     _check_pair(x_T, history, mixing)
@@ -187,7 +187,7 @@ def edict(
     levels = noise_levels(eps_fn, x_T, schedule, steps, start, timesteps=timesteps)
     for index, (level, prev) in list(enumerate(pairwise(levels)))[start:]:
         c, d = _coefficients(level, prev)
-        x_in = x
+        x_t = x
         first, second = _in_turn(index, x, y)
         eps_first = eps_fn(second, level.t, index).to(x.dtype)
         first = c * first + d * eps_first
@@ -197,8 +197,8 @@ def edict(
         second = mixing * second + (1 - mixing) * first
         x, y = _in_turn(index, first, second)
         eps, _ = _in_turn(index, eps_first, eps_second)
-        x0_pred = (x_in - level.sigma * eps) / level.alpha
-        yield Step(index, level.t, x, x0_pred, eps, x_in=x_in, history=(y,), evaluations=2)
+        x0_pred = (x_t - level.std * eps) / level.alpha
+        yield Step(index, level.t, x_t, eps, x0_pred, x, history=(y,), evaluations=2)
 
 
 def edict_inversion(
@@ -229,7 +229,7 @@ def edict_inversion(
     x, (y,) = x_0, history or (x_0,)
     for index, level, prev in _upwards(eps_fn, x_0, schedule, steps, timesteps):
         c, d = _coefficients(level, prev)
-        x_in = x
+        x_prev = x
         first, second = _in_turn(index, x, y)
         second = (second - (1 - mixing) * first) / mixing
         first = (first - (1 - mixing) * second) / mixing
@@ -239,8 +239,8 @@ def edict_inversion(
         first = (first - d * eps_first) / c
         x, y = _in_turn(index, first, second)
         eps, _ = _in_turn(index, eps_first, eps_second)
-        x0_pred = (x - level.sigma * eps) / level.alpha
-        yield Step(index, level.t, x, x0_pred, eps, x_in=x_in, history=(y,), evaluations=2)
+        x0_pred = (x - level.std * eps) / level.alpha
+        yield Step(index, level.t, x, eps, x0_pred, x_prev, history=(y,), evaluations=2)
 
 
 def _upwards(
@@ -254,7 +254,7 @@ def _upwards(
 def _coefficients(here: Level, there: Level) -> tuple[float, float]:
     """(c, d): DDIM's step from one noise level to another, down or up, as c x + d eps."""
     c = sqrt(there.alphas_cumprod / here.alphas_cumprod)
-    return c, there.sigma - c * here.sigma
+    return c, there.std - c * here.std
 
 
 def _in_turn(index: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,9 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 from ldm.conditioning import Indexing, neutral_steps
-from ldm.samplers import SAMPLERS, Sampler, ddim
+from ldm.samplers import SAMPLERS, Sampler
 from ldm.schedule import EVEN_SPACINGS, SPACINGS, TRAIN_STEPS
 from ldm.traversal.prompt_tree import KEEPABLE
 
@@ -45,17 +44,17 @@ class Sampling:
             raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
         if self.spacing not in SPACINGS:
             raise ValueError(f"spacing: expected one of {', '.join(SPACINGS)}, got {self.spacing!r}")
-        if self.sampler == "plms" and self.spacing not in EVEN_SPACINGS:
-            raise ValueError(f"spacing: plms expects one of {', '.join(EVEN_SPACINGS)}, got {self.spacing!r}")
-        if self.eta and self.sampler != "ddim":
+        if SAMPLERS[self.sampler].even and self.spacing not in EVEN_SPACINGS:
+            raise ValueError(f"spacing: {self.sampler} expects one of {', '.join(EVEN_SPACINGS)}, got {self.spacing!r}")
+        if self.eta and SAMPLERS[self.sampler].eta is None:
             raise ValueError(f"eta: it belongs to ddim, got {self.eta} with sampler {self.sampler!r}")
         if set(self.keep) - set(KEEPABLE) or len(set(self.keep)) != len(self.keep):
             raise ValueError(f"keep: expected some of {list(KEEPABLE)}, each once, got {list(self.keep)}")
 
     @property
     def run_sampler(self) -> Sampler:
-        """The sampler, ddim with its eta."""
-        return partial(ddim, eta=self.eta) if self.eta else SAMPLERS[self.sampler]
+        """What `sampler` names."""
+        return SAMPLERS[self.sampler]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,17 +20,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ldm.conditioning import EmbeddingSchedule, Indexing, constant, neutral_steps
+from ldm.conditioning import Contexts, Indexing, constant, neutral_steps
 from ldm.samplers import EpsFn, History, Noise, Sampler, ddim
 from ldm.schedule import Schedule
 
-KEEPABLE = ("x_t", "x0_pred", "eps")  # the tensors of a sampler's Step
-AtSwap = Literal["keep", "reset"]  # what a branch does with what its parent's sampler remembers
+KEPT = {"x_t": "x_prev", "x0_pred": "x0_pred", "eps": "eps"}  # a kept quantity -> the field of a Step; x_t: after it
+KEEPABLE = tuple(KEPT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,23 +68,13 @@ def swaps(
     )
 
 
-def unet_rows(tree: Branch, steps: int, sampler: Sampler = ddim, at_swap: AtSwap = "reset") -> int:
+def unet_rows(tree: Branch, steps: int, sampler: Sampler = ddim) -> int:
     """Network evaluations one seed costs: each branch pays for its own steps only.
 
-    Guidance doubles them (its unconditional half); running the branches separately would cost those of a whole run
-    (`steps`, where a step takes one) for each.
+    Guidance doubles them (its unconditional half); running the branches separately would cost those of a whole run for
+    each.
     """
-    whole = evaluations(sampler, steps)
-    if at_swap == "keep":
-        return sum(sum(whole[branch.at :]) for branch, _ in _walk(tree))
-    return sum(sum(evaluations(sampler, steps, branch.at)) for branch, _ in _walk(tree))
-
-
-def evaluations(sampler: Sampler, steps: int, start: int = 0) -> list[int]:
-    """How often each step of a run that begins at `start` asks the network; found by a run on a single number."""
-    zero = torch.zeros(1, 1, 1, 1)
-    run = sampler(lambda x_t, t, step: x_t, zero, Schedule.sd15(), steps, start=start, noise=lambda step: zero)
-    return [step.evaluations for step in run]
+    return sum(sampler.evaluations_of(steps - branch.at) for branch, _ in _walk(tree))
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,14 +106,14 @@ class TreeResult:
 
 @torch.no_grad()
 def traverse_tree(
-    guide: Callable[[EmbeddingSchedule], EpsFn],
+    guide: Callable[[Contexts], EpsFn],
     x_T: Tensor,
     tree: Branch,
     schedule: Schedule,
     steps: int = 50,
     *,
     sampler: Sampler = ddim,
-    at_swap: AtSwap = "reset",
+    eta: float | None = None,
     noise: Noise | None = None,
     timesteps: Sequence[float] | None = None,
     keep: Sequence[str] = (),
@@ -132,7 +121,7 @@ def traverse_tree(
 ) -> TreeResult:
     """Denoise every branch of a prompt tree for every seed, sharing each step before a fork.
 
-    A branch is the sampler's run under the swapped embedding schedule, step for step. How closely the two
+    A branch is the sampler's run under the swapped contexts, step for step. How closely the two
     agree in floating point is up to `guide`, since a matrix product rounds a row by the size of the
     batch that it is in, and even by its place there. With `max_batch` (see `ldm.guidance.guided`)
     - None, or any number: to the last bits of float32, some 1e-7 after 10 steps at guidance 1;
@@ -143,27 +132,13 @@ def traverse_tree(
         guide = partial(guided, sd.unet, guidance_scale=7.5, uncond=empty, max_batch=16)
         result = traverse_tree(guide, initial_noise(seeds, (4, 64, 64)), tree, sd.schedule)
 
-    A multistep sampler looks back at steps of the old prompt after a swap, whose predictions say nothing about the new
-    one's. With `at_swap` "keep" it goes on doing so, and a branch is the very run above; with "reset" it begins anew at
-    every fork. What it looks back at jumps at the swap, by as much as the prompts differ, so keeping it costs one step
-    of order 0 and every method becomes one of order 1; beginning anew costs one step of order 1, or none.
-    Measured on mixtures of Gaussians, whose flow is known, swapped after 40 % of the steps (log_snr spacing), relative
-    error of the result after 10, 20, 40, 80 steps:
+    A multistep sampler begins anew at every fork: its memory of the old prompt's predictions says nothing about the
+    new one's, and would make every method one of order 1 (measured in ldm/samplers/README.md).
 
-                        keep                              reset
-        unipc           0.12   0.052  0.031  0.018        0.020  0.0032  0.00039  0.000041
-        ..._pp_2m       0.12   0.055  0.031  0.018        0.036  0.0094  0.0026   0.00066
-        lms             0.065  0.044  0.030  0.018        0.074  0.017   0.0033   0.00075
-
-    On the shipped phantom model (one seed, guidance 1, log_snr, 20 steps): unipc 0.0041 kept, 0.0020 begun anew.
-
-    One-step samplers (ddim) remember nothing, and for them it is all the same.
-
-    Args:    guide: turns an embedding schedule over n B rows (n live branches, seeds within a branch) into an eps_fn.
+    Args:    guide: turns contexts of n B rows (n live branches, seeds within a branch) into an eps_fn.
              What it adds must fit any number of rows: an uncond of (1, L, D), not of (B, L, D).
              x_T: (B, C, H, W) standard normal, one row a seed.  tree: the root branch.  steps: S.
-             sampler: one of `ldm.samplers`, or such as partial(ddim, eta=1).
-             noise, timesteps: see `ldm.samplers.Sampler`; all branches of a seed get the same noise.
+             sampler, eta, noise, timesteps: see `ldm.samplers.Sampler`; all branches of a seed get the same noise.
              keep: quantities to keep from every step, out of `KEEPABLE`.
              progress: called after each step with the number of rows done; they add up to B unet_rows(tree, S, ...).
     Returns: final latents and kept quantities, in dtype and on device of x_T.
@@ -187,20 +162,21 @@ def traverse_tree(
         for branch, parent in branches:
             if branch.at == start:
                 latents[branch.name] = x_T if parent is None else latents[parent.name]
-                histories[branch.name] = () if parent is None or at_swap == "reset" else histories[parent.name]
+                histories[branch.name] = ()
 
         # The segment: all live branches of all seeds as one batch, until the next fork.
         for live in _equally_long(histories):
             batch = torch.cat([latents[name] for name in live])
             history = tuple(torch.cat(past) for past in zip(*(histories[name] for name in live), strict=True))
             eps_fn = guide(constant(torch.cat([contexts[name] for name in live]), steps))
-            repeated = _repeated(noise, len(live))
-            for step in sampler(
-                eps_fn, batch, schedule, steps, start=start, history=history, noise=repeated, timesteps=timesteps
-            ):
-                batch, history = step.x_t, step.history
+            run = sampler(
+                eps_fn, batch, schedule, steps,
+                eta=eta, start=start, history=history, noise=_repeated(noise, len(live)), timesteps=timesteps,
+            )  # fmt: skip
+            for step in run:
+                batch, history = step.x_prev, step.history
                 for quantity in keep:
-                    for name, rows in zip(live, getattr(step, quantity).split(len(x_T)), strict=True):
+                    for name, rows in zip(live, getattr(step, KEPT[quantity]).split(len(x_T)), strict=True):
                         kept[quantity][name].append(rows)
                 rows_done += len(batch) * step.evaluations
                 if progress is not None:
@@ -216,7 +192,7 @@ def traverse_tree(
         x_T=x_T,
         latents={branch.name: latents[branch.name] for branch, _ in branches},
         unet_rows=rows_done,
-        unet_rows_separate=len(x_T) * len(branches) * sum(evaluations(sampler, steps)),
+        unet_rows_separate=len(x_T) * len(branches) * sampler.evaluations_of(steps),
         kept={q: {n: torch.stack(rows) if rows else empty for n, rows in of.items()} for q, of in kept.items()},
         tree=tree,
     )
@@ -237,7 +213,7 @@ def _walk(branch: Branch, parent: Branch | None = None) -> Iterator[tuple[Branch
 
 def _repeated(noise: Noise | None, times: int) -> Noise | None:
     """The seeds' noise once for every live branch."""
-    return None if noise is None else lambda step: torch.cat([noise(step)] * times)
+    return None if noise is None else lambda step, draw=0: torch.cat([noise(step, draw)] * times)
 
 
 def _check_tree(tree: Branch, batch: int, steps: int) -> None:

@@ -151,8 +151,8 @@ def retrace(sd: StableDiffusion, how: Inversion, eps_fn: GuidedEps, noise: Noise
     else:
         run = edict(eps_fn, noise.x_T, sd.schedule, how.steps, history=(noise.y_T,), timesteps=timesteps)
     for step in run:
-        progress(len(step.x_t))
-    return step.x_t
+        progress(len(step.x_prev))
+    return step.x_prev
 
 
 def relative_error(x: Tensor, reference: Tensor) -> float:

@@ -33,7 +33,7 @@ from ldm.samplers import initial_noise, step_noise
 from ldm.schedule import SPACINGS
 from ldm.traversal import bezier, figures
 from ldm.traversal.plan import Generation, Sampling, Traversal
-from ldm.traversal.prompt_tree import KEEPABLE, Branch, TreeResult, evaluations, swaps, traverse_tree, unet_rows
+from ldm.traversal.prompt_tree import KEEPABLE, Branch, TreeResult, swaps, traverse_tree, unet_rows
 from ldm.traversal.store import iterate_latents, run_seeds
 
 
@@ -138,6 +138,7 @@ def sample(
         sd.schedule,
         plan.steps,
         sampler=plan.run_sampler,
+        eta=plan.eta,
         noise=step_noise(seeds, shape),
         timesteps=SPACINGS[plan.spacing](plan.steps, sd.schedule),
         keep=plan.keep,
@@ -197,7 +198,7 @@ def _run(
     seeds = sorted({*plan.seeds, *earlier.get("seeds", [])})
     record = {
         "unet_rows": len(seeds) * rows_a_seed,
-        "unet_rows_separate": len(seeds) * branches * sum(evaluations(plan.run_sampler, plan.steps)),
+        "unet_rows_separate": len(seeds) * branches * plan.run_sampler.evaluations_of(plan.steps),
         "unet_rows_this_run": evaluated,  # fewer where an earlier run was continued
         "seconds": round(earlier.get("seconds", 0) + time.monotonic() - began, 2),
         "backend": sd.backend,

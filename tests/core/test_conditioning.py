@@ -1,22 +1,21 @@
-"""The embedding schedule: which context comes back at which step, exactly, and what is refused."""
+"""The embedding contexts: which context comes back at which step, exactly, and what is refused."""
 
 import pytest
 import torch
 
 from ldm import conditioning
-from ldm.conditioning import EmbeddingSchedule
+from ldm.conditioning import Contexts, constant, swap
 
 GENERATOR = torch.Generator().manual_seed(0)
 A, B, C = torch.randn(3, 1, 5, 8, generator=GENERATOR)
-T50 = range(981, 0, -20)
 
 
-def letters(schedule: EmbeddingSchedule) -> str:
-    """The schedule as a word, by bit-for-bit comparison; "?" where it is neither A, B nor C."""
+def letters(contexts: Contexts) -> str:
+    """The contexts as a word, by bit-for-bit comparison; "?" where it is neither A, B nor C."""
     named = {"A": A, "B": B, "C": C}
-    contexts = [schedule.at(step) for step in range(len(schedule))]
     return "".join(
-        next((name for name, known in named.items() if torch.equal(known, context)), "?") for context in contexts
+        next((name for name, known in named.items() if torch.equal(known, contexts.at(step))), "?")
+        for step in range(len(contexts))
     )
 
 
@@ -51,38 +50,51 @@ def test_neutral_to_neutral_is_neutral_bit_for_bit():
 
 
 def test_blend_mixes_linearly():
-    schedule = conditioning.blend(A, B, torch.tensor([0.25, 0.5]))
-    torch.testing.assert_close(schedule.at(0), 0.75 * A + 0.25 * B)
-    torch.testing.assert_close(schedule.at(1), (A + B) / 2)
-    assert schedule.at(0).dtype == torch.float32
+    contexts = conditioning.blend(A, B, torch.tensor([0.25, 0.5]))
+    torch.testing.assert_close(contexts.at(0), 0.75 * A + 0.25 * B)
+    torch.testing.assert_close(contexts.at(1), (A + B) / 2)
+    assert contexts.at(0).dtype == torch.float32
 
 
 def test_ramp_is_pure_at_both_ends_and_straight_between():
-    schedule = conditioning.ramp(A, B, begin=2, end=6, steps=9)
-    assert letters(schedule) == "AAA???BBB"
-    assert schedule.weights[:, 1].tolist() == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
-
-
-def test_timesteps_say_the_same_in_other_words():
-    # Step 20 of 50 visits t = 581.
-    assert letters(conditioning.swap_at_timestep(A, B, 581, T50)) == letters(conditioning.swap(A, B, 20, 50))
-    assert letters(conditioning.swap_at_timestep(A, B, 600, T50)) == letters(conditioning.swap(A, B, 20, 50))
-    assert letters(conditioning.swap_at_timestep(A, B, 999, T50)) == "B" * 50
-    assert letters(conditioning.swap_at_timestep(A, B, 0, T50)) == "A" * 50
-    assert letters(conditioning.piecewise_timesteps([A, B, C], [700, 300], [900, 700, 500, 300, 100])) == "ABBCC"
+    contexts = conditioning.ramp(A, B, begin=2, end=6, steps=9)
+    assert letters(contexts) == "AAA???BBB"
+    assert contexts.weights[:, 0, 1].tolist() == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
 
 
 def test_contexts_are_stored_once():
-    schedule = conditioning.swap(A, B, at=20, steps=1000)
-    assert schedule.contexts.shape == (2, 1, 5, 8)
-    assert schedule.at(999).data_ptr() == schedule.contexts[1].data_ptr()  # a view, not a copy
+    contexts = conditioning.swap(A, B, at=20, steps=1000)
+    assert contexts.prompts.shape == (2, 1, 5, 8)
+    assert contexts.at(999).data_ptr() == contexts.prompts[1].data_ptr()  # a view, not a copy
 
 
 def test_one_context_may_serve_a_batch():
     many = torch.randn(4, 5, 8)
-    schedule = conditioning.swap(A, many, at=1, steps=2)
-    assert torch.equal(schedule.at(0), A.expand(4, -1, -1))
-    assert torch.equal(schedule.at(1), many)
+    contexts = conditioning.swap(A, many, at=1, steps=2)
+    assert torch.equal(contexts.at(0), A.expand(4, -1, -1))
+    assert torch.equal(contexts.at(1), many)
+
+
+def test_rows_of_a_batch_may_differ():
+    """Each with its own prompts, swaps and blends: bit for bit what each is alone."""
+    pair = torch.cat([B, C])
+    rows = [swap(A, B, at=1, steps=4), constant(C, 4), conditioning.blend(A, C, [0, 0.5, 1, 0]), constant(pair, 4)]
+    together = side_by_side(*rows)
+    for step in range(4):
+        assert torch.equal(together.at(step), torch.cat([contexts.at(step) for contexts in rows]))
+
+
+def test_rows_that_only_swap_are_never_mixed():
+    together = side_by_side(*(swap(A, B, at=at, steps=3) for at in range(4)))
+    assert [letters_of_rows(together.at(step)) for step in range(3)] == ["BAAA", "BBAA", "BBBA"]
+
+
+def letters_of_rows(context):
+    return "".join("A" if torch.equal(row, A[0]) else "B" if torch.equal(row, B[0]) else "?" for row in context)
+
+
+def side_by_side(*rows):
+    return conditioning.side_by_side(rows)
 
 
 @pytest.mark.parametrize(
@@ -103,11 +115,12 @@ def test_one_context_may_serve_a_batch():
         (lambda: conditioning.blend(A, B, [float("nan")]), r"weights: .*0\.\.1"),
         (lambda: conditioning.blend(A, B, []), "weights: expected one value"),
         (lambda: conditioning.ramp(A, B, 5, 5), "begin < end"),
-        (lambda: conditioning.swap_at_timestep(A, B, 500, [1, 2]), "timesteps: expected falling"),
-        (lambda: conditioning.piecewise_timesteps([A, B, C], [1, 2], [3, 2]), "boundaries: expected falling"),
-        (lambda: EmbeddingSchedule(A, torch.ones(1, 1)), r"contexts: .*\(K, B, L, D\)"),
-        (lambda: EmbeddingSchedule(A[None], torch.ones(3, 2)), r"weights: expected \(S, 1\)"),
-        (lambda: EmbeddingSchedule(A[None], torch.full((3, 1), torch.inf)), "weights: expected finite"),
+        (lambda: Contexts(A, torch.ones(1, 1, 1)), r"prompts: .*\(K, B, L, D\)"),
+        (lambda: Contexts(A[None], torch.ones(3, 1, 2)), r"weights: expected \(S, 1 or 1, 1\)"),
+        (lambda: Contexts(A[None], torch.full((3, 1, 1), torch.inf)), "weights: expected finite"),
+        (lambda: conditioning.side_by_side([]), "rows: expected at least one"),
+        (lambda: side_by_side(constant(A, 3), constant(B, 4)), r"rows: expected as many steps each, got \[3, 4\]"),
+        (lambda: side_by_side(constant(A, 3), constant(B[:, :4], 3)), r"context 1: .* got \(1, 4, 8\)"),
     ],
 )
 def test_errors_name_the_argument(make, message):
@@ -116,6 +129,6 @@ def test_errors_name_the_argument(make, message):
 
 
 @pytest.mark.parametrize("step", [-1, 50])
-def test_a_step_outside_the_schedule_is_an_error_not_the_last_context(step):
+def test_a_step_outside_the_contexts_is_an_error_not_the_last_context(step):
     with pytest.raises(ValueError, match=rf"step: expected 0\.\.49, .* got {step}"):
         conditioning.constant(A, 50).at(step)

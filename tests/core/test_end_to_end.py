@@ -46,7 +46,7 @@ def assert_same_bytes(images: Tensor, stored: np.ndarray) -> None:
 
 def assert_same_run(reference: Golden, run: list[Step], images: Tensor) -> None:
     """Guidance of 7.5 amplifies rounding: the references differ by 1.6e-5 after 50 steps."""
-    latents = torch.cat([step.x_t for step in run])
+    latents = torch.cat([step.x_prev for step in run])
     assert reference.error("latents", latents) < TRAJECTORY_G75
     assert reference.error("image", images) < TRAJECTORY_G75
 
@@ -57,7 +57,7 @@ def test_small_networks_from_prompts_to_bytes():
     contexts = small("clip")(Tokenizer()(PROMPTS))
     assert reference.error("context", contexts) < FORWARD
     run = sample(small("unet"), contexts, noise("e2e.xT", (1, 4, 16, 16)), steps=20, at=8)
-    images = decode(small("vae"), run[-1].x_t)
+    images = decode(small("vae"), run[-1].x_prev)
     assert_same_run(reference, run, images)
     assert_same_bytes(images, reference["image_u8_first_rows"])
 
@@ -69,6 +69,6 @@ def test_full_size_networks_from_prompts_to_bytes(full_clip, full_vae, full_unet
     contexts = full_clip(Tokenizer()(PROMPTS))
     run = sample(full_unet, contexts, noise("e2e.full.xT", (1, 4, 16, 16)), steps=5, at=2)
     assert [step.t for step in run] == reference["timesteps"].tolist() == [801, 601, 401, 201, 1]
-    images = decode(full_vae, run[-1].x_t)
+    images = decode(full_vae, run[-1].x_prev)
     assert_same_run(reference, run, images)
     assert_same_bytes(images, reference["image_u8"])

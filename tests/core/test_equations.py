@@ -16,9 +16,8 @@ from torch.nn import functional as F
 from ldm.fast import ops
 from ldm.probe.taps import attention_probabilities
 from ldm.samplers import ddim, ddpm, euler, plms, unipc
-from ldm.samplers.plms import _transfer
-from ldm.samplers.step import Level
-from ldm.samplers.unipc import _correct
+from ldm.samplers.driver import Level
+from ldm.samplers.multistep import _correct, _transfer
 from ldm.schedule import Schedule, karras
 from ldm.study.metrics.cfrt import cfrt
 from ldm.study.metrics.directions import cosine_matrix
@@ -78,11 +77,11 @@ def test_ddpm_eq_4():
 
 
 def test_edm_eq_5():
-    kappas = [Level(t, SCHEDULE.alphas_cumprod_at(t)).kappa for t in karras(5, SCHEDULE, endpoint=True)]
+    sigmas = [Level(t, SCHEDULE.alphas_cumprod_at(t)).sigma for t in karras(5, SCHEDULE, endpoint=True)]
     high, low = (math.sqrt((1 - a) / a) ** (1 / 7) for a in (A[999], A[0]))
     expected = [(high + i / 4 * (low - high)) ** 7 for i in range(5)]
     # Times between the table's are found by interpolation.
-    np.testing.assert_allclose(kappas, expected, rtol=1e-6)
+    np.testing.assert_allclose(sigmas, expected, rtol=1e-6)
 
 
 # ---- samplers --------------------------------------------------------------------------------------
@@ -101,14 +100,14 @@ def test_ddim_eq_12():
     sigma = 0.5 * math.sqrt((1 - A[401]) / (1 - A[801])) * math.sqrt(1 - A[801] / A[401])
     predicted = math.sqrt(A[401]) * step.x0_pred
     direction = math.sqrt(1 - A[401] - sigma**2) * known_eps(x_t, 801, 0)
-    close(step.x_t, predicted + direction + sigma * z)
+    close(step.x_prev, predicted + direction + sigma * z)
 
 
 def test_ddim_eq_16():
     """The noise that eta adds, isolated: everything else is zero."""
     zero, one = torch.zeros(SHAPE, dtype=torch.float64), torch.ones(SHAPE, dtype=torch.float64)
     run = ddim(lambda x, t, step: zero, zero, SCHEDULE, 2, timesteps=(801, 401), eta=1.0, noise=lambda step: one)
-    close(next(run).x_t, one * math.sqrt((1 - A[401]) / (1 - A[801]) * (1 - A[801] / A[401])))
+    close(next(run).x_prev, one * math.sqrt((1 - A[401]) / (1 - A[801]) * (1 - A[801] / A[401])))
 
 
 def test_ddim_eq_13():
@@ -119,10 +118,10 @@ def test_ddim_eq_13():
 
     x_t = randn(1)
     down = next(ddim(known_eps, x_t, SCHEDULE, 2, timesteps=(801, 401)))
-    moved = down.x_t / math.sqrt(A[401]) - x_t / math.sqrt(A[801])
+    moved = down.x_prev / math.sqrt(A[401]) - x_t / math.sqrt(A[801])
     close(moved, (slope(A[401]) - slope(A[801])) * known_eps(x_t, 801, 0))
     *_, up = ddim_inversion(known_eps, x_t, SCHEDULE, 2, timesteps=(801, 401))
-    moved = up.x_t / math.sqrt(A[801]) - up.x_in / math.sqrt(A[401])
+    moved = up.x_t / math.sqrt(A[801]) - up.x_prev / math.sqrt(A[401])
     close(moved, (slope(A[801]) - slope(A[401])) * known_eps(x_t, 801, 0))
 
 
@@ -136,7 +135,7 @@ def test_aidi_eq_7():
     a, a_prev = A[801], A[401]
     c = math.sqrt(a / a_prev)
     d = math.sqrt(1 - a) - c * math.sqrt(1 - a_prev)
-    found, image = step.x_t, c * step.x_in + d * eps_fn(step.x_t, 801, 0)
+    found, image = step.x_t, c * step.x_prev + d * eps_fn(step.x_t, 801, 0)
     # The iteration ends when it comes no closer; two latents are then some 1e-8 apart.
     torch.testing.assert_close(found, image, rtol=1e-6, atol=1e-6)
 
@@ -151,41 +150,41 @@ def test_ddpm_eq_7():
     from_below, from_above = 1 / (1 - a_prev), ratio / (1 - ratio)
     variance = 1 / (from_below + from_above)
     mean = from_below * math.sqrt(a_prev) * step.x0_pred + from_above * x_t / math.sqrt(ratio)
-    close(step.x_t, variance * mean)
-    close(noisier.x_t - step.x_t, (zero + 1) * math.sqrt(variance))
+    close(step.x_prev, variance * mean)
+    close(noisier.x_prev - step.x_prev, (zero + 1) * math.sqrt(variance))
 
 
 def test_pndm_eq_11():
     """The transfer, as PNDM writes it."""
     x, e, a, b = randn(1), randn(2), A[801], A[401]
     denominator = math.sqrt(a) * (math.sqrt((1 - b) * a) + math.sqrt((1 - a) * b))
-    close(_transfer(x, e, Level(801, a), Level(401, b)), math.sqrt(b / a) * x - (b - a) / denominator * e)
+    close(_transfer(Level(801, a), Level(401, b), x, e), math.sqrt(b / a) * x - (b - a) / denominator * e)
 
 
 def test_pndm_eq_12():
     steps = list(plms(known_eps, randn(1), SCHEDULE, 5, timesteps=(801, 601, 401, 201, 1)))
     e = [step.eps for step in steps]
     mean = (55 * e[3] - 59 * e[2] + 37 * e[1] - 9 * e[0]) / 24
-    close(steps[3].x_t, _transfer(steps[3].x_in, mean, Level(201, A[201]), Level(1, A[1])))
+    close(steps[3].x_prev, _transfer(Level(201, A[201]), Level(1, A[1]), steps[3].x_t, mean))
 
 
 def test_edm_eq_1_and_7():
-    """dy / dkappa = eps along the known flow of Gaussian data of width s; and Euler's step is that slope."""
-    s, kappa, step = 0.7, 1.3, 1e-5
+    """dy / dsigma = eps along the known flow of Gaussian data of width s; and Euler's step is that slope."""
+    s, sigma, step = 0.7, 1.3, 1e-5
 
-    def y(kappa: float) -> float:
-        return math.sqrt(s**2 + kappa**2)
+    def y(sigma: float) -> float:
+        return math.sqrt(s**2 + sigma**2)
 
-    alpha = 1 / math.sqrt(1 + kappa**2)
-    sigma, x = kappa * alpha, alpha * y(kappa)
-    eps = sigma * x / (alpha**2 * s**2 + sigma**2)  # E[eps | x] for x_0 of variance s^2
+    alpha = 1 / math.sqrt(1 + sigma**2)
+    std, x = sigma * alpha, alpha * y(sigma)
+    eps = std * x / (alpha**2 * s**2 + std**2)  # E[eps | x] for x_0 of variance s^2
     # A central difference, off by step^2 and by rounding / step.
-    assert (y(kappa + step) - y(kappa - step)) / (2 * step) == pytest.approx(eps, rel=1e-8)
+    assert (y(sigma + step) - y(sigma - step)) / (2 * step) == pytest.approx(eps, rel=1e-8)
 
-    x_t, kappas = randn(1), [math.sqrt((1 - a) / a) for a in (A[801], A[401])]
+    x_t, sigmas = randn(1), [math.sqrt((1 - a) / a) for a in (A[801], A[401])]
     taken = next(euler(known_eps, x_t, SCHEDULE, 2, timesteps=(801, 401)))
-    moved = taken.x_t / math.sqrt(A[401]) - x_t / math.sqrt(A[801])
-    close(moved, (kappas[1] - kappas[0]) * known_eps(x_t, 801, 0))
+    moved = taken.x_prev / math.sqrt(A[401]) - x_t / math.sqrt(A[801])
+    close(moved, (sigmas[1] - sigmas[0]) * known_eps(x_t, 801, 0))
 
 
 def gaussian_flow(log_snr: float, s: float = 0.7) -> tuple[float, float, float, float, float]:
@@ -227,7 +226,7 @@ def test_unip_2_eq_3():
     h, h_1 = after.log_snr - level.log_snr, level.log_snr - before.log_snr
     D = second.x0_pred + h / (2 * h_1) * (second.x0_pred - first.x0_pred)
     corrected = second.history[0]
-    close(second.x_t, after.sigma / level.sigma * corrected + after.alpha * (1 - math.exp(-h)) * D)
+    close(second.x_prev, after.std / level.std * corrected + after.alpha * (1 - math.exp(-h)) * D)
 
 
 def test_unic_2_eq_9():
@@ -240,7 +239,7 @@ def test_unic_2_eq_9():
     x0s = [torch.tensor([parabola(level.log_snr)], dtype=torch.float64) for level in reversed(levels)]
     x_1, (_, begin, end) = torch.tensor([0.4], dtype=torch.float64), levels
     image = integral(lambda u: math.exp(u) * parabola(u), begin.log_snr, end.log_snr)
-    close(_correct(x_1, x0s, levels), end.sigma / begin.sigma * x_1 + end.sigma * image)
+    close(_correct(x_1, x0s, levels), end.std / begin.std * x_1 + end.std * image)
 
 
 # ---- training --------------------------------------------------------------------------------------

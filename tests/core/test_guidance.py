@@ -5,10 +5,7 @@ import torch
 from small_networks import ToyUNet, toy_context
 
 from ldm.conditioning import constant, swap
-from ldm.fast import ops
-from ldm.guidance import GuidedEps, guided
-from ldm.samplers import ddim
-from ldm.schedule import Schedule
+from ldm.guidance import guided
 
 X = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 COND, UNCOND = toy_context(0.7), toy_context(-0.2)
@@ -50,38 +47,6 @@ def test_the_prompt_follows_its_schedule_and_so_may_the_negative_prompt():
     for step, (prompt, other) in {2: (0.7, -0.2), 3: (2.0, -0.2), 6: (2.0, 0.1)}.items():
         expected = guided(ToyUNet(), constant(toy_context(prompt), 10), 7.5, toy_context(other))(X, 500, 0)
         assert torch.equal(eps_fn(X, 500, step), expected)
-
-
-def test_whoever_guides_otherwise_is_asked_for_eps(monkeypatch):
-    """Where kernels run, DDIM asks for a whole step: of this class's own guidance, in dtypes that the kernel knows."""
-
-    class Half(GuidedEps):
-        def __call__(self, x_t, t, step):
-            return super().__call__(x_t, t, step) / 2
-
-    class Lending:
-        def __init__(self, inner):
-            self.inner = inner
-
-        def __getattr__(self, name):
-            return getattr(self.inner, name)
-
-        def __call__(self, x_t, t, step):
-            return self.inner(x_t, t, step) / 2
-
-    monkeypatch.setattr(ops, "fused", lambda x, made_for=True: True)
-    monkeypatch.setattr(ops, "guided_ddim_step", lambda *given: given)
-    with torch.no_grad():
-        eps_fn = guided(ToyUNet(), constant(COND, 10), 7.5, UNCOND)
-        assert eps_fn.ddim_step(X, 500, 0, 0.3, 0.4)[3:] == (7.5, 0.3, 0.4)
-        assert eps_fn.ddim_step(X.double(), 500, 0, 0.3, 0.4) is None
-        halved = Half(ToyUNet(), constant(COND, 10), 7.5, constant(UNCOND, 10), None)
-        *_, subclassed = ddim(halved, X, Schedule.sd15(), 10)
-        *_, wrapped = ddim(Lending(eps_fn), X, Schedule.sd15(), 10)
-        monkeypatch.undo()
-        *_, expected = ddim(lambda x_t, t, step: eps_fn(x_t, t, step) / 2, X, Schedule.sd15(), 10)
-    assert torch.equal(subclassed.x_t, expected.x_t)
-    assert torch.equal(wrapped.x_t, expected.x_t)
 
 
 @pytest.mark.parametrize("scale", [1.0, 7.5])

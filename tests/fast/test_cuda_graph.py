@@ -193,7 +193,7 @@ def test_a_run_under_guidance_is_the_plain_one():
     for unet in (network, graphed):
         eps_fn = guided(unet, constant(prompt, 3), 7.5, empty, max_batch=4)  # batches of 4 and of 2 rows
         *_, last = ddim(eps_fn, x_T, Schedule.sd15(), 3)
-        runs.append(last.x_t)
+        runs.append(last.x_prev)
     assert torch.equal(*runs)
     assert graphed.used
 

@@ -268,7 +268,7 @@ X_T = randn(3, 4, 8, 8, seed=3)
 
 def run(eps_fn, steps=6):
     *_, last = ddim(eps_fn, X_T, Schedule.sd15(), steps)
-    return last.x_t
+    return last.x_prev
 
 
 @pytest.mark.parametrize("scale", [1.0, 7.5])

@@ -34,7 +34,7 @@ def test_it_is_the_samplers_step():
     step = next(ddim(lambda x, t, i: uncond + 3 * (cond - uncond), x_T, schedule, steps=10))
     a_t, a_prev = float(schedule.alphas_cumprod[901]), float(schedule.alphas_cumprod[801])
     x_prev, x0_pred, eps = guided_ddim_step(x_T, uncond, cond, 3.0, a_t, a_prev)
-    for ours, theirs in ((x_prev, step.x_t), (x0_pred, step.x0_pred), (eps, step.eps)):
+    for ours, theirs in ((x_prev, step.x_prev), (x0_pred, step.x0_pred), (eps, step.eps)):
         torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)  # another order of the same float32 operations
 
 

@@ -355,7 +355,7 @@ def run(unet: UNet, schedule, scale_: float = 3.0, max_batch: int | None = None,
     x_T, _, uncond = reference_run_inputs()
     eps_fn = guided(unet, schedule, scale_, uncond, max_batch=max_batch)
     *_, last = ddim(eps_fn, torch.cat([x_T, -x_T])[:rows], Schedule.sd15(), STEPS)
-    return last.x_t
+    return last.x_prev
 
 
 def test_injecting_into_all_layers_is_the_embedding_schedule(unet):

@@ -10,7 +10,7 @@ from reference import TRAJECTORY_G1, TRAJECTORY_G75, golden
 from small_networks import ToyUNet, reference_run_inputs, toy_context
 from torch import Tensor
 
-from ldm.conditioning import EmbeddingSchedule, constant, piecewise
+from ldm.conditioning import Contexts, constant, piecewise
 from ldm.guidance import guided
 from ldm.samplers import Step, ddim, initial_noise, step_noise
 from ldm.schedule import Schedule, leading
@@ -36,9 +36,9 @@ def test_ddim_with_the_exact_eps_recovers_x_0(steps):
     run = list(ddim(lambda x_t, t, step: eps, x_T, SCHEDULE, steps))
     for step in run:
         torch.testing.assert_close(step.x0_pred, x_0)  # the true noise implies the true image at every step
-        torch.testing.assert_close(step.x_in, SCHEDULE.add_noise(x_0, eps, step.t))
+        torch.testing.assert_close(step.x_t, SCHEDULE.add_noise(x_0, eps, step.t))
     # The run ends at t = 0, where SD1.5 leaves a trace of the noise.
-    torch.testing.assert_close(run[-1].x_t, SCHEDULE.add_noise(x_0, eps, 0))
+    torch.testing.assert_close(run[-1].x_prev, SCHEDULE.add_noise(x_0, eps, 0))
 
 
 def test_eta_1_with_the_posterior_eps_keeps_a_standard_normal():
@@ -49,9 +49,9 @@ def test_eta_1_with_the_posterior_eps_keeps_a_standard_normal():
 
     x_T = initial_noise([0], (1, 64, 64)).double()
     run = list(ddim(eps_fn, x_T, SCHEDULE, 1000, eta=1.0, noise=step_noise([0], (1, 64, 64))))
-    assert run[-1].x_t.std() == pytest.approx(1, abs=0.04)
+    assert run[-1].x_prev.std() == pytest.approx(1, abs=0.04)
     # Fresh noise has replaced the old: a deterministic run would keep its direction entirely.
-    correlation = torch.corrcoef(torch.stack([x_T.flatten(), run[-1].x_t.flatten()]))[0, 1]
+    correlation = torch.corrcoef(torch.stack([x_T.flatten(), run[-1].x_prev.flatten()]))[0, 1]
     assert abs(correlation) < 0.1
 
 
@@ -60,12 +60,12 @@ def test_a_step_holds_what_happened():
     run = toy_run(x_T, 10)
     assert [step.index for step in run] == list(range(10))
     assert tuple(step.t for step in run) == leading(10)
-    assert run[0].x_in is x_T
+    assert run[0].x_t is x_T
     for step, following in pairwise(run):
-        assert following.x_in is step.x_t
+        assert following.x_t is step.x_prev
     for step in run:
         a_t = float(SCHEDULE.alphas_cumprod[step.t])
-        torch.testing.assert_close(step.x_in, a_t**0.5 * step.x0_pred + (1 - a_t) ** 0.5 * step.eps)
+        torch.testing.assert_close(step.x_t, a_t**0.5 * step.x0_pred + (1 - a_t) ** 0.5 * step.eps)
     with pytest.raises(FrozenInstanceError):
         run[0].t = 3
 
@@ -76,27 +76,27 @@ def test_a_run_resumed_at_any_step_is_the_same_run(eta):
     noise = step_noise(seeds, shape)
     whole = toy_run(initial_noise(seeds, shape), eta=eta, noise=noise)
     for start in range(10):
-        rest = toy_run(whole[start].x_in, eta=eta, noise=noise, start=start)
+        rest = toy_run(whole[start].x_t, eta=eta, noise=noise, start=start)
         assert [step.index for step in rest] == list(range(start, 10))
-        assert torch.equal(rest[-1].x_t, whole[-1].x_t)
-    assert toy_run(whole[-1].x_t, start=10) == []
+        assert torch.equal(rest[-1].x_prev, whole[-1].x_prev)
+    assert toy_run(whole[-1].x_prev, start=10) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_dtype_is_the_latents(dtype):
     run = toy_run(initial_noise([1], (4, 8, 8)).to(dtype), eta=0.5, noise=step_noise([1], (4, 8, 8)))
-    assert {step.x_t.dtype for step in run} | {step.x0_pred.dtype for step in run} == {dtype}
+    assert {step.x_prev.dtype for step in run} | {step.x0_pred.dtype for step in run} == {dtype}
 
 
 def test_float32_latents_stay_so_under_a_half_precision_network():
     x_T, bfloat = initial_noise([1], (4, 8, 8)), torch.bfloat16
     exact, half = (
-        list(ddim(guided(ToyUNet(), constant(toy_context(0.3).to(dtype), 50), 1), x_T, SCHEDULE))[-1].x_t
+        list(ddim(guided(ToyUNet(), constant(toy_context(0.3).to(dtype), 50), 1), x_T, SCHEDULE))[-1].x_prev
         for dtype in (torch.float32, bfloat)
     )
     assert half.dtype == torch.float32
     rounded = list(ddim(guided(ToyUNet(), constant(toy_context(0.3).to(bfloat), 50), 1), x_T.to(bfloat), SCHEDULE))
-    error, rounded_error = (half - exact).norm(), (rounded[-1].x_t.float() - exact).norm()
+    error, rounded_error = (half - exact).norm(), (rounded[-1].x_prev.float() - exact).norm()
     assert error < rounded_error / 2  # what rounding the latents at every step would cost
 
 
@@ -120,10 +120,10 @@ def test_no_two_draws_are_alike():
 
 def test_a_random_sampler_does_not_depend_on_the_batch_either():
     shape = (4, 8, 8)
-    both = toy_run(initial_noise([1, 2], shape), eta=1.0, noise=step_noise([1, 2], shape))[-1].x_t
-    second = toy_run(initial_noise([2], shape), eta=1.0, noise=step_noise([2], shape))[-1].x_t
+    both = toy_run(initial_noise([1, 2], shape), eta=1.0, noise=step_noise([1, 2], shape))[-1].x_prev
+    second = toy_run(initial_noise([2], shape), eta=1.0, noise=step_noise([2], shape))[-1].x_prev
     assert torch.equal(both[1:], second)
-    assert not torch.allclose(second, toy_run(initial_noise([2], shape))[-1].x_t)
+    assert not torch.allclose(second, toy_run(initial_noise([2], shape))[-1].x_prev)
 
 
 # ---- errors ----------------------------------------------------------------------------------------
@@ -174,13 +174,13 @@ TOLERANCE = {1.0: TRAJECTORY_G1, 7.5: TRAJECTORY_G75}
 GUIDANCE = [pytest.param(1.0, id="g1"), pytest.param(7.5, id="g7.5")]
 
 
-def reference_run(scale: float, contexts: EmbeddingSchedule, schedule: Schedule = SCHEDULE, **options) -> list[Step]:
+def reference_run(scale: float, contexts: Contexts, schedule: Schedule = SCHEDULE, **options) -> list[Step]:
     x_T, _, uncond = reference_run_inputs()
     eps_fn = guided(small("unet"), contexts, scale, uncond)
     return list(ddim(eps_fn, x_T, schedule, len(contexts), **options))
 
 
-def swapped_twice(steps: int) -> EmbeddingSchedule:
+def swapped_twice(steps: int) -> Contexts:
     """Step i of n sees prompt floor(3 i / n)."""
     return piecewise(reference_run_inputs()[1], [-(-k * steps // 3) for k in (1, 2)], steps)
 
@@ -190,9 +190,9 @@ def test_every_step_of_50_is_compvis(scale):
     stored = golden(f"ddim50_swap_g{scale:g}")
     run = reference_run(scale, swapped_twice(50))
     assert [step.t for step in run] == stored["timesteps"].tolist()
-    assert stored.error("x", torch.cat([step.x_t for step in run])) < TOLERANCE[scale]
+    assert stored.error("x", torch.cat([step.x_prev for step in run])) < TOLERANCE[scale]
     for other in ("diffusers", "f64"):
-        assert stored.error(f"x.final.{other}", run[-1].x_t) < TOLERANCE[scale]
+        assert stored.error(f"x.final.{other}", run[-1].x_prev) < TOLERANCE[scale]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 10, 20])
@@ -202,7 +202,7 @@ def test_other_step_counts_are_compvis_and_diffusers(scale, steps):
     run = reference_run(scale, swapped_twice(steps))
     for other in ("compvis", "diffusers"):
         assert [step.t for step in run] == stored[f"swap{steps}.{other}.timesteps"].tolist()
-        assert stored.error(f"swap{steps}.{other}.final", run[-1].x_t) < TOLERANCE[scale]
+        assert stored.error(f"swap{steps}.{other}.final", run[-1].x_prev) < TOLERANCE[scale]
 
 
 @pytest.mark.parametrize(("other", "steps"), [("compvis", 8), ("diffusers", 7)])
@@ -211,14 +211,14 @@ def test_given_timesteps_reproduce_even_what_we_would_not_choose(other, steps):
     stored = golden("ddim_variants_g1")
     timesteps = stored[f"swap7.{other}.timesteps"].tolist()
     run = reference_run(1.0, swapped_twice(steps), timesteps=timesteps)
-    assert stored.error(f"swap7.{other}.final", run[-1].x_t) < TRAJECTORY_G1
+    assert stored.error(f"swap7.{other}.final", run[-1].x_prev) < TRAJECTORY_G1
 
 
 def test_the_first_step_and_its_x0_pred_are_compvis():
     x_T, (prompt, *_), _ = reference_run_inputs()
     step = next(ddim(guided(small("unet"), constant(prompt, 50), 1), x_T, SCHEDULE))
     assert golden("ddim_variants_g1").error("noswap50.pred_x0_step0", step.x0_pred) < TRAJECTORY_G1
-    assert golden("ddim_variants_g1").error("noswap50.step0", step.x_t) < TRAJECTORY_G1
+    assert golden("ddim_variants_g1").error("noswap50.step0", step.x_prev) < TRAJECTORY_G1
 
 
 # diffusers' "linspace" variant is left out: its DDIM steps back by 20 whatever the next timestep is, so its updates
@@ -234,4 +234,4 @@ def test_the_first_step_and_its_x0_pred_are_compvis():
 def test_variants_of_schedule_and_spacing_are_diffusers(variant, schedule, timesteps):
     stored = golden("ddim_variants_g1")
     run = reference_run(1.0, constant(reference_run_inputs()[1][0], 50), schedule, timesteps=timesteps)
-    assert stored.error(f"noswap50.diffusers.{variant}.final", run[-1].x_t) < TRAJECTORY_G1
+    assert stored.error(f"noswap50.diffusers.{variant}.final", run[-1].x_prev) < TRAJECTORY_G1

@@ -11,7 +11,7 @@ from networks import small
 from reference import TRAJECTORY_G1, TRAJECTORY_G75, Golden, golden
 from small_networks import reference_run_inputs
 
-from ldm.conditioning import EmbeddingSchedule, constant, piecewise
+from ldm.conditioning import Contexts, constant, piecewise
 from ldm.guidance import guided
 from ldm.samplers import EpsFn, Sampler, Step, dpm_solver_pp_2m, euler, heun, plms
 from ldm.schedule import Schedule, karras, leading, linspace
@@ -23,11 +23,11 @@ GUIDANCE = [pytest.param(1.0, id="g1"), pytest.param(7.5, id="g7.5")]
 TOLERANCE = {1.0: TRAJECTORY_G1, 7.5: TRAJECTORY_G75}
 
 
-def contexts(steps: int) -> EmbeddingSchedule:
+def contexts(steps: int) -> Contexts:
     return piecewise(reference_run_inputs()[1], [-(-k * steps // 3) for k in (1, 2)], steps)
 
 
-def eps_of(schedule: EmbeddingSchedule, scale: float) -> EpsFn:
+def eps_of(schedule: Contexts, scale: float) -> EpsFn:
     return guided(small("unet"), schedule, scale, reference_run_inputs()[2])
 
 
@@ -39,7 +39,7 @@ def whole_timesteps(eps_fn: EpsFn) -> EpsFn:
 def undivided(run: list[Step], schedule: Schedule) -> torch.Tensor:
     """The latents after each step as EDM has them, x_t / alpha."""
     after = [schedule.alphas_cumprod_at(step.t) for step in run[1:]] + [schedule.final_alpha_cumprod]
-    return torch.cat([step.x_t / a**0.5 for step, a in zip(run, after, strict=True)])
+    return torch.cat([step.x_prev / a**0.5 for step, a in zip(run, after, strict=True)])
 
 
 @pytest.mark.parametrize("scale", GUIDANCE)
@@ -48,7 +48,7 @@ def test_every_step_of_plms_is_compvis(scale):
     run = list(plms(eps_of(contexts(50), scale), reference_run_inputs()[0], SCHEDULE, 50))
     assert [step.t for step in run] == stored["timesteps"].tolist()
     assert [step.evaluations for step in run] == [2] + [1] * 49
-    assert stored.error("x", torch.cat([step.x_t for step in run])) < TOLERANCE[scale]
+    assert stored.error("x", torch.cat([step.x_prev for step in run])) < TOLERANCE[scale]
 
 
 def test_the_result_of_plms_is_diffusers_pndm():
@@ -56,7 +56,7 @@ def test_the_result_of_plms_is_diffusers_pndm():
     stored = golden("plms50_swap_g1")
     assert stored["pndm_eval_timesteps"].tolist()[:3] == [981, 961, 961]
     *_, last = plms(eps_of(contexts(50), 1.0), reference_run_inputs()[0], SCHEDULE, 50)
-    assert stored.error("x.final.pndm", last.x_t) < TRAJECTORY_G1
+    assert stored.error("x.final.pndm", last.x_prev) < TRAJECTORY_G1
 
 
 @pytest.mark.parametrize("steps", [5, 20])
@@ -64,7 +64,7 @@ def test_the_result_of_plms_is_diffusers_pndm():
 def test_short_runs_of_plms_are_compvis(scale, steps):
     eps_fn = eps_of(constant(reference_run_inputs()[1][0], steps), scale)
     run = list(plms(eps_fn, reference_run_inputs()[0], SCHEDULE, steps))
-    error = golden(f"misc_samplers_g{scale:g}").error(f"noswap{steps}.compvis.x", torch.cat([s.x_t for s in run]))
+    error = golden(f"misc_samplers_g{scale:g}").error(f"noswap{steps}.compvis.x", torch.cat([s.x_prev for s in run]))
     assert error < TOLERANCE[scale]
 
 
@@ -108,7 +108,7 @@ def test_every_step_of_dpm_solver_pp_2m_is_diffusers(scale, spacing):
     eps_fn = whole_timesteps(eps_of(contexts(20), scale))
     run = list(dpm_solver_pp_2m(eps_fn, reference_run_inputs()[0], TO_ZERO, 20, timesteps=timesteps))
     assert [round(step.t) for step in run] == stored["timesteps"].tolist()
-    assert stored.error("x", torch.cat([step.x_t for step in run])) < TOLERANCE[scale]
+    assert stored.error("x", torch.cat([step.x_prev for step in run])) < TOLERANCE[scale]
 
 
 @pytest.mark.parametrize("scale", GUIDANCE)
@@ -117,4 +117,4 @@ def test_the_result_of_dpm_solver_pp_2m_is_compvis(scale):
     eps_fn = eps_of(constant(reference_run_inputs()[1][0], 20), scale)
     *_, last = dpm_solver_pp_2m(eps_fn, reference_run_inputs()[0], SCHEDULE, 20, timesteps=linspace(20))
     stored = golden(f"misc_samplers_g{scale:g}")
-    assert stored.error("compvis_dpm_solver20.noswap.final", last.x_t) < TOLERANCE[scale]
+    assert stored.error("compvis_dpm_solver20.noswap.final", last.x_prev) < TOLERANCE[scale]

@@ -114,7 +114,7 @@ def test_looking_changes_nothing_and_adds_up(sd):
         torch.testing.assert_close(maps.sum(dim=2), torch.ones_like(maps[:, :, 0]))
     eps_fn = ldm.guidance.guided(sd.unet, ldm.conditioning.constant(context, 2), 1.0)
     *_, last = ldm.samplers.ddim(eps_fn, x_T, sd.schedule, 2)
-    assert torch.equal(latents, last.x_t)
+    assert torch.equal(latents, last.x_prev)
 
 
 # ---- the command -----------------------------------------------------------------------------------

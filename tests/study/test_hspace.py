@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import torch
 from ldm_tools.cli import main
-from small_networks import toy_context
 
 import ldm
 from ldm.conditioning import swap
 from ldm.phantom.prompts import DOMAINS
 from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion
 from ldm.samplers import ddim, initial_noise
-from ldm.study.structure.bottleneck import RowSwaps, scaled_swap_steps, seen_in, shared, trajectories
+from ldm.study.structure.bottleneck import scaled_swap_steps, seen_in, shared, trajectories
 from ldm.study.structure.domains import Prompts
 from ldm.traversal.plan import SWAP_STEPS
 
@@ -21,16 +20,6 @@ from ldm.traversal.plan import SWAP_STEPS
 @pytest.fixture(scope="module")
 def sd() -> StableDiffusion:
     return ldm.load(PHANTOM_WEIGHTS)
-
-
-def test_every_row_swaps_at_its_own_step():
-    neutral, style = toy_context(0.0), toy_context(1.0)
-    rows = RowSwaps(neutral, torch.cat([neutral, style, style]), torch.tensor([0, 1, 3]), 4)
-    assert len(rows) == 4
-    for step in range(4):
-        for row, at in ((1, 1), (2, 3)):
-            assert torch.equal(rows.at(step)[row], swap(neutral, style, at=at, steps=4).at(step)[0])
-        assert torch.equal(rows.at(step)[0], neutral[0])
 
 
 def test_swap_steps_scale_with_the_steps():
@@ -49,13 +38,13 @@ def test_a_row_is_the_trajectory_that_it_is_called(sd):
     run = list(ddim(eps_fn, initial_noise([7], sd.latent_shape), sd.schedule, steps))
     row = 1 + 2 + 0  # the second attribute's first swap step
     # Rows of a batch of another size are summed in another order: float32's last digits over three steps.
-    torch.testing.assert_close(spaces["z"][row], run[-1].x_t[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(spaces["z"][row], run[-1].x_prev[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
-        spaces["x_t, all steps"][row], torch.stack([step.x_t[0] for step in run]), rtol=1e-4, atol=1e-4
+        spaces["x_t, all steps"][row], torch.stack([step.x_prev[0] for step in run]), rtol=1e-4, atol=1e-4
     )
     # The rows with the prompt, not those without: eps of the prompt alone, by the last call's second half.
     with sd.unet.capture("conv_out") as seen:
-        sd.unet(run[-1].x_in, run[-1].t, prompts.styles[1:2])
+        sd.unet(run[-1].x_t, run[-1].t, prompts.styles[1:2])
     torch.testing.assert_close(spaces["conv_out, last step"][row], seen["conv_out"][0], rtol=1e-3, atol=1e-3)
     assert spaces["mid_block, all steps"].shape == (5, steps, 128, 4, 4)
     assert torch.equal(spaces["mid_block, all steps"][:, -1], spaces["mid_block, last step"])

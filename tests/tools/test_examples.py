@@ -182,4 +182,4 @@ def test_sampling_is_the_libraries_own(sd):
     empty, context = sd.encode_prompts(["", "a"])[:, None]
     eps_fn = guided(sd.unet, ldm.conditioning.constant(context, 2), measure.GUIDANCE, empty)
     *_, last = ldm.samplers.ddim(eps_fn, ldm.samplers.initial_noise([3], sd.latent_shape), sd.schedule, 2)
-    assert torch.equal(neutral, last.x_t)
+    assert torch.equal(neutral, last.x_prev)

@@ -53,7 +53,7 @@ def test_the_right_recipe_is_what_the_library_does(sd, right, right_result):
     contexts = ldm.conditioning.swap(neutral, style, at=JOB.swap_step, steps=JOB.steps)
     eps_fn = ldm.guidance.guided(sd.unet, contexts, JOB.guidance, empty)
     *_, last = ldm.samplers.ddim(eps_fn, initial_noise(JOB.seeds, sd.latent_shape), sd.schedule, JOB.steps)
-    torch.testing.assert_close(right_result.latents, last.x_t, rtol=1e-5, atol=1e-5)  # the same sums in float32
+    torch.testing.assert_close(right_result.latents, last.x_prev, rtol=1e-5, atol=1e-5)  # the same sums in float32
     assert np.array_equal(right_result.images, to_uint8(sd.decode_latents(right_result.latents)))
     pixels = torch.from_numpy(right_result.images).permute(0, 3, 1, 2) / 127.5 - 1
     assert torch.equal(right_result.encoded, sd.encode_image(pixels))

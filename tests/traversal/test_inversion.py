@@ -39,7 +39,7 @@ def test_iterations_converge_to_the_path_that_ddim_takes_back(steps):
     def round_trip_error(iterations: int) -> float:
         *_, last = ddim_inversion(toy_eps, x_0, SCHEDULE, steps, iterations=iterations)
         *_, back = ddim(toy_eps, last.x_t, SCHEDULE, steps)
-        return float((back.x_t - x_0).norm() / x_0.norm())
+        return float((back.x_prev - x_0).norm() / x_0.norm())
 
     errors = [round_trip_error(iterations) for iterations in (1, 2, 4, 32)]
     assert errors == sorted(errors, reverse=True)
@@ -87,9 +87,9 @@ def test_every_step_is_settled_to_the_tolerance(steps):
     run = list(fixed_point_inversion(toy_eps, x_0, SCHEDULE, steps, tolerance=1e-12))
     assert [(step.index, step.t) for step in run] == list(enumerate(leading(steps)))[::-1]
     for step in run:
-        # x_in is DDIM's step down from x_t: what a fixed point is.
+        # x_prev is DDIM's step down from x_t: what a fixed point is.
         (down, *_) = ddim(toy_eps, step.x_t, SCHEDULE, steps, start=step.index)
-        torch.testing.assert_close(down.x_t, step.x_in, rtol=0, atol=1e-10)
+        torch.testing.assert_close(down.x_prev, step.x_prev, rtol=0, atol=1e-10)
         torch.testing.assert_close(down.eps, step.eps, rtol=0, atol=1e-9)
         torch.testing.assert_close(down.x0_pred, step.x0_pred, rtol=0, atol=1e-9)
 
@@ -183,14 +183,14 @@ def test_edict_inverts_any_function_from_the_image_to_the_noise_and_back(steps):
     up = last(edict_inversion(wild_eps, x_0, SCHEDULE, steps, history=(y_0,)))
     down = last(edict(wild_eps, up.x_t, SCHEDULE, steps, history=up.history))
     # Rounding of float64, 1e-16 a step, which the wild function amplifies.
-    torch.testing.assert_close(down.x_t, x_0, rtol=0, atol=1e-9)
+    torch.testing.assert_close(down.x_prev, x_0, rtol=0, atol=1e-9)
     torch.testing.assert_close(down.history[0], y_0, rtol=0, atol=1e-9)
 
 
 def test_edict_inverts_from_the_noise_to_the_image_and_back():
     x_T, y_T = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     down = last(edict(wild_eps, x_T, SCHEDULE, 20, history=(y_T,)))
-    up = last(edict_inversion(wild_eps, down.x_t, SCHEDULE, 20, history=down.history))
+    up = last(edict_inversion(wild_eps, down.x_prev, SCHEDULE, 20, history=down.history))
     torch.testing.assert_close(up.x_t, x_T, rtol=0, atol=1e-7)  # undoing 20 mixings multiplies rounding by 18
     torch.testing.assert_close(up.history[0], y_T, rtol=0, atol=1e-7)
 
@@ -199,7 +199,7 @@ def test_edict_inverts_in_float32_too():
     x_0 = initial_noise([0, 1], (4, 8, 8))
     up = last(edict_inversion(toy_eps, x_0, SCHEDULE, 50))
     down = last(edict(toy_eps, up.x_t, SCHEDULE, 50, history=up.history))
-    assert (down.x_t - x_0).norm() / x_0.norm() < 1e-5  # a hundred roundings of 6e-8
+    assert (down.x_prev - x_0).norm() / x_0.norm() < 1e-5  # a hundred roundings of 6e-8
 
 
 def test_edict_meets_every_latent_of_its_inversion_again():
@@ -209,11 +209,11 @@ def test_edict_meets_every_latent_of_its_inversion_again():
     assert [step.index for step in up] == list(range(9, -1, -1))
     assert [step.t for step in down] == [step.t for step in up[::-1]] == list(leading(10))
     for back, there in zip(down, up[::-1], strict=True):
-        torch.testing.assert_close(back.x_t, there.x_in, rtol=0, atol=1e-9)
-        torch.testing.assert_close(back.x_in, there.x_t, rtol=0, atol=1e-9)
+        torch.testing.assert_close(back.x_prev, there.x_prev, rtol=0, atol=1e-9)
+        torch.testing.assert_close(back.x_t, there.x_t, rtol=0, atol=1e-9)
         torch.testing.assert_close(back.eps, there.eps, rtol=0, atol=1e-9)
         a_t = float(SCHEDULE.alphas_cumprod[back.t])
-        torch.testing.assert_close(back.x_in, a_t**0.5 * back.x0_pred + (1 - a_t) ** 0.5 * back.eps)
+        torch.testing.assert_close(back.x_t, a_t**0.5 * back.x0_pred + (1 - a_t) ** 0.5 * back.eps)
 
 
 def test_edict_by_hand_for_one_step():
@@ -227,7 +227,7 @@ def test_edict_by_hand_for_one_step():
     y = 0.9 * y_inter + 0.1 * x
     ones = torch.ones(1, 4, 1, 1, dtype=torch.float64)
     (step,) = edict(lambda z, t, step: z * z, ones, SCHEDULE, 1, history=(2 * ones,), mixing=0.9)
-    torch.testing.assert_close(step.x_t, x * ones)
+    torch.testing.assert_close(step.x_prev, x * ones)
     torch.testing.assert_close(step.history[0], y * ones)
 
 
@@ -239,17 +239,17 @@ def test_where_eps_does_not_depend_on_the_latent_edict_is_ddim():
         ddim(lambda x, t, step: eps, x_T, SCHEDULE, 10),
         strict=True,
     ):
-        for name in ("x_t", "x_in", "eps", "x0_pred"):
+        for name in ("x_t", "x_prev", "eps", "x0_pred"):
             torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
-        torch.testing.assert_close(ours.history[0], ours.x_t)
+        torch.testing.assert_close(ours.history[0], ours.x_prev)
 
 
 def test_edict_approaches_ddim_as_steps_grow():
     x_T = initial_noise([0, 1], (4, 8, 8)).double()
 
     def distance(steps: int) -> float:
-        ours = last(edict(toy_eps, x_T, SCHEDULE, steps)).x_t
-        return float((ours - last(ddim(toy_eps, x_T, SCHEDULE, steps)).x_t).norm() / x_T.norm())
+        ours = last(edict(toy_eps, x_T, SCHEDULE, steps)).x_prev
+        return float((ours - last(ddim(toy_eps, x_T, SCHEDULE, steps)).x_prev).norm() / x_T.norm())
 
     assert distance(200) < distance(50) < distance(20)
     assert distance(200) < distance(20) / 5  # first order: a tenth
@@ -260,10 +260,10 @@ def test_edict_goes_on_from_a_pair_and_changes_prompts_by_the_step():
     eps_fn = guided(ToyUNet(), prompts, 1)
     x_T = initial_noise([0], (4, 8, 8)).double()
     whole = list(edict(eps_fn, x_T, SCHEDULE, 10))
-    rest = list(edict(eps_fn, whole[3].x_t, SCHEDULE, 10, history=whole[3].history, start=4))
+    rest = list(edict(eps_fn, whole[3].x_prev, SCHEDULE, 10, history=whole[3].history, start=4))
     assert [step.index for step in rest] == list(range(4, 10))
-    assert torch.equal(rest[-1].x_t, whole[-1].x_t)
-    up = last(edict_inversion(eps_fn, whole[-1].x_t, SCHEDULE, 10, history=whole[-1].history))
+    assert torch.equal(rest[-1].x_prev, whole[-1].x_prev)
+    up = last(edict_inversion(eps_fn, whole[-1].x_prev, SCHEDULE, 10, history=whole[-1].history))
     torch.testing.assert_close(up.x_t, x_T, rtol=0, atol=1e-9)
 
 
@@ -296,7 +296,7 @@ def test_with_the_prompt_as_the_negative_one_any_guidance_retraces():
     up = last(fixed_point_inversion(eps_fn, x_0, SCHEDULE, 20, tolerance=1e-12))
     for scale in (1, 3, 7.5, -2):
         eps_fn = guided(ToyUNet(), constant(prompt, 20), scale, prompt)
-        torch.testing.assert_close(last(ddim(eps_fn, up.x_t, SCHEDULE, 20)).x_t, x_0, rtol=0, atol=1e-9)
+        torch.testing.assert_close(last(ddim(eps_fn, up.x_t, SCHEDULE, 20)).x_prev, x_0, rtol=0, atol=1e-9)
 
 
 def test_where_guidance_is_strong_the_fixed_point_is_lost_and_edict_is_not():
@@ -308,10 +308,10 @@ def test_where_guidance_is_strong_the_fixed_point_is_lost_and_edict_is_not():
 
     def fixed_point_error(scale: float) -> float:
         up = last(fixed_point_inversion(eps(scale), x_0, SCHEDULE, 20))
-        return float((last(ddim(eps(scale), up.x_t, SCHEDULE, 20)).x_t - x_0).norm() / x_0.norm())
+        return float((last(ddim(eps(scale), up.x_t, SCHEDULE, 20)).x_prev - x_0).norm() / x_0.norm())
 
     assert fixed_point_error(1) < 20 * 1e-5  # 20 steps, each settled to the tolerance
     assert fixed_point_error(7.5) > 0.02
     up = last(edict_inversion(eps(7.5), x_0, SCHEDULE, 20))
     down = last(edict(eps(7.5), up.x_t, SCHEDULE, 20, history=up.history))
-    torch.testing.assert_close(down.x_t, x_0, rtol=0, atol=1e-6)
+    torch.testing.assert_close(down.x_prev, x_0, rtol=0, atol=1e-6)

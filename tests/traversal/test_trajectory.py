@@ -10,11 +10,11 @@ from reference import TRAJECTORY_G1, TRAJECTORY_G75, golden
 from small_networks import ToyUNet, reference_run_inputs, toy_context
 from torch import Tensor
 
-from ldm.conditioning import EmbeddingSchedule, constant, piecewise, swap
+from ldm.conditioning import Contexts, constant, piecewise, swap
 from ldm.guidance import guided
-from ldm.samplers import SAMPLERS, Noise, Sampler, Step, ddim, initial_noise, step_noise, unipc
+from ldm.samplers import SAMPLERS, Noise, Sampler, Step, ddim, initial_noise, step_noise
 from ldm.schedule import Schedule, linspace
-from ldm.traversal.prompt_tree import AtSwap, Branch, swaps, traverse_tree, unet_rows
+from ldm.traversal.prompt_tree import Branch, swaps, traverse_tree, unet_rows
 
 SCHEDULE = Schedule.sd15()
 SHAPE = (4, 8, 8)
@@ -30,7 +30,7 @@ NESTED = Branch(
         Branch("too late", DEVICES, 10),
     ),
 )
-# What each branch of NESTED stands for, as an embedding schedule of 10 steps.
+# What each branch of NESTED stands for, as contexts of 10 steps.
 NESTED_ALONE = {
     "neutral": constant(NEUTRAL, 10),
     "effusion": swap(NEUTRAL, EFFUSION, 2, 10),
@@ -46,7 +46,7 @@ def toy_guide(scale: float = 7.5, **options):
     return partial(guided, ToyUNet(), guidance_scale=scale, uncond=EMPTY, **options)
 
 
-def alone(guide, schedule: EmbeddingSchedule, x_T: Tensor, **options) -> list[Step]:
+def alone(guide, schedule: Contexts, x_T: Tensor, **options) -> list[Step]:
     with torch.no_grad():
         return list(ddim(guide(schedule), x_T, SCHEDULE, len(schedule), **options))
 
@@ -64,62 +64,50 @@ def test_every_branch_is_the_run_it_stands_for(max_batch, eta):
         NESTED,
         SCHEDULE,
         10,
-        sampler=partial(ddim, eta=eta),
+        eta=eta,
         noise=noise,
         keep=("x_t", "x0_pred", "eps"),
     )
     assert list(result.latents) == list(NESTED_ALONE)
     for name, schedule in NESTED_ALONE.items():
         run = alone(toy_guide(), schedule, x_T, eta=eta, noise=noise)
-        assert torch.equal(result.latents[name], run[-1].x_t), name
-        for quantity in ("x_t", "x0_pred", "eps"):
-            assert torch.equal(result.path(name, quantity), torch.stack([getattr(step, quantity) for step in run]))
+        assert torch.equal(result.latents[name], run[-1].x_prev), name
+        for quantity, field in (("x_t", "x_prev"), ("x0_pred", "x0_pred"), ("eps", "eps")):
+            assert torch.equal(result.path(name, quantity), torch.stack([getattr(step, field) for step in run]))
 
 
-def run_of(name: str, sampler: Sampler, x_T: Tensor, at_swap: AtSwap, noise: Noise) -> list[Step]:
-    """A branch of NESTED alone: with "reset" in pieces, of which each but the first knows x_t and nothing else."""
+def run_of(name: str, sampler: Sampler, x_T: Tensor, noise: Noise) -> list[Step]:
+    """A branch of NESTED alone, in pieces, of which each but the first knows x_t and nothing else."""
     schedule, timesteps = NESTED_ALONE[name], linspace(10)
     eps_fn = toy_guide()(schedule)
     swaps_at = {"effusion": [2], "effusion+devices": [2, 6], "back": [2, 6], "devices": [6]}.get(name, [])
     run: list[Step] = []
     with torch.no_grad():
         for start, stop in pairwise([0, *swaps_at, 10]):
-            x_t, history = (run[-1].x_t, run[-1].history) if run else (x_T, ())
-            if at_swap == "reset":
-                history = ()
-            rest = sampler(eps_fn, x_t, SCHEDULE, 10, start=start, history=history, noise=noise, timesteps=timesteps)
+            x_t = run[-1].x_prev if run else x_T
+            rest = sampler(eps_fn, x_t, SCHEDULE, 10, start=start, noise=noise, timesteps=timesteps)
             run += [step for step in rest if step.index < stop]
     return run
 
 
-@pytest.mark.parametrize("at_swap", ["keep", "reset"])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_under_every_sampler_a_branch_is_the_run_it_stands_for(name, at_swap):
+def test_under_every_sampler_a_branch_is_the_run_it_stands_for(name):
     sampler, unet = SAMPLERS[name], ToyUNet()
     x_T, noise = initial_noise([0, 1], SHAPE), step_noise([0, 1], SHAPE)
     guide = partial(guided, unet, guidance_scale=1)
-    options = {"at_swap": at_swap, "noise": noise, "timesteps": linspace(10), "keep": ("x_t", "eps")}
+    options = {"noise": noise, "timesteps": linspace(10), "keep": ("x_t", "eps")}
     done: list[int] = []
     result = traverse_tree(guide, x_T, NESTED, SCHEDULE, 10, sampler=sampler, progress=done.append, **options)
     result_guided = traverse_tree(toy_guide(), x_T, NESTED, SCHEDULE, 10, sampler=sampler, **options)
     for branch in NESTED_ALONE:
-        run = run_of(branch, sampler, x_T, at_swap, noise)
-        assert torch.equal(result_guided.latents[branch], run[-1].x_t), branch
-        for quantity in ("x_t", "eps"):
-            alone_path = torch.stack([getattr(step, quantity) for step in run])
+        run = run_of(branch, sampler, x_T, noise)
+        assert torch.equal(result_guided.latents[branch], run[-1].x_prev), branch
+        for quantity, field in (("x_t", "x_prev"), ("eps", "eps")):
+            alone_path = torch.stack([getattr(step, field) for step in run])
             assert torch.equal(result_guided.path(branch, quantity), alone_path)
     # What it cost is what was foreseen, and what the network saw.
     assert result.unet_rows == sum(done) == sum(rows for rows, *_ in unet.calls)
-    assert result.unet_rows == 2 * unet_rows(NESTED, 10, sampler, at_swap)
-
-
-def test_a_multistep_branch_that_keeps_its_history_is_one_run_under_the_swapped_schedule():
-    x_T = initial_noise([0, 1], SHAPE)
-    result = traverse_tree(toy_guide(), x_T, NESTED, SCHEDULE, 10, sampler=unipc, at_swap="keep")
-    for name, schedule in NESTED_ALONE.items():
-        with torch.no_grad():
-            *_, last = unipc(toy_guide()(schedule), x_T, SCHEDULE, 10)
-        assert torch.equal(result.latents[name], last.x_t), name
+    assert result.unet_rows == 2 * unet_rows(NESTED, 10, sampler)
 
 
 def test_neutral_to_neutral_is_the_neutral_path_bit_for_bit():
@@ -142,7 +130,7 @@ def test_contexts_may_differ_from_seed_to_seed():
     tree = Branch("neutral", neutrals, children=(Branch("effusion", EFFUSION, 3),))
     result = traverse_tree(toy_guide(), x_T, tree, SCHEDULE, 10)
     for row, neutral in enumerate([NEUTRAL, DEVICES]):
-        expected = alone(toy_guide(), swap(neutral, EFFUSION, 3, 10), x_T[row : row + 1])[-1].x_t
+        expected = alone(toy_guide(), swap(neutral, EFFUSION, 3, 10), x_T[row : row + 1])[-1].x_prev
         assert torch.equal(result.latents["effusion"][row : row + 1], expected)
 
 
@@ -229,7 +217,7 @@ def test_other_arguments_are_named_too():
     with pytest.raises(ValueError, match=r"keep: expected each quantity once, got \['x_t', 'eps', 'x_t'\]"):
         traverse_tree(toy_guide(), x_T, NESTED, SCHEDULE, 10, keep=("x_t", "eps", "x_t"))
     with pytest.raises(ValueError, match="noise: expected a callable"):
-        traverse_tree(toy_guide(), x_T, NESTED, SCHEDULE, 10, sampler=partial(ddim, eta=1.0))
+        traverse_tree(toy_guide(), x_T, NESTED, SCHEDULE, 10, eta=1.0)
 
 
 # ---- a real network --------------------------------------------------------------------------------
@@ -261,7 +249,7 @@ SMALL_ALONE = {"neutral": [0], "deep": [0, 1], "deeper": [0, 1, 2]}  # which pro
 def small_alone(name: str, x_T: Tensor, max_batch: int | None = None) -> Tensor:
     prompts = reference_run_inputs()[1]
     contexts = piecewise([prompts[k] for k in SMALL_ALONE[name]], [1, 4][: len(SMALL_ALONE[name]) - 1], 6)
-    return alone(small_guide(7.5, max_batch=max_batch), contexts, x_T)[-1].x_t
+    return alone(small_guide(7.5, max_batch=max_batch), contexts, x_T)[-1].x_prev
 
 
 def test_one_latent_a_call_makes_results_independent_of_everything_else_in_the_batch():

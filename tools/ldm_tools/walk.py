@@ -109,7 +109,7 @@ def steps_figure(sd: StableDiffusion, steps: int = STEPS) -> Figure:
         run = list(ddim(eps_fn, initial_noise([SEED], sd.latent_shape), sd.schedule, steps))
     shown = [run[round(i * (steps - 1) / 5)] for i in range(6)]
     rows = {
-        "x_t": [as_colours(step.x_in) for step in shown],
+        "x_t": [as_colours(step.x_t) for step in shown],
         "eps": [as_colours(step.eps) for step in shown],
         "x0_pred": [as_colours(step.x0_pred) for step in shown],
         "decoded": [to_uint8(sd.decode_latents(step.x0_pred))[0] for step in shown],

@@ -12,13 +12,12 @@ Letters: A attributes, S steps, M averaged swap steps, F frames, N seeds, C H W 
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.conditioning import EmbeddingSchedule, blend, neutral_steps, ramp
+from ldm.conditioning import Contexts, blend, neutral_steps, ramp, side_by_side
 from ldm.guidance import guided
 from ldm.samplers import ddim, initial_noise
 from ldm.study.evaluation.instruments import Instruments
@@ -28,20 +27,6 @@ from ldm.traversal.run_folder import default_max_batch, latent_shape
 
 SWAP_METHODS = ("linear_direction", "random_direction", "constant_blend", "ramp_blend")  # beside the swaps
 CURVE_METHODS = ("chord",)  # beside the interpolated samples
-
-
-@dataclass(frozen=True, eq=False)
-class RowSchedules:
-    """Embedding schedules side by side, one a row of the batch: what `guided` asks of contexts."""
-
-    rows: Sequence[EmbeddingSchedule]
-
-    def at(self, step: int) -> Tensor:
-        """(B, L, D)"""
-        return torch.cat([row.at(step) for row in self.rows])
-
-    def __len__(self) -> int:
-        return len(self.rows[0])
 
 
 def direction_sum(seeds: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, int]:
@@ -99,17 +84,17 @@ def blends(
     """The final latents of the two blends, (A, M, C, H, W) each."""
     sd, steps, shape = instruments.sd, plan.steps, latent_shape(instruments.sd, plan)
     neutral, *styles = sd.encode_prompts([plan.neutral, *plan.styles.values()])[:, None]
-    schedules = {"constant_blend": [], "ramp_blend": []}  # type: dict[str, list[EmbeddingSchedule]]
+    contexts: dict[str, list[Contexts]] = {"constant_blend": [], "ramp_blend": []}
     for style in styles:
         for s in averaged:
             share = 1 - neutral_steps(s, steps, plan.indexing) / steps
-            schedules["constant_blend"].append(blend(neutral, style, [share] * steps))
-            schedules["ramp_blend"].append(ramp(neutral, style, *ramp_of_mean(share, steps), steps))
+            contexts["constant_blend"].append(blend(neutral, style, [share] * steps))
+            contexts["ramp_blend"].append(ramp(neutral, style, *ramp_of_mean(share, steps), steps))
     found = {}
-    for name, rows in schedules.items():
+    for name, rows in contexts.items():
         eps_fn = guided(
             instruments.unet,
-            RowSchedules(rows),
+            side_by_side(rows),
             plan.guidance,
             sd.encode_prompts([plan.negative]),
             max_batch=max_batch or default_max_batch(shape),
@@ -117,7 +102,7 @@ def blends(
         x_T = initial_noise([seed], shape).to(sd.device)
         with torch.no_grad():
             *_, last = ddim(eps_fn, x_T.expand(len(rows), *shape).contiguous(), sd.schedule, steps)
-        found[name] = last.x_t.cpu().unflatten(0, (len(styles), len(averaged)))
+        found[name] = last.x_prev.cpu().unflatten(0, (len(styles), len(averaged)))
     return found
 
 

@@ -89,10 +89,10 @@ def look(
     names = [f"{layer}.probabilities" for layer in layers]
     with sd.unet.capture(*names, keep=lambda p: of_words(p.mean(dim=1), words)) as seen, torch.no_grad():
         for step in ddim(eps_fn, x_T, sd.schedule, steps):
-            done(len(step.x_t))
+            done(len(step.x_prev))
     height, width = x_T.shape[-2:]
     maps = [on_grid(torch.stack(seen.runs[name]), height / width) for name in names]
-    return Looks(tuple(layers), tuple(maps)), step.x_t
+    return Looks(tuple(layers), tuple(maps)), step.x_prev
 
 
 def of_words(probabilities: Tensor, words: Sequence[Word]) -> Tensor:

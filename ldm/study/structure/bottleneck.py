@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ldm.conditioning import constant, side_by_side, swap
 from ldm.guidance import guided
 from ldm.phantom.prompts import Cell
 from ldm.pipeline import StableDiffusion
@@ -31,24 +32,6 @@ from ldm.study.structure.domains import Prompts
 from ldm.traversal.plan import SWAP_STEPS
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True, eq=False)
-class RowSwaps:
-    """An embedding schedule whose every row swaps at a step of its own."""
-
-    neutral: Tensor  # (1, L, D)
-    styles: Tensor  # (R, L, D)
-    swap_steps: Tensor  # (R,) the number of neutral steps of each row
-    steps: int
-
-    def at(self, step: int, /) -> Tensor:
-        """(R, L, D)."""
-        swapped = (step >= self.swap_steps)[:, None, None].to(self.styles.device)
-        return torch.where(swapped, self.styles, self.neutral)
-
-    def __len__(self) -> int:
-        return self.steps
 
 
 def scaled_swap_steps(steps: int) -> tuple[int, ...]:
@@ -71,17 +54,17 @@ def trajectories(
     Returns: space -> (R, ...): the neutral row first, then each attribute's swap steps in turn.
     """
     prompts = Prompts.of(sd, cell)
-    styles = torch.cat([prompts.neutral, prompts.styles.repeat_interleave(len(swap_steps), dim=0)])
-    at = torch.tensor([0, *list(swap_steps) * len(prompts.styles)])
-    eps_fn = guided(sd.unet, RowSwaps(prompts.neutral, styles, at, steps), guidance, prompts.empty)
-    x_T = initial_noise([seed], sd.latent_shape).to(sd.device).repeat(len(styles), 1, 1, 1)
+    rows = [constant(prompts.neutral, steps)]
+    rows += [swap(prompts.neutral, style, at, steps) for style in prompts.styles[:, None] for at in swap_steps]
+    eps_fn = guided(sd.unet, side_by_side(rows), guidance, prompts.empty)
+    x_T = initial_noise([seed], sd.latent_shape).to(sd.device).repeat(len(rows), 1, 1, 1)
     latents = []
     # Of a guided call the second half are the rows with the prompt.
-    with sd.unet.capture(*places, keep=lambda x: x[-len(styles) :].float().cpu()) as seen, torch.no_grad():
+    with sd.unet.capture(*places, keep=lambda x: x[-len(rows) :].float().cpu()) as seen, torch.no_grad():
         for step in ddim(eps_fn, x_T, sd.schedule, steps):
-            latents.append(step.x_t.cpu())
-            done(len(styles))
-    spaces = {"z": step.x_t.cpu()} | {f"{place}, last step": seen[place] for place in seen.runs}
+            latents.append(step.x_prev.cpu())
+            done(len(rows))
+    spaces = {"z": step.x_prev.cpu()} | {f"{place}, last step": seen[place] for place in seen.runs}
     spaces["x_t, all steps"] = torch.stack(latents, dim=1)
     return spaces | {f"{place}, all steps": torch.stack(runs, dim=1) for place, runs in seen.runs.items()}
 

@@ -53,8 +53,8 @@ def denoise(
     eps_fn = guided(sd.unet, constant(rows, settings.steps), settings.guidance, empty)
     with torch.no_grad():
         for step in ddim(eps_fn, x_T, sd.schedule, settings.steps):
-            done(len(step.x_t))
-    return step.x_t.unflatten(0, (count, len(seeds)))
+            done(len(step.x_prev))
+    return step.x_prev.unflatten(0, (count, len(seeds)))
 
 
 def decoded(sd: StableDiffusion, latents: Tensor) -> Tensor:

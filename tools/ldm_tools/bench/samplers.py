@@ -36,9 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--evaluations", default="10,20,40", help="of a run, multiples of 10 (default: %(default)s)")
     parser.add_argument("--samplers", default=",".join(default.samplers), help=f"some of {', '.join(SAMPLERS)}")
     parser.add_argument("--spacings", default=",".join(default.spacings), help=f"some of {', '.join(SPACINGS)}")
-    parser.add_argument(
-        "--at-swap", choices=("reset", "keep"), default="reset", help="of a multistep sampler's history"
-    )
     parser.add_argument("--reference-steps", type=int, default=default.reference_steps, help="default: %(default)s")
     parser.add_argument("--cfrt-seeds", type=int, default=4, help="for the CFRT; 0: none (default: %(default)s)")
     parser.add_argument("--classifier", type=Path, help="for the CFRT (default: the shipped one, for its prompts only)")
@@ -76,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         "peak_memory_mib": round(harness.peak_memory_mib(sd.device)),
         "prompts": {"neutral": comparison.neutral, **comparison.styles},
         "seeds": list(comparison.seeds),
-        "at_swap": comparison.at_swap,
+        "at_swap": "reset",  # what a multistep sampler remembers
         "weights_sha256": sd.weights_sha256(),
         "environment": harness.environment(),
     }
@@ -117,7 +114,6 @@ def comparison_of(args: argparse.Namespace) -> samplers.Comparison:
         samplers=tuple(args.samplers.split(",")),
         spacings=tuple(args.spacings.split(",")),
         reference_steps=args.reference_steps,
-        at_swap=args.at_swap,
     )
 
 

@@ -27,7 +27,7 @@ def sample(
     eps_fn = guided(unet, constant(rows, steps), GUIDANCE, contexts[:1])
     x_t = initial_noise(seeds * len(prompts), sd.latent_shape)
     for step in ddim(eps_fn, x_t, sd.schedule, steps):
-        x_t = step.x_t
+        x_t = step.x_prev
     return x_t
 
 
