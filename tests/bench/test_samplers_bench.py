@@ -65,7 +65,7 @@ def bench_of(**changes: Any) -> Bench:
 def test_the_reference_is_the_flow_swapped_at_the_level_that_it_says():
     bench = bench_of(seeds=(0, 1))
     found = reference(bench, 1.0, 150)
-    x_T = bench.traverse("ddim", (999,), {}, 1.0, (0, 1), "reset").x_T.double()
+    x_T = bench.traverse("ddim", (999,), {}, 1.0, (0, 1)).x_T.double()
     a_T, a_0 = SCHEDULE.alphas_cumprod_at(999), SCHEDULE.final_alpha_cumprod
     torch.testing.assert_close(found["neutral"].double(), MIXTURE.flow(x_T, a_T, a_0), rtol=0, atol=2e-4)
     for spacing in COMPARISON.spacings:
