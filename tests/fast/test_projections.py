@@ -12,9 +12,8 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 import ldm
-from ldm import guidance
 from ldm.blocks import Attention
-from ldm.conditioning import blend, constant, swap
+from ldm.conditioning import constant
 from ldm.fast import ops, projections
 from ldm.fast.cuda_graph import GraphedUNet
 from ldm.guidance import guided
@@ -271,40 +270,6 @@ def run(eps_fn, steps=6):
     return last.x_prev
 
 
-@pytest.mark.parametrize("scale", [1.0, 7.5])
-def test_a_run_makes_keys_and_values_once_a_prompt_and_nothing_else_of_it(scale, unet, monkeypatch):
-    each = of_prompts(lambda: unet(X_T, 500, PROMPT.expand(3, -1, -1)))
-    lambdas = [0, 0, 0.5, 1, 1, 1]
-    for schedule, prompts in (
-        (constant(PROMPT, 6), 1),
-        (swap(PROMPT, OTHER, at=2, steps=6), 2),
-        (blend(PROMPT, OTHER, lambdas), 3),
-    ):
-        assert of_prompts(lambda schedule=schedule: run(guided(unet, schedule, scale, EMPTY))) == prompts * each
-        kept = run(guided(unet, schedule, scale, EMPTY))
-        with monkeypatch.context() as patched:
-            patched.setattr(guidance, "keep", lambda context: context)
-            assert of_prompts(lambda schedule=schedule: run(guided(unet, schedule, scale, EMPTY))) == 6 * each
-            assert torch.equal(run(guided(unet, schedule, scale, EMPTY)), kept)
-
-
-def test_several_calls_a_step_keep_nothing(unet):
-    each = of_prompts(lambda: unet(X_T, 500, PROMPT.expand(3, -1, -1)))
-    assert of_prompts(lambda: run(guided(unet, constant(PROMPT, 6), 7.5, EMPTY, max_batch=4))) == 2 * 6 * each
-
-
-def test_prompts_changed_in_place_during_a_run_are_heard(unet):
-    """Also that of the empty prompt, which guidance copies."""
-    for index in range(2):
-        context, empty = PROMPT.clone(), EMPTY.clone()
-        eps_fn = guided(unet, constant(context, 6), 7.5, empty)
-        eps_fn(X_T, 500, 0)
-        changed = (eps_fn.schedule.contexts, empty)[index]
-        changed.mul_(2)
-        expected = guided(unet, constant(eps_fn.schedule.at(0), 6), 7.5, empty)(X_T, 500, 0)
-        assert torch.equal(eps_fn(X_T, 500, 0), expected)
-
-
 def test_gradients_reach_the_prompts(unet):
     context, empty = PROMPT.clone().requires_grad_(), EMPTY.clone().requires_grad_()
     with torch.enable_grad():
@@ -325,14 +290,6 @@ def test_a_new_run_hears_of_any_write(unet):
         assert torch.equal(run(guided(unet, constant(PROMPT, 6), 7.5, EMPTY)), after)
 
 
-def test_inference_mode_keeps_as_well(unet):
-    each = of_prompts(lambda: unet(X_T, 500, PROMPT.expand(3, -1, -1)))
-    expected = run(guided(unet, constant(PROMPT, 6), 7.5, EMPTY))
-    with torch.inference_mode():
-        assert of_prompts(lambda: run(guided(unet, constant(PROMPT, 6), 7.5, EMPTY))) == each
-        assert torch.equal(run(guided(unet, constant(PROMPT, 6), 7.5, EMPTY)), expected)
-
-
 def test_forward_derivatives_reach_the_prompts():
     def eps(context, empty):
         return guided(ToyUNet(), constant(context, 6), 7.5, empty)(X_T, 500, 0)
@@ -344,27 +301,6 @@ def test_forward_derivatives_reach_the_prompts():
     with forward_ad.dual_level():
         dual = eps(*(forward_ad.make_dual(x, d) for x, d in zip(given, along, strict=True)))
         torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, expected)
-
-
-def test_a_copy_of_an_eps_fn_is_its_own(unet):
-    eps_fn = guided(unet, constant(PROMPT, 6), 7.5, EMPTY)
-    eps_fn(X_T, 500, 0)
-    twin = copy.copy(eps_fn)
-    twin._prompts = copy.deepcopy(eps_fn._prompts)
-    assert not twin._prompts[0](*eps_fn._prompts[0]._held)
-
-
-def test_an_eps_fn_compiles_whole(unet):
-    class Always:
-        def at(self, step):
-            return PROMPT
-
-        def __len__(self):
-            return 6
-
-    eps_fn = guided(ToyUNet(), Always(), 7.5, EMPTY)
-    compiled = torch.compile(lambda x_t: eps_fn(x_t, 500.0, 0), fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(X_T), eps_fn(X_T, 500.0, 0))
 
 
 @pytest.mark.gpu

@@ -6,12 +6,8 @@ import pytest
 import torch
 from accuracy import randn, relative_error
 from ldm_kernels.guided_ddim_step import guided_ddim_step, guided_ddim_step_op
-from small_networks import ToyUNet, toy_context
 
-from ldm.conditioning import constant
-from ldm.fast import ops
-from ldm.guidance import guided
-from ldm.samplers import ddim, step_noise
+from ldm.samplers import ddim
 from ldm.schedule import Schedule
 
 
@@ -36,34 +32,6 @@ def test_it_is_the_samplers_step():
     x_prev, x0_pred, eps = guided_ddim_step(x_T, uncond, cond, 3.0, a_t, a_prev)
     for ours, theirs in ((x_prev, step.x_prev), (x0_pred, step.x0_pred), (eps, step.eps)):
         torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)  # another order of the same float32 operations
-
-
-@pytest.mark.parametrize("max_batch", [None, 2])
-def test_the_sampler_takes_it_under_guidance(max_batch, monkeypatch):
-    """And only there: with noise, without guidance, or with gradients it has to do with plain torch."""
-    taken, kernel = [], ops.guided_ddim_step
-    monkeypatch.setattr(ops, "guided_ddim_step", lambda *args: taken.append(args) or kernel(*args))
-    x_T, schedule = randn(3, 4, 8, 8), Schedule.sd15()
-
-    def sample(scale=7.5, backend="triton", **options):
-        taken.clear()
-        eps_fn = guided(ToyUNet(), constant(toy_context(0.7), 4), scale, toy_context(-0.2), max_batch=max_batch)
-        with ops.using(backend):
-            return list(ddim(eps_fn, x_T, schedule, 4, **options))
-
-    with torch.no_grad():
-        ours = sample()
-        assert len(taken) == 4
-        theirs = sample(backend="torch")
-        assert not taken
-        for one, other in zip(ours, theirs, strict=True):
-            for name in ("x_t", "x0_pred", "eps", "x_in"):  # over four steps, another order of the float32 operations
-                torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-5, atol=1e-5)
-        for options in ({"scale": 1.0}, {"eta": 0.5, "noise": step_noise(range(3), (4, 8, 8))}):
-            sample(**options)
-            assert not taken
-    sample()
-    assert not taken
 
 
 def test_any_strides():
