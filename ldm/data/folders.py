@@ -180,7 +180,7 @@ def _description(path: Path) -> str:
     shown = ", ".join(header[:NAMED]) + (f" and {len(header) - NAMED} more" if len(header) > NAMED else "")
     shares = {name: len(set(known.columns) & set(header)) / len(known.columns) for name, known in SETS.items()}
     nearest = max(shares, key=lambda name: shares[name])
-    if not shares[nearest]:
+    if shares[nearest] < 0.5:
         return f"{path.name} (columns {shown})"
     missing = [name for name in SETS[nearest].columns if name not in header]
     return f"{path.name} (columns {shown}; most like {SETS[nearest].title}, which also has {', '.join(missing)})"

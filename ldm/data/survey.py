@@ -4,8 +4,9 @@ import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,10 +78,11 @@ def looks_negative(image: Image.Image) -> bool:
     return (mean(0.3, 0.7, 0.42, 0.58) - lungs) + (mean(0.85, 1, 0.35, 0.65) - corners) < 0
 
 
-def described(facts: Sequence[Facts]) -> str:
-    """A paragraph: files, sizes, kinds, and each oddity with how many show it and the first that do."""
+def described(facts: Sequence[Facts], root: Path | str = ".") -> str:
+    """A paragraph: files, sizes, kinds, and each oddity with how many show it and the first that do, below `root`."""
     if not facts:
         return "no image file was decoded"
+    facts = [replace(each, file=each.file.removeprefix(f"{root}/")) for each in facts]
     sizes = Counter(each.size for each in facts)
     kinds = Counter(each.kind for each in facts)
     width, height = sizes.most_common(1)[0][0]

@@ -175,7 +175,8 @@ def test_five_lines_of_python_make_an_image():
     assert images.shape == (1, 3, 128, 128)
 
 
-PAGES = ("README.md", "CONTRIBUTING.md", "tools/README.md", "weights/README.md", "weights/RESULTS.md")
+ROOMS = ("ldm/data", "tools", "weights")
+PAGES = ("README.md", "CONTRIBUTING.md", "weights/RESULTS.md", *(f"{room}/README.md" for room in ROOMS))
 
 
 @pytest.mark.parametrize("page", PAGES)

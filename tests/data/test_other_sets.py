@@ -1,5 +1,6 @@
 """Data sets other than the paper's two, each in the files that its hospital or archive hands out, oddities and all."""
 
+import re
 from pathlib import Path
 
 import lookalikes
@@ -289,6 +290,11 @@ def test_two_sets_in_a_folder(tmp_path):
     with pytest.raises(ValueError, match=r"holds both HAM10000 and NIH ChestX-ray14; .*--set"):
         folders.read(tmp_path)
     assert folders.read(tmp_path, data_set="nih").name == "nih"
+
+
+def test_the_page_names_every_set():
+    page = (Path(folders.__file__).parent / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \| ", page, re.MULTILINE)) == set(folders.SETS)
 
 
 def test_pixels_are_read_as_the_folder_was_told(tmp_path):

@@ -11,7 +11,7 @@ COMMANDS = {
     "generate": ("ldm_tools.generate", "images from prompts"),
     "traverse": ("ldm_tools.traverse", "trajectories: one noise, a neutral prompt, styles swapped in at many steps"),
     "invert": ("ldm_tools.invert", "from real images back to their noise, and how exactly it leads back"),
-    "data": ("ldm_tools.data", "describe a CheXpert or ISIC 2019 folder: labels, captions, splits, traps"),
+    "data": ("ldm_tools.data", "describe a folder of labelled images: labels, captions, splits, traps"),
     "finetune": ("ldm_tools.finetune", "teach the U-Net CheXpert, ISIC 2019 or phantoms from images and captions"),
     "classify": ("ldm_tools.classify", "train or evaluate the attribute classifiers"),
     "evaluate": (

@@ -83,7 +83,7 @@ def scanned(data: LabelledImages, args: argparse.Namespace) -> str:
         return f"looked at {len(data):,} files: {len(broken):,} broken; their pixels were not decoded"
     facts, broken = survey.survey(data.files, args.workers, data.reading, chests=data.kind != "skin")
     images.refuse(broken, args.max_bad, len(data))
-    return survey.described(facts)
+    return survey.described(facts, data.root)
 
 
 def split_and_warnings(data: LabelledImages, args: argparse.Namespace) -> tuple[splits.Split | None, list[str]]:
