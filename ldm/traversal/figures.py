@@ -70,12 +70,35 @@ def trajectories(
 
 
 def save_animation(path: Path, frames: Sequence[Image.Image], frame_ms: int = 60) -> None:
-    """A GIF that runs to the end and back, for ever; all frames share one palette, so that nothing flickers."""
+    """A GIF that runs to the end and back, for ever; all frames share one palette, so that nothing flickers.
+
+    Each frame stays one, also where its neighbour is the same: Pillow would merge the two.
+    """
     there_and_back = [*frames, *frames[-2:0:-1]]
     sample = Image.new("RGB", (frames[0].width, 3 * frames[0].height))
     for i, frame in enumerate((frames[0], frames[len(frames) // 2], frames[-1])):
         sample.paste(frame, (0, i * frame.height))
-    palette = sample.quantize(256, method=Image.Quantize.MEDIANCUT)
-    first, *rest = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in there_and_back]
+    palette = sample.quantize(255, method=Image.Quantize.MEDIANCUT)
+    pictures = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in there_and_back]
+    first, *rest = _told_apart(pictures)
     with complete(path) as partial:
         first.save(partial, format="GIF", save_all=True, append_images=rest, duration=frame_ms, loop=0, optimize=False)
+
+
+def _told_apart(pictures: Sequence[Image.Image]) -> list[Image.Image]:
+    """Pictures of one palette, of which neighbours that look the same differ in the number of one pixel's colour.
+
+    The palette's last entry, which no picture uses, becomes a twin of the colour in each picture's last pixel.
+    """
+    corner, twin = (pictures[0].width - 1, pictures[0].height - 1), 255
+    told: list[Image.Image] = []
+    for picture in pictures:
+        colours = (picture.getpalette() or [])[: 3 * twin]
+        colours += [0] * (3 * twin - len(colours))
+        index = picture.getpixel(corner)
+        assert isinstance(index, int)
+        picture.putpalette([*colours, *colours[3 * index : 3 * index + 3]])
+        if told and told[-1].tobytes() == picture.tobytes():
+            picture.putpixel(corner, twin)
+        told.append(picture)
+    return told

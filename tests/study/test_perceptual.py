@@ -212,6 +212,13 @@ def test_other_images_are_refused(x, y, message):
         perceptual.ssim(x, y)
 
 
-def test_lpips_needs_larger_images(distance):
-    with pytest.raises(ValueError, match="sides of at least 64 px"):
-        distance(images(1, size=32), images(1, size=32))
+@pytest.mark.parametrize("net", ["alex", "vgg", "squeeze"])
+def test_lpips_takes_the_smallest_images_that_its_network_does(net):
+    backbone = {"alex": models.alexnet, "vgg": models.vgg16, "squeeze": models.squeezenet1_1}[net]
+    distance = Lpips(net, perceptual.build_network(net, backbone(weights=None).state_dict()))
+    smallest = perceptual.SMALLEST_LPIPS_PX[net]
+    assert distance(images(1, size=smallest), images(1, smallest, seed=1)).isfinite().all()
+    with pytest.raises(RuntimeError):  # and a pixel less than that is none to the network
+        distance.network(images(1, size=smallest - 1), images(1, size=smallest - 1))
+    with pytest.raises(ValueError, match=f"sides of at least {smallest} px"):
+        distance(images(1, size=smallest - 1), images(1, size=smallest - 1))

@@ -7,14 +7,22 @@ ldm fetch-weights --check FILE        is this file what it says?
 import argparse
 import os
 import shutil
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ldm.checkpoint import CheckpointError, sha256
 from ldm.pipeline import PACKAGE, WEIGHTS
+
+CHUNK_BYTES = 1 << 20
+SILENCE_S = 30  # a server that says nothing for so long is taken to be gone
+TRIES = 5  # in a row without a byte more
 
 
 @dataclass(frozen=True)
@@ -24,23 +32,9 @@ class Known:
     file: str
     what: str
     page: str  # where a person gets it
+    url: str  # where a program does
     sha256: str | None
     folder: Callable[[], Path]  # where programs look for it
-    download: Callable[["Known", Path], Path]  # into a folder -> the file there
-
-
-def _from_hub(known: Known, folder: Path) -> Path:
-    from huggingface_hub import hf_hub_download  # slow to import, and needed here only
-
-    owner, name = known.page.removeprefix("https://huggingface.co/").split("/")
-    return Path(hf_hub_download(f"{owner}/{name}", known.file, local_dir=folder))
-
-
-def _from_url(known: Known, folder: Path) -> Path:
-    from torch.hub import download_url_to_file
-
-    download_url_to_file(known.page, str(folder / known.file))
-    return folder / known.file
 
 
 def _weights_folder() -> Path:
@@ -55,31 +49,32 @@ def _torch_hub_folder() -> Path:
 
 
 SD15_PAGE = "https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5"
+ALEXNET = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 
 KNOWN = {
     "v1-5-pruned-emaonly": Known(
         "v1-5-pruned-emaonly.safetensors",
         "SD1.5, EMA weights: what to sample with (4.3 GB, CreativeML Open RAIL-M)",
         SD15_PAGE,
+        f"{SD15_PAGE}/resolve/main/v1-5-pruned-emaonly.safetensors",
         "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa",
         _weights_folder,
-        _from_hub,
     ),
     "v1-5-pruned": Known(
         "v1-5-pruned.safetensors",
         "SD1.5, plain and EMA weights: what to fine-tune from (7.7 GB, CreativeML Open RAIL-M)",
         SD15_PAGE,
+        f"{SD15_PAGE}/resolve/main/v1-5-pruned.safetensors",
         None,
         _weights_folder,
-        _from_hub,
     ),
     "lpips-alexnet": Known(
         "alexnet-owt-7be5be79.pth",
         "the AlexNet under LPIPS, which torchvision loads (244 MB)",
-        "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+        ALEXNET,
+        ALEXNET,
         "7be5be79",
         _torch_hub_folder,
-        _from_url,
     ),
 }
 
@@ -127,41 +122,95 @@ def check(path: Path) -> str:
     if known is None:
         names = ", ".join(known.file for known in KNOWN.values())
         raise CheckpointError(f"{path}: no hash is known for a file of this name (known: {names})")
-    size = path.stat().st_size
-    with tqdm(total=size, unit="B", unit_scale=True, disable=None, leave=False, desc="SHA-256") as bar:
+    return verified(path, path, known)
+
+
+def verified(path: Path, name: Path, known: Known) -> str:
+    """One line that says what a file's hash is. name: what to call it. Raises CheckpointError for another hash."""
+    with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, disable=None, leave=False, desc="SHA-256") as bar:
         digest = sha256(path, bar.update)
     if known.sha256 is None:
-        return f"{path}: SHA-256 {digest}; no published one is known here, compare it with the one on {known.page}"
+        return f"{name}: SHA-256 {digest}; no published one is known here, compare it with the one on {known.page}"
     if not digest.startswith(known.sha256):
         raise CheckpointError(
-            f"{path}: SHA-256 {digest}, expected {known.sha256}: it is cut short or another file; fetch it again"
+            f"{name}: SHA-256 {digest}, expected {known.sha256}: it is cut short or another file; fetch it again"
         )
-    return f"{path}: as published, SHA-256 {digest}"
+    return f"{name}: as published, SHA-256 {digest}"
 
 
 def fetch(known: Known, folder: Path) -> str:
-    """Download one file beside its place, check it, move it there; returns one line.
+    """Download one file into NAME.partial, check it, give it its name; returns one line.
+
+    What a call that was cut off left in NAME.partial is kept, and the next goes on behind it.
 
     Raises: CheckpointError when it cannot be reached, saying which file to put where, or when its hash is another.
     """
     target = folder / known.file
     if target.exists():
         return check(target)
-    unfinished = folder / f"{known.file}.partial"  # a folder: the hub's client keeps what it needs to go on in there
-    unfinished.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f"{known.file}.partial"
+    if unfinished.is_dir():  # of versions before, which could not go on with it
+        shutil.rmtree(unfinished)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        downloaded = known.download(known, unfinished)
-    except Exception as error:  # each client has errors of its own, and of the HTTP library below it
+        download(known.url, unfinished)
+    except (OSError, HTTPException, ValueError) as error:  # urllib's errors are OSErrors, an impossible address is not
         reason = " ".join(str(error).split())[:200]
+        kept = unfinished.stat().st_size if unfinished.exists() else 0
+        here = f"; {unfinished} has {kept:,} bytes, and a second call goes on behind them" if kept else ""
         raise CheckpointError(
             f"{known.file} cannot be fetched ({type(error).__name__}: {reason}): get it from {known.page}, put it at "
-            f"{target} and run `ldm fetch-weights --check {target}`"
+            f"{target} and run `ldm fetch-weights --check {target}`{here}"
         ) from error
     try:
-        line = check(downloaded)
+        line = verified(unfinished, target, known)
     except CheckpointError:
-        shutil.rmtree(unfinished)
+        unfinished.unlink()
         raise
-    os.replace(downloaded, target)
-    shutil.rmtree(unfinished)
-    return line.replace(str(downloaded), str(target))
+    os.replace(unfinished, target)
+    return line
+
+
+def download(url: str, path: Path) -> None:
+    """Append to a file what it lacks of an address's content; a connection that breaks is taken up again.
+
+    Raises: OSError, HTTPException when the server cannot be reached, refuses, or breaks off five times in a row
+            without a byte more.
+    """
+    fruitless = 0
+    while True:
+        before = path.stat().st_size if path.exists() else 0
+        try:
+            if _append(url, path, before):
+                return
+            error: Exception = OSError("the connection was closed before the end")
+        except urllib.error.HTTPError:
+            raise
+        except (OSError, HTTPException) as broken:
+            error = broken
+        after = path.stat().st_size if path.exists() else 0
+        fruitless = 0 if after > before else fruitless + 1
+        if fruitless == TRIES or not after:
+            raise error
+        time.sleep(min(1.0, 0.1 * 2**fruitless))
+
+
+def _append(url: str, path: Path, have: int) -> bool:
+    """Ask for the bytes from `have` on and append them; whether the file is whole then."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-", "User-Agent": "ldm fetch-weights"})
+    try:
+        answer = urllib.request.urlopen(request, timeout=SILENCE_S)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have:  # nothing lies behind what is here: the hash says whether it is whole
+            return True
+        raise
+    with answer:
+        goes_on = answer.status == 206
+        start = have if goes_on else 0
+        total = start + int(answer.headers.get("Content-Length", 0))
+        bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, disable=None, leave=False, desc=path.stem)
+        with bar, path.open("ab" if goes_on else "wb") as file:
+            while chunk := answer.read(CHUNK_BYTES):
+                file.write(chunk)
+                bar.update(len(chunk))
+    return path.stat().st_size >= total

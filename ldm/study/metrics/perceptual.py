@@ -35,7 +35,7 @@ BACKBONES = {
     "squeeze": models.SqueezeNet1_1_Weights.IMAGENET1K_V1,
 }
 PATIENCE_S = 20  # of silence from one of the server's addresses, before it is given up
-SMALLEST_LPIPS_PX = 64  # AlexNet's strides leave nothing of less
+SMALLEST_LPIPS_PX = {"alex": 31, "vgg": 16, "squeeze": 17}  # the networks' strides leave nothing of less
 SMALLEST_SSIM_PX = 11  # the window
 
 
@@ -63,9 +63,9 @@ class Lpips:
 
         Args:    images: (B, 3, H, W) in [-1, 1].  reference: (3, H, W), or (B, 3, H, W).
         Returns: (B,) float32, on the images' device.
-        Raises:  ValueError: other shapes, values outside [-1, 1], or sides under 64 pixels.
+        Raises:  ValueError: other shapes, values outside [-1, 1], or sides under `SMALLEST_LPIPS_PX`.
         """
-        reference = _check_images(images, reference, SMALLEST_LPIPS_PX)
+        reference = _check_images(images, reference, SMALLEST_LPIPS_PX[self.net])
         distances = self.network.to(images.device)(images.float(), reference.float())
         return distances.flatten()
 
