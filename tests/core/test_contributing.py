@@ -2,6 +2,8 @@
 
 import importlib
 import inspect
+import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from ldm_tools import cli
+from mixture import Mixture
 from test_structure import MAY_IMPORT
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,6 +24,9 @@ from ldm.data import captions, folders
 from ldm.phantom.prompts import CELLS
 from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion
 from ldm.probe import surgery
+from ldm.samplers import SAMPLERS, Level, Run, Sampler
+from ldm.samplers.one_step import euler
+from ldm.schedule import Schedule, log_snr
 from ldm.study.evaluation import summary, trajectories
 from ldm.traversal.plan import Traversal
 from ldm.unet import UNetBlocks
@@ -89,6 +95,41 @@ def test_a_commit_is_held_to_what_the_gate_checks():
     hooks = re.findall(r"entry: python -m (.*)", (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     gate = re.findall(r"^\.venv/bin/((?:ruff|mypy).*)$", (ROOT / ".ci/run").read_text(encoding="utf-8"), re.MULTILINE)
     assert [line.removesuffix(" .") for line in gate] == hooks
+
+
+# ---- a sampler -------------------------------------------------------------------------------------
+
+
+def test_the_sampler_has_its_order_and_the_commands_have_it(tmp_path, monkeypatch):
+    names = {"Level": Level, "Run": Run, "Sampler": Sampler, "Tensor": Tensor, "euler": euler}
+    exec(BLOCKS["sampler"], names)
+    sampler = names["sampler"]
+    schedule = Schedule.sd15()
+    mixture = Mixture(schedule)
+    x_T = torch.linspace(-2, 2, 64, dtype=torch.float64).view(1, 4, 4, 4)
+    exact = mixture.flow(x_T, schedule.alphas_cumprod_at(999), schedule.final_alpha_cumprod)
+    errors = []
+    for steps in (20, 40):
+        run = list(sampler(mixture.eps, x_T, schedule, steps, timesteps=log_snr(steps, schedule)))
+        assert sum(step.evaluations for step in run) == sampler.evaluations_of(steps)
+        errors.append(float((run[-1].x_prev - exact).norm()))
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(sampler.order, abs=0.25)
+
+    monkeypatch.setitem(SAMPLERS, sampler.name, sampler)
+    options = [
+        "--prompt",
+        "a chest X-ray",
+        "--sampler",
+        "midpoint",
+        "--steps",
+        "2",
+        "--seeds",
+        "0",
+        "--out",
+        str(tmp_path),
+    ]
+    assert cli.main(["generate", *options]) == 0
+    assert json.loads((tmp_path / "run.json").read_text())["sampler"] == "midpoint"
 
 
 # ---- a block ---------------------------------------------------------------------------------------
