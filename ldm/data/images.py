@@ -46,14 +46,20 @@ def load_image(path: Path | str, size: int, fit: str = "squash", reading: Readin
     Returns: (size, size, 3); grey images have three equal channels.
     Raises:  ValueError: when the file cannot be decoded, or for an unknown fit.
     """
+    return load_with_remarks(path, size, fit, reading)[0]
+
+
+def load_with_remarks(
+    path: Path | str, size: int, fit: str, reading: Reading
+) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """`load_image`, and what had to be decided in decoding."""
     if fit not in FITS:
         raise ValueError(f"fit: got {fit!r}, expected one of {FITS}")
     try:
-        image = decode(path, reading).image
+        image, _, remarks = decode(path, reading)
     except Exception as error:  # on damaged bytes Pillow's decoders raise almost anything
         raise ValueError(f"{path}: {reason(error)}") from None
-    square = _fitted(image, size, fit)
-    return np.array(square.convert("RGB"))
+    return np.array(_fitted(image, size, fit).convert("RGB")), remarks
 
 
 def _fitted(image: Image.Image, size: int, fit: str) -> Image.Image:

@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 from ldm import checkpoint
 from ldm.conditioning import constant
-from ldm.data.images import FITS, load_image
+from ldm.data.images import FITS, load_with_remarks
+from ldm.data.reading import AS_STORED, Reading
 from ldm.files import write_json
 from ldm.guidance import GuidedEps, guided, rows_a_latent
 from ldm.images import from_uint8, load_pixels, save_image
@@ -94,6 +95,14 @@ class Inversion:
     guidance: float = 1.0  # see `ldm.inversion`
     negative: str = ""
     fit: str = "squash"  # how an image is made square
+    reading: Reading = AS_STORED  # how its file becomes pixels
+
+    def settings(self) -> dict[str, Any]:
+        """For run.json: a reading as usual is not mentioned, so that older folders can be grown."""
+        entries = asdict(self)
+        if self.reading == AS_STORED:
+            del entries["reading"]
+        return entries
 
     def __post_init__(self) -> None:
         """Everything that can be wrong before a network is at hand."""
@@ -168,14 +177,25 @@ def finite(value: float | Tensor) -> float | None:
 class Originals:
     """The pixels of some images, brought to the latents' size; all are read before any is inverted."""
 
-    def __init__(self, sd: StableDiffusion, images: Mapping[int, RealImage], shape: Sequence[int], fit: str) -> None:
+    def __init__(
+        self,
+        sd: StableDiffusion,
+        images: Mapping[int, RealImage],
+        shape: Sequence[int],
+        fit: str,
+        reading: Reading = AS_STORED,
+    ) -> None:
         """shape: (C, H, W) of the latents.  Raises ValueError for a size that is not square, or a damaged file."""
         _, height, width = shape
         scale = sd.config.vae.downscale
         if height != width:
             raise ValueError(f"size: got {width * scale}x{height * scale}, expected a square: images are made square")
         self.sd, self.images = sd, images
-        self.pixels = {seed: load_image(image.file, height * scale, fit) for seed, image in images.items()}
+        self.pixels = {}
+        for seed, image in images.items():
+            self.pixels[seed], remarks = load_with_remarks(image.file, height * scale, fit, reading)
+            for remark in remarks:
+                log.warning("%s: %s", image.file, remark)
 
     def encoded(self, seeds: Sequence[int]) -> Tensor:
         """Their latents (B, C, H, W), float32; one at a time, so that none depends on the others."""
@@ -242,7 +262,7 @@ def run_inversion(
     shape = (sd.latent_shape[0], *(latent_size or sd.latent_shape[1:]))
     max_batch = default_max_batch(shape) if max_batch is None else max_batch
     earlier = read_record(out) if (out / "latents.safetensors").exists() else {}
-    originals = Originals(sd, images, shape, how.fit)
+    originals = Originals(sd, images, shape, how.fit, how.reading)
     dtype = str(sd.dtype).removeprefix("torch.")
     model = {"weights_sha256": sd.weights_sha256(), "weight_set": sd.weight_set, "dtype": dtype}
     eps_fn = bind(sd, how, max_batch)
@@ -256,7 +276,7 @@ def run_inversion(
             noise = invert(sd, how, eps_fn, x_0, bar.update)
             return {**noise.latents(), "encoded": x_0, "retraced": retrace(sd, how, eps_fn, noise, bar.update)}
 
-        settings = {**asdict(how), **model, "latent_size": shape[1:]}
+        settings = {**how.settings(), **model, "latent_size": shape[1:]}
         path = run_seeds(compute, list(images), out, settings, max(1, max_batch // rows_a_latent(how.guidance)))
 
     decoded = write_images(sd, path, out, "invert")
@@ -267,7 +287,7 @@ def run_inversion(
         "unet_rows_this_run": eps_fn.rows,  # guidance's second half counted
         "seconds": round(earlier.get("seconds", 0) + time.monotonic() - began, 2),
         "images": originals.finish(path, out, "retraced", earlier),
-        **asdict(how),
+        **how.settings(),
         **model,
         "backend": sd.backend,
         "device": str(sd.device),
@@ -296,6 +316,7 @@ class ImageStart:
         method: Method = "fixed-point",
         fit: str = "squash",
         max_batch: int | None = None,
+        reading: Reading = AS_STORED,
     ) -> None:
         """Reads the images; `images`: those of the plan's seeds.
 
@@ -307,15 +328,18 @@ class ImageStart:
         if plan.guidance != 1 and plan.negative != plan.neutral:
             log.warning("the negative prompt is not the neutral one: the neutral image will not retrace the original")
         shape = (sd.latent_shape[0], *(plan.latent_size or sd.latent_shape[1:]))
-        self.how = Inversion(prompt=plan.neutral, method=method, steps=plan.steps, spacing=plan.spacing, fit=fit)
-        self.originals = Originals(sd, images, shape, fit)
+        self.how = Inversion(
+            prompt=plan.neutral, method=method, steps=plan.steps, spacing=plan.spacing, fit=fit, reading=reading
+        )
+        self.originals = Originals(sd, images, shape, fit, reading)
         self.sd, self.max_batch = sd, default_max_batch(shape) if max_batch is None else max_batch
         self.rows = 0  # U-Net rows evaluated
 
     @property
     def settings(self) -> dict[str, Any]:
         """In a folder that was started from noise these are absent, so neither is mistaken for the other."""
-        return {"start": "images", "inversion": self.how.method, "fit": self.how.fit}
+        settings = {"start": "images", "inversion": self.how.method, "fit": self.how.fit}
+        return settings if self.how.reading == AS_STORED else {**settings, "reading": asdict(self.how.reading)}
 
     def latents(self, seeds: Sequence[int]) -> dict[str, Tensor]:
         """x_T and encoded: (B, C, H, W)."""

@@ -314,3 +314,19 @@ def test_what_no_image_can_start_is_refused(
     assert traverse(weights, tmp_path / "out", "--image", image, *options) == 2
     refused(capsys, "traverse", message)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_negative_of_twelve_bits_is_read_as_told(weights, tmp_path, caplog):
+    """Inverted and scaled by the bits that it uses, which is said; run.json remembers what was not as usual."""
+    values = np.random.default_rng(0).integers(0, 4096, (16, 16)).astype(np.uint16)
+    values[0, 0] = 4095
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert invert(weights, tmp_path / "out", tmp_path / "a.png", "--invert") == 0
+    original = Image.open(tmp_path / "out/images" / name(tmp_path / "a.png") / "original.png").convert("L")
+    np.testing.assert_array_equal(np.asarray(original), 255 - np.rint(values / 4095 * 255).astype(int))
+    assert "a.png: grey: 12 of 16 bits are used, 0 to 4095 became 0 to 255" in caplog.text
+    record = json.loads((tmp_path / "out/run.json").read_text())
+    assert record["reading"] == {"invert": True, "grey_range": "bits", "background": 0}
+    assert invert(weights, tmp_path / "out", tmp_path / "a.png") == 2  # another reading of it is another run
+    assert traverse(weights, tmp_path / "walk", "--image", tmp_path / "a.png", "--range", "type") == 0
+    assert json.loads((tmp_path / "walk/run.json").read_text())["reading"]["grey_range"] == "type"

@@ -11,6 +11,7 @@ from typing import Any
 from ldm.schedule import SPACINGS
 from ldm.traversal.real_images import FITS, METHODS, Inversion, open_images, run_inversion
 from ldm_tools.options import add_model, latent_size, load_model, max_batch
+from ldm_tools.reading import add_pixels, pixels
 
 MEASURED = ("round_trip_error", "psnr_db", "autoencoder_psnr_db")
 
@@ -23,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what the autoencoder alone loses. `ldm traverse --image` starts trajectories there. Run it again to go on "
         "after a stop."
     )
-    parser.add_argument("image", nargs="+", type=Path, metavar="IMAGE", help="files of any format that Pillow reads")
+    parser.add_argument(
+        "image", nargs="+", type=Path, metavar="IMAGE", help="files of any format that Pillow reads, or DICOM"
+    )
     parser.add_argument("--prompt", required=True, help="what the images show")
     parser.add_argument(
         "--method",
@@ -54,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", help="side of the images in pixels (default: as trained)")
     parser.add_argument("--max-batch", type=int, help="most rows in one U-Net call, to bound memory")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; continues a run cut off there")
+    add_pixels(parser)
     add_model(parser)
 
 
@@ -67,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
         guidance=args.guidance,
         negative=args.negative,
         fit=args.fit,
+        reading=pixels(args),
     )
     images = open_images(args.image)
     batch = max_batch(args)

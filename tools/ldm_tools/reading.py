@@ -44,8 +44,13 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         "--caption",
         help=f"{{labels}} are those present, [...] is left out if none is (default: {CAPTION!r})",
     )
+    add_pixels(parser)
+
+
+def add_pixels(parser: argparse.ArgumentParser) -> None:
+    """Those about image files alone."""
     pixels = parser.add_argument_group("the pixels")
-    pixels.add_argument("--invert", action="store_true", help="the folder holds negatives: exchange black and white")
+    pixels.add_argument("--invert", action="store_true", help="the images are negatives: exchange black and white")
     pixels.add_argument(
         "--range", choices=RANGES, default=AS_STORED.grey_range,
         help="what of more than 8 bits becomes 0..255: the bits that are used, the whole type, or the 0.5th to the "
@@ -54,6 +59,11 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     pixels.add_argument(
         "--background", type=int, default=AS_STORED.background, help="grey under transparent pixels (default 0, black)"
     )
+
+
+def pixels(args: argparse.Namespace) -> Reading:
+    """What `add_pixels` asked for. Raises ValueError for a background that is no grey."""
+    return Reading(args.invert, args.range, args.background)
 
 
 def listed(values: Sequence[str] | None) -> list[str] | None:
@@ -70,7 +80,7 @@ def read(folder: Path, args: argparse.Namespace) -> LabelledImages:
         data_set=args.set,
         labels=args.labels,
         columns=columns,
-        reading=Reading(args.invert, args.range, args.background),
+        reading=pixels(args),
         csv=args.csv,
         attributes=listed(args.attributes),
         uncertain=args.uncertain,

@@ -13,6 +13,7 @@ from ldm.traversal.real_images import FITS, ImageStart, open_images
 from ldm.traversal.run_folder import run_traversal, write_figures
 from ldm_tools.invert import round_trip
 from ldm_tools.options import add_model, add_sampling, graphed_unet, latent_size, load_model, max_batch, named_prompts
+from ldm_tools.reading import add_pixels, pixels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="see `ldm invert` (default %(default)s)",
     )
     real.add_argument("--fit", choices=FITS, default="squash", help="how an image is made square (default %(default)s)")
+    add_pixels(parser)
     add_model(parser)
     add_sampling(parser)
     parser.set_defaults(negative=None)  # empty, or with --image the neutral prompt
@@ -87,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     batch = max_batch(args)
     sd = load_model(args)
     plan = replace(plan, latent_size=latent_size(args.size, sd))
-    start = ImageStart(sd, plan, images, args.inversion, args.fit, batch) if images else None
+    start = ImageStart(sd, plan, images, args.inversion, args.fit, batch, pixels(args)) if images else None
     graphed = graphed_unet(args, sd)
     record = run_traversal(sd, plan, args.out, max_batch=batch, images=not args.no_images, start=start, graphed=graphed)
     if not args.no_images:
