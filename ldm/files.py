@@ -24,9 +24,8 @@ def complete(path: Path, *, on_disk: bool = False) -> Iterator[Path]:
         partial.replace(path)
         if on_disk:
             _sync(path.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    finally:
+        partial.unlink(missing_ok=True)  # renaming one name of a file to another of its names does nothing
 
 
 def _sync(path: Path) -> None:

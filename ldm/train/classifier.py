@@ -12,17 +12,17 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import numpy as np
 import timm
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -33,9 +33,11 @@ from ldm.data.labelled import LabelledImages
 from ldm.images import from_uint8
 from ldm.study import classifier
 from ldm.study.classifier import Classifier
+from ldm.train import loop
 from ldm.train.augmentation import CHEXPERT, ISIC, Augmentation, augment
-from ldm.train.loop import Recipe
+from ldm.train.learner import Learner, NotFinite, Recipe, Taken
 from ldm.train.phantom_set import draw
+from ldm.train.state import put_back, read_metadata, write_state
 
 log = logging.getLogger(__name__)
 
@@ -137,79 +139,50 @@ def imagenet_weights(model: str) -> dict[str, Tensor] | None:
     return weights
 
 
-class Run:
-    """A training run between two steps: network, optimiser, the best weights so far; on disk, its checkpoint."""
+class ClassifierLearner(Learner):
+    """A network in training, and its weights where the validation loss was the lowest so far."""
 
-    def __init__(
-        self, network: nn.Module, training: Training, checkpoint: Path, settings: Mapping[str, object]
-    ) -> None:
-        self.network, self.checkpoint = network, checkpoint
-        self.settings = json.dumps(settings, sort_keys=True)  # what makes it this run and no other
-        self.optimiser = torch.optim.AdamW(network.parameters(), lr=training.lr, weight_decay=training.weight_decay)
+    def __init__(self, network: nn.Module, recipe: Recipe) -> None:
+        super().__init__(network, recipe)
         self.best: dict[str, Tensor] = {}
         self.best_loss, self.best_step = math.inf, 0
 
-    def update(self, loss: Tensor, lr: float) -> None:
-        """One step of AdamW."""
-        for group in self.optimiser.param_groups:
-            group["lr"] = lr
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimiser.step()
-
     def keep_if_best(self, loss: float, step: int) -> None:
-        """Remember the weights where the validation loss is the lowest so far."""
+        """Remember the weights if the validation loss is the lowest so far."""
         if loss < self.best_loss:
-            self.best = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
+            self.best = {name: value.detach().clone() for name, value in self.trained.state_dict().items()}
             self.best_loss, self.best_step = loss, step
 
-    def save(self, step: int) -> None:
-        """Everything that going on needs, under a temporary name first."""
-        tensors = {f"model.{name}": value for name, value in self.network.state_dict().items()}
-        tensors |= {f"best.{name}": value for name, value in self.best.items()}
-        for name, p in self.network.named_parameters():
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{moment}.{name}"] = self.optimiser.state[p][moment]
-        where = {"step": step, "best_loss": self.best_loss, "best_step": self.best_step}
-        partial = self.checkpoint.with_suffix(".partial")
-        metadata = {"settings": self.settings, "where": json.dumps(where)}
-        save_file({name: value.contiguous() for name, value in tensors.items()}, partial, metadata)
-        partial.replace(self.checkpoint)
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The best weights too."""
+        yield from super().tensors()
+        yield from ((f"best.{name}", value) for name, value in self.best.items())
 
-    def resume(self) -> int:
-        """Put the checkpoint back, where there is one. Returns the step to go on from.
+    def counters(self) -> dict[str, Any]:
+        """How good the best weights are, too."""
+        return super().counters() | {"best_loss": self.best_loss, "best_step": self.best_step}
 
-        Raises:  ValueError: when the checkpoint is of a run with other settings or images, or damaged.
-        """
-        if not self.checkpoint.exists():
-            return 0
-        try:
-            with safe_open(self.checkpoint, framework="pt") as file:
-                metadata = file.metadata() or {}
-            tensors = load_file(self.checkpoint)
-        except SafetensorError as error:
-            raise ValueError(f"{self.checkpoint}: damaged ({error}); remove it to start anew") from error
-        if metadata.get("settings") != self.settings:
-            raise ValueError(
-                f"{self.checkpoint}: the checkpoint of a run with other options or images; remove it to start anew, "
-                "or choose another --out"
-            )
-        where = json.loads(metadata["where"])
-        self.best_loss, self.best_step = where["best_loss"], where["best_step"]
-        self.best = _having_prefix(tensors, "best.")
-        self.network.load_state_dict(_having_prefix(tensors, "model."))
-        for name, p in self.network.named_parameters():
-            self.optimiser.state[p] = {
-                "step": torch.tensor(float(where["step"])),
-                "exp_avg": torch.empty_like(p).copy_(tensors[f"exp_avg.{name}"]),
-                "exp_avg_sq": torch.empty_like(p).copy_(tensors[f"exp_avg_sq.{name}"]),
-            }
-        log.info("%s: going on from step %d", self.checkpoint, where["step"])
-        return int(where["step"])
+    def restore(self, read: Callable[[str], Tensor], counters: Mapping[str, Any]) -> None:
+        """Put back what `tensors` and `counters` gave."""
+        super().restore(read, counters)
+        self.best_loss, self.best_step = counters["best_loss"], counters["best_step"]
+        if self.best_step:
+            self.best = {name: read(f"best.{name}").to(v.device) for name, v in self.trained.state_dict().items()}
 
 
-def _having_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+def _resume(state: Path, learner: Learner, settings: Mapping[str, object]) -> int:
+    """Put the state back, where there is one. Returns the step to go on from.
+
+    Raises:  ValueError: when it is of a run with other settings or images, or damaged.
+    """
+    if not state.exists():
+        return 0
+    if read_metadata(state)["settings"] != json.loads(json.dumps(settings)):
+        raise ValueError(
+            f"{state}: the checkpoint of a run with other options or images; remove it to start anew, or choose "
+            "another --out"
+        )
+    return put_back(state, learner)
 
 
 def checkpoint_path(out: Path) -> Path:
@@ -273,39 +246,50 @@ def train(
     network = classifier.build(training.model, len(attributes), pretrained).to(device)
     statistics = channel_statistics(network)
     settings = asdict(training) | {"imagenet": pretrained is not None, "images": fingerprint(training_images)}
-    run = Run(network, training, checkpoint_path(out), settings)
-    start = run.resume()
-
     batch = min(training.batch, count)
     steps = math.ceil(training.epochs * count / batch)
-    recipe = Recipe(steps, training.lr, warmup=0, final_lr=FINAL_LR / training.lr)
+    final_lr = FINAL_LR / training.lr
+    recipe = Recipe(steps, training.lr, 0, final_lr, training.weight_decay, betas=(0.9, 0.999), clip=math.inf)
+    learner, state = ClassifierLearner(network, recipe), checkpoint_path(out)
+    start = _resume(state, learner, settings)
     order = (draw(training.seed, step, count, batch).tolist() for step in range(start, steps))
     loader = DataLoader(Decoded(training_images, training.size), batch_sampler=order, num_workers=workers)
     unseen = DataLoader(Decoded(validation_images, training.size), batch_size=batch, num_workers=workers)
-    bar = tqdm(loader, desc=out.stem, initial=start, total=steps, mininterval=5)
-    for step, (pixels, labels) in enumerate(bar, start):
-        with torch.random.fork_rng():
-            torch.manual_seed(training.seed * 1_000_003 + step)  # of the augmentation and the dropout of this step
-            images = augment(from_uint8(pixels.to(device)), training.augmentation)
-            loss = masked_loss(network(classifier.normalise(images, *statistics)), labels.to(device), pos_weight)
-        if not math.isfinite(loss.item()):
-            raise ValueError(f"the loss at step {step} is {loss.item()}; try a lower --lr")
-        run.update(loss, recipe.lr_at(step))
 
-        epoch_over = (step + 1) * batch // count > step * batch // count or step + 1 == steps
-        if epoch_over:
-            run.keep_if_best(validate(network, unseen, pos_weight), step + 1)
-            bar.set_postfix(training=f"{loss.item():.4f}", best_validation=f"{run.best_loss:.4f}")
-        if epoch_over or (step + 1) % SAVE_EVERY == 0:
-            run.save(step + 1)
+    def taking() -> Iterator[Taken]:
+        for step, (pixels, labels) in enumerate(loader, start):
+            with torch.random.fork_rng():
+                torch.manual_seed(training.seed * 1_000_003 + step)  # of the augmentation and the dropout of this step
+                images = augment(from_uint8(pixels.to(device)), training.augmentation)
+                logits = network(classifier.normalise(images, *statistics))
+            yield learner.learn(step, masked_loss(logits, labels.to(device), pos_weight))
 
-    network.load_state_dict(run.best)
+    def epoch_over(done: int) -> bool:
+        return done * batch // count > (done - 1) * batch // count or done == steps
+
+    def after(done: int, taken: Taken, saving: bool) -> str:
+        if epoch_over(done):
+            learner.keep_if_best(validate(network, unseen, pos_weight), done)
+        return f"loss {taken.loss:.4f}, best validation {learner.best_loss:.4f}"
+
+    def due(done: int) -> bool:
+        return epoch_over(done) or done % SAVE_EVERY == 0
+
+    def save(done: int) -> None:
+        write_state(state, learner, done, settings)
+
+    try:
+        loop.train(out.stem, taking(), start, steps, after=after, due=due, save=save)
+    except NotFinite as error:
+        raise ValueError(f"{error}; try a lower --lr") from None
+
+    network.load_state_dict(learner.best)
     network.eval().requires_grad_(False)
     report = {
         "training": asdict(training),
         "imagenet_weights": pretrained is not None,
         "steps": steps,
-        "best_step": run.best_step,
-        "validation_loss": run.best_loss,
+        "best_step": learner.best_step,
+        "validation_loss": learner.best_loss,
     }
     return Classifier(training.model, attributes, training.size, *statistics, network, report)

@@ -3,9 +3,7 @@ unless it is asked to learn along. [paper, stage one]
 
     go on from the newest state -> step, log, now and then validate, draw samples, save -> until done or told to stop
 
-It has a loop of its own beside `ldm.train.loop.fit`, which trains small networks from scratch with a cosine: this one
-accumulates gradients, is shared by processes, can be stopped at any step, and writes checkpoints of a whole model.
-`ldm.train.objective` says what a step learns from, `ldm.train.learner` takes it.
+`ldm.train.objective` says what a step learns from, `ldm.train.unet_learner` takes it.
 """
 
 import statistics
@@ -14,12 +12,13 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from PIL import Image
-from tqdm import tqdm
 
 from ldm.schedule import Schedule
-from ldm.train.learner import Learner, NotFinite, Taken
+from ldm.train.learner import NotFinite
+from ldm.train.loop import train
 from ldm.train.objective import Examples, Material
-from ldm.train.state import RunFolder
+from ldm.train.run_folder import RunFolder
+from ldm.train.unet_learner import Timed, UNetLearner
 from ldm.train.watch import Log, validate
 
 COMPARED_STEPS = 3  # with the cache, and as many without
@@ -36,7 +35,7 @@ class Rounds:
 
 
 def finetune(
-    learner: Learner,
+    learner: UNetLearner,
     schedule: Schedule,
     material: Material,
     folder: RunFolder,
@@ -50,55 +49,68 @@ def finetune(
     Raises:  ValueError: when a loss or gradient is not finite: the step, the images, the last good checkpoint.
     """
     recipe, processes = learner.recipe, learner.processes
-    done = start = folder.resume(learner)
-    images, seconds = recipe.batch * recipe.accumulate, 0.0
-    progress = tqdm(total=recipe.steps, initial=start, desc="fine-tuning", unit="step", disable=not processes.first)
-    with closing(Log(folder.path, start, processes.first)) as log, progress:
+    start = folder.resume(learner)
+    with closing(Log(folder.path, start, processes.first)) as log:
+        watcher = _Watcher(learner, schedule, len(material), rounds, log, start)
         if rounds.held_out and not start:
-            log.note(0, {"validation": _validation(learner, schedule, rounds)})
-        stopping = processes.any(stop())
-        while done < recipe.steps and not stopping:
-            taken = _step(learner, done, material, schedule, folder)
-            done, seconds = done + 1, seconds + taken.seconds
-            rate = images * (done - start) / seconds
-            progress.update()
-            progress.set_postfix_str(f"{rate:.1f} images/s, loss {taken.loss:.4f}")
-            stopping = processes.any(stop())  # asked once a step: who leaves has saved
-            due = done % rounds.save_every == 0 or done == recipe.steps
-            row: dict[str, float | dict[str, float]] = {
-                "epoch": done * images / len(material),
-                "loss": taken.loss,
-                "grad_norm": taken.grad_norm,
-                "lr": recipe.lr_at(done - 1),
-                "images_per_s": rate,
-                "outside": taken.outside,
-            }
-            if due and rounds.held_out and not stopping:
-                row["validation"] = _validation(learner, schedule, rounds)
-            log.note(done, row)
-            if due or stopping:
-                folder.save(done, learner)
-            if rounds.sample is not None and rounds.sample_every and done % rounds.sample_every == 0:
-                with learner.as_saved():
-                    log.picture(done, rounds.sample())
-    return done
+            log.note(0, {"validation": watcher.validation()})
+        try:
+            return train(
+                "fine-tuning",
+                (learner.step(step, material, schedule) for step in range(start, recipe.steps)),
+                start,
+                recipe.steps,
+                after=watcher.after,
+                due=lambda done: done % rounds.save_every == 0,
+                save=lambda done: folder.save(done, learner),
+                stop=lambda: processes.any(stop()),
+                quiet=not processes.first,
+            )
+        except NotFinite as error:
+            last = f"the last good checkpoint is {folder.checkpoint(steps[-1])}" if (steps := folder.steps()) else ""
+            raise ValueError(f"{error}; {last or 'there is no checkpoint yet'}; try a lower --lr") from None
 
 
-def _step(learner: Learner, step: int, material: Material, schedule: Schedule, folder: RunFolder) -> Taken:
-    try:
-        return learner.step(step, material, schedule)
-    except NotFinite as error:
-        steps = folder.steps()
-        last = f"the last good checkpoint is {folder.checkpoint(steps[-1])}" if steps else "there is no checkpoint yet"
-        raise ValueError(f"{error}; {last}; try a lower --lr") from None
+@dataclass(frozen=True, eq=False)
+class _Watcher:
+    """What happens beside the steps."""
+
+    learner: UNetLearner
+    schedule: Schedule
+    count: int  # images in the material
+    rounds: Rounds
+    log: Log
+    start: int
+
+    def after(self, done: int, taken: Timed, saving: bool) -> str:
+        """Log a step; validate where the run is saved; draw samples. Returns what the progress bar shows."""
+        recipe, rounds = self.learner.recipe, self.rounds
+        images = recipe.batch * recipe.accumulate
+        rate = images * (done - self.start) / self.learner.seconds
+        row: dict[str, float | dict[str, float]] = {
+            "epoch": done * images / self.count,
+            "loss": taken.loss,
+            "grad_norm": taken.grad_norm,
+            "lr": recipe.lr_at(done - 1),
+            "images_per_s": rate,
+            "outside": taken.outside,
+        }
+        if saving and rounds.held_out:
+            row["validation"] = self.validation()
+        self.log.note(done, row)
+        if rounds.sample is not None and rounds.sample_every and done % rounds.sample_every == 0:
+            with self.learner.as_saved():
+                self.log.picture(done, rounds.sample())
+        return f"{rate:.1f} images/s, loss {taken.loss:.4f}"
+
+    def validation(self) -> dict[str, float]:
+        """The loss on the held-out images, with the weights that a checkpoint has."""
+        learner = self.learner
+        with learner.as_saved() as network:
+            return validate(network, self.rounds.held_out, self.schedule, learner.recipe, learner.processes.device)
 
 
-def _validation(learner: Learner, schedule: Schedule, rounds: Rounds) -> dict[str, float]:
-    with learner.as_saved() as network:
-        return validate(network, rounds.held_out, schedule, learner.recipe, learner.processes.device)
-
-
-def compare_speed(learner: Learner, schedule: Schedule, cached: Material, uncached: Material) -> dict[str, float]:
+def compare_speed(learner: UNetLearner, schedule: Schedule, cached: Material, uncached: Material) -> dict[str, float]:
     """Steps with and without the cache in turn, once the run is saved: it trains on, and the result is thrown away.
 
     Returns: images a second of either, their ratio, and the share of a step spent outside network and optimiser.

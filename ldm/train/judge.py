@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.phantom import ATTRIBUTES
-from ldm.train.loop import Recipe, fit
+from ldm.train.learner import Recipe
+from ldm.train.loop import fit
 from ldm.train.phantom_set import PhantomSet, draw
 
 COLUMNS = [(domain, attribute) for domain, names in ATTRIBUTES.items() for attribute in names]

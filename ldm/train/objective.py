@@ -18,6 +18,7 @@ from torch import Tensor
 from ldm.schedule import TRAIN_STEPS, Schedule
 from ldm.train.diffusion import Network, drop_captions, min_snr_weights, predict_noise
 from ldm.train.latent_cache import Posteriors
+from ldm.train.learner import Recipe
 from ldm.vae import DiagonalGaussian
 
 EPOCHS = {"chexpert": 100, "isic": 500}  # [authors' code]
@@ -25,20 +26,16 @@ AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class FineTuning:
+class FineTuning(Recipe):
     """All that decides a run besides model and images. The defaults are the paper's. [authors' code]"""
 
-    steps: int  # of AdamW
     lr: float = 1e-5
+    warmup: int = 0  # steps in which the learning rate rises; then it is constant
+    final_lr: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
     batch: int = 8  # B, images at a time
     accumulate: int = 4  # batches a step, whatever number of processes they are dealt to
     seed: int = 0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 1e-2
-    clip: float = 1.0  # largest norm of a step's gradient
-    warmup: int = 0  # steps in which the learning rate rises; then it is constant
-    ema_decay: float = 0.0  # 0 keeps no moving average
     caption_dropout: float = 0.0  # share of captions replaced by the empty one
     min_snr_gamma: float = 0.0  # 0 weights all times alike
     flip: bool = False  # mirror half of the images
@@ -47,13 +44,9 @@ class FineTuning:
     compile: bool = False  # the network translated by torch.compile
     checkpoint_gradients: bool = False  # compute activations twice rather than keep them
 
-    def lr_at(self, step: int) -> float:
-        """Of step 0, 1, ...: a linear warm-up, then constant."""
-        return self.lr * min(1.0, (step + 1) / self.warmup) if self.warmup else self.lr
-
     def settings(self) -> dict[str, object]:
-        """What must stay the same when a run is continued: all but its length."""
-        return {name: value for name, value in asdict(self).items() if name != "steps"}
+        """What must stay the same when a run is continued: all but its length, and what is the same in every run."""
+        return {name: value for name, value in asdict(self).items() if name not in ("steps", "final_lr", "save_every")}
 
 
 @dataclass(frozen=True, eq=False)

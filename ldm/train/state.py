@@ -1,194 +1,56 @@
-"""A fine-tuning run's folder: checkpoints that any program reads, and beside each what going on needs. No pickle.
+"""What going on with a run needs, in one safetensors file: no pickle.
 
-OUT/step-00000020.safetensors        the model, in SD1.5's single-file layout
-OUT/step-00000020.state.safetensors  weights, AdamW's moments, moving average; in its metadata the step, the settings,
-                                     how many steps AdamW took, and the scale of the loss
-OUT/last.safetensors                 the newest checkpoint again (a link where the file system has links)
-OUT/log.jsonl ...                    what happened, as of `ldm.train.watch`
-
-A state is whole in itself: with the settings and the step it fixes all that follows, since every step draws its images
-and noise from (seed, step) alone. It does not tell how many processes there were; any number may go on with it. Each
-file is written under another name, forced onto the disk, then renamed; the state comes last, so that a state that is
-there has its checkpoint.
+Tensors are a learner's weights, AdamW's moments and moving average; the metadata holds the step, the settings, how many
+steps AdamW took, and the scale of the loss. With the settings and the step this fixes all that follows, since a step
+draws its images and noise from (seed, step) alone. It does not tell how many processes there were; any may go on.
 """
 
 import json
 import logging
-import os
-import re
-import shutil
-import signal
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldm.checkpoint import save
 from ldm.checkpoint.container import LazyTensor, write_tensors
-from ldm.checkpoint.loading import build
 from ldm.files import complete
-from ldm.train.latent_cache import require_space
-from ldm.train.learner import Learner, as_one
+from ldm.train.learner import Learner
 
 log = logging.getLogger(__name__)
 
-LAST = "last.safetensors"
-STATE_NAME = re.compile(r"step-(\d+)\.state\.safetensors")
+
+def write_state(
+    path: Path,
+    learner: Learner,
+    step: int,
+    settings: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write what a run needs after so many steps. Args: tensors: the learner's, where they are at hand already."""
+    metadata = {"step": step, "settings": settings or {}, "counters": learner.counters()}
+    lazy = {name: LazyTensor.of(name, tensor) for name, tensor in (tensors or dict(learner.tensors())).items()}
+    with complete(path, on_disk=True) as unfinished:
+        write_tensors(unfinished, lazy, {name: json.dumps(value, sort_keys=True) for name, value in metadata.items()})
 
 
-class RunFolder:
-    """OUT of one run.
-
-    Args:    frozen: "clip" and "vae", or "vae" where the text encoder learns: what checkpoints hold unchanged.
-             settings: all that decides the weights at a step; a run is continued only with the same ones.
-             keep: how many of the newest checkpoints stay.  writes: whether this process is the one that writes.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        frozen: Mapping[str, nn.Module],
-        settings: Mapping[str, object],
-        keep: int = 2,
-        writes: bool = True,
-    ) -> None:
-        self.path, self.frozen, self.keep, self.writes = path, frozen, keep, writes
-        self.settings: dict[str, Any] = json.loads(json.dumps(settings))  # as they read when they come back
-        if writes:
-            path.mkdir(parents=True, exist_ok=True)
-            (path / "trial.partial").touch()  # may we write here?
-            (path / "trial.partial").unlink()
-
-    def steps(self) -> list[int]:
-        """The steps that the run can go on from, oldest first."""
-        return sorted(int(match[1]) for file in self.path.iterdir() if (match := STATE_NAME.fullmatch(file.name)))
-
-    def checkpoint(self, step: int) -> Path:
-        """Where the model after so many steps lies."""
-        return self.path / f"step-{step:08d}.safetensors"
-
-    def state(self, step: int) -> Path:
-        """What lies beside it to go on from."""
-        return self.path / f"step-{step:08d}.state.safetensors"
-
-    def check(self, resume: bool) -> None:
-        """Refuse, before any work, to overwrite a run, or to go on with another one than that which is there.
-
-        Raises:  ValueError: when there is a run and `resume` is False, or it has other settings or is damaged.
-        """
-        if self.writes:
-            for leftover in self.path.glob("*.partial"):
-                leftover.unlink()
-        if not (steps := self.steps()):
-            return
-        if not resume:
-            raise ValueError(
-                f"--out: {self.path} holds a run at step {steps[-1]}; --resume auto goes on with it, or choose another"
-            )
-        stored = self._metadata(steps[-1])["settings"]
-        names = sorted(name for name in {*stored, *self.settings} if stored.get(name) != self.settings.get(name))
-        if names:
-            changes = ", ".join(f"{name} (was {stored.get(name)}, is {self.settings.get(name)})" for name in names)
-            raise ValueError(
-                f"--resume: {self.path} holds a run with other settings: {changes}; give the same or another --out"
-            )
-
-    def require_space(self, trained: Collection[nn.Module], averaged: bool) -> None:
-        """Raises ValueError when the disk will not hold the checkpoints that are kept and one that is being written."""
-        model, state = sum(map(_bytes, (*self.frozen.values(), *trained))), sum(map(_bytes, trained))
-        one = model + (4 if averaged else 3) * state
-        missing = max(1, self.keep + 1 - len(self.steps()))
-        require_space(self.path, missing * one, "checkpoints", "make room, lower --keep, or choose another --out")
-
-    def save(self, step: int, learner: Learner) -> Path:
-        """Write the checkpoint and the state after `step` steps; remove those that are too old. Returns LAST.
-
-        Every process must call it, since each may hold a part; the first one writes.
-        """
-        tensors = {name: tensor for name, tensor in learner.tensors() if self.writes}
-        if not self.writes:
-            return self.path / LAST
-        with complete(self.checkpoint(step), on_disk=True) as unfinished:
-            self._write_model(unfinished, learner, tensors)
-        metadata = {
-            "step": str(step),
-            "settings": json.dumps(self.settings, sort_keys=True),
-            "counters": json.dumps(learner.counters(), sort_keys=True),
-        }
-        lazy = {name: LazyTensor.of(name, tensor) for name, tensor in tensors.items()}
-        with complete(self.state(step), on_disk=True) as unfinished:
-            write_tensors(unfinished, lazy, metadata)
-        self._point_last_to(step)
-        for old in self.steps()[: -self.keep]:  # the state last: what is left of it after a kill is found next time
-            self.checkpoint(old).unlink(missing_ok=True)
-            self.state(old).unlink()
-        return self.path / LAST
-
-    def resume(self, learner: Learner) -> int:
-        """Put the newest state back, where there is one. Returns the steps done."""
-        if not (steps := self.steps()):
-            return 0
-        step = steps[-1]
-        with safe_open(self.state(step), framework="pt") as file:
-            learner.restore(file.get_tensor, self._metadata(step)["counters"])
-        if self.writes:
-            self._point_last_to(step)
-        log.info("%s: going on from step %d", self.path, step)
-        return step
-
-    def _metadata(self, step: int) -> dict[str, Any]:
-        try:
-            with safe_open(self.state(step), framework="pt") as file:
-                return {name: json.loads(text) for name, text in file.metadata().items()}
-        except (SafetensorError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"{self.state(step)}: damaged ({error}); remove it to go on from the one before"
-            ) from error
-
-    def _write_model(self, path: Path, learner: Learner, tensors: Mapping[str, Tensor]) -> None:
-        """The moving average is the model where one is kept."""
-        kind = "model." if learner.ema is None else "ema."
-        weights = {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
-        trained = {"unet": build(learner.unet.config)}
-        if learner.clip is not None:
-            trained["clip"] = build(learner.clip.config)
-        as_one(**trained).load_state_dict(weights, assign=True)
-        save(path, {**self.frozen, **trained})
-
-    def _point_last_to(self, step: int) -> None:
-        with complete(self.path / LAST, on_disk=True) as unfinished:
-            unfinished.unlink(missing_ok=True)
-            try:
-                os.link(self.checkpoint(step), unfinished)
-            except OSError:  # a file system without links
-                shutil.copyfile(self.checkpoint(step), unfinished)
-
-
-def _bytes(network: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in network.state_dict().values())
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """While open, SIGTERM and SIGINT ask to stop at the next good moment; the second one stops at once.
-
-    Yields:  whether someone asked.
-    """
-    asked: list[int] = []
-    former: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        signal.signal(number, former[number])
-
-    for number in former:
-        signal.signal(number, ask)
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The step, settings and counters of a state. Raises ValueError for a damaged file."""
     try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        with safe_open(path, framework="pt") as file:
+            metadata = {name: json.loads(text) for name, text in file.metadata().items()}
+    except (SafetensorError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged ({error}); remove it to go on without it") from error
+    if missing := [name for name in ("step", "settings", "counters") if name not in metadata]:
+        raise ValueError(f"{path}: has no {missing[0]}, so another version wrote it; remove it to go on without it")
+    return metadata
+
+
+def put_back(path: Path, learner: Learner) -> int:
+    """Make a learner what it was when the state was written. Returns the steps done. Raises ValueError: see above."""
+    metadata = read_metadata(path)
+    with safe_open(path, framework="pt") as file:
+        learner.restore(file.get_tensor, metadata["counters"])
+    log.info("%s: going on from step %d", path, metadata["step"])
+    return int(metadata["step"])

@@ -31,6 +31,13 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     assert (tmp_path / "a").read_text() == "before"
 
 
+def test_nothing_stays_where_both_names_are_of_one_file(tmp_path):
+    write_text(tmp_path / "a", "whole")
+    with complete(tmp_path / "a", on_disk=True) as partial:
+        partial.hardlink_to(tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_json_that_is_none(tmp_path):
     assert read_json(tmp_path / "absent.json") == {}
     for text, complaint in (("[1]", "expected a JSON object, found list"), ("{", "expected JSON")):

@@ -25,9 +25,9 @@ from ldm.clip import CLIPTextEncoder
 from ldm.schedule import Schedule
 from ldm.train.diffusion import min_snr_weights
 from ldm.train.finetune import Rounds, finetune
-from ldm.train.learner import Learner
 from ldm.train.objective import FineTuning, Material, encode_captions, examples, loss_of
-from ldm.train.state import RunFolder
+from ldm.train.run_folder import RunFolder
+from ldm.train.unet_learner import UNetLearner
 from ldm.train.watch import validate, validation_examples
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
@@ -153,7 +153,7 @@ def test_the_loss_is_the_weighted_error_of_the_noise(gamma):
 
 
 def gradients(recipe: FineTuning) -> dict[str, Tensor]:
-    learner = Learner(network(), recipe)
+    learner = UNetLearner(network(), recipe)
     learner.gradients(3, material(), SCHEDULE)
     return {name: p.grad for name, p in learner.unet.named_parameters() if p.grad is not None}
 
@@ -191,7 +191,7 @@ def run(folder: Path, recipe: FineTuning, save_every: int, stops: Sequence[bool]
     frozen = {"clip": CLIPTextEncoder(CLIP), "vae": AutoencoderKL(VAE)}
     rounds = Rounds(save_every, validation_examples(material()))
     return finetune(
-        Learner(network(), recipe),
+        UNetLearner(network(), recipe),
         SCHEDULE,
         material(),
         RunFolder(folder, frozen, recipe.settings()),
@@ -220,7 +220,7 @@ def test_a_stopped_run_that_goes_on_equals_one_that_was_not(tmp_path, recipe):
 def test_what_is_not_finite_stops_the_run_before_it_is_learnt(tmp_path):
     broken = material()
     broken.contexts[:] = math.inf
-    learner = Learner(network(), RECIPE)
+    learner = UNetLearner(network(), RECIPE)
     before = {name: p.clone() for name, p in learner.unet.named_parameters()}
     with pytest.raises(
         ValueError, match=r"loss at step 1 is nan, of image\d\.png, image\d\.png; there is no checkpoint"
@@ -230,7 +230,7 @@ def test_what_is_not_finite_stops_the_run_before_it_is_learnt(tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_too(tmp_path):
-    learner = Learner(network(), RECIPE)
+    learner = UNetLearner(network(), RECIPE)
     learner.unet.conv_in.weight.register_hook(lambda grad: grad * math.inf)
     before = {name: p.clone() for name, p in learner.unet.named_parameters()}
     with pytest.raises(
@@ -241,7 +241,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_too(tmp_path):
 
 
 def test_in_float16_a_gradient_that_overflows_halves_the_scale_and_is_left_out():
-    learner = Learner(network(), replace(RECIPE, precision="fp16"))
+    learner = UNetLearner(network(), replace(RECIPE, precision="fp16"))
     overflow = learner.unet.conv_in.weight.register_hook(lambda grad: grad * math.inf)
     before, scale = learner.unet.conv_in.weight.clone(), learner.scaler.get_scale()
     learner.step(0, material(), SCHEDULE)
@@ -261,7 +261,7 @@ def assert_same_state(a: Path, b: Path, step: int) -> None:
 
 
 def test_a_compiled_network_keeps_its_names():
-    plain, compiled = Learner(network(), RECIPE), Learner(network(), replace(RECIPE, compile=True))
+    plain, compiled = UNetLearner(network(), RECIPE), UNetLearner(network(), replace(RECIPE, compile=True))
     assert [name for name, _ in plain.tensors()] == [name for name, _ in compiled.tensors()]
 
 
@@ -269,7 +269,7 @@ def test_a_compiled_network_keeps_its_names():
 def test_a_compiled_network_learns_the_same():
     losses = []
     for recipe in (RECIPE, replace(RECIPE, compile=True)):
-        learner = Learner(network(), recipe)
+        learner = UNetLearner(network(), recipe)
         losses.append([learner.step(step, material(), SCHEDULE).loss for step in range(2)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # float32, fused and summed in another order
 

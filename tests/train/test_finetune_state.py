@@ -12,10 +12,10 @@ from torch import nn
 import ldm
 from ldm import files
 from ldm.checkpoint.loading import build
-from ldm.train import state
-from ldm.train.learner import Learner
+from ldm.train import run_folder as module
 from ldm.train.objective import FineTuning
-from ldm.train.state import LAST, RunFolder, stop_on_signals
+from ldm.train.run_folder import LAST, RunFolder, stop_on_signals
+from ldm.train.unet_learner import UNetLearner
 
 SETTINGS = {"lr": 1e-5, "betas": (0.9, 0.999), "data": "abc"}
 
@@ -34,9 +34,9 @@ def run_folder(path: Path, keep: int = 2, **changed: object) -> RunFolder:
     return RunFolder(path, FROZEN, {**SETTINGS, **changed}, keep)
 
 
-def trained(seed: int = 0, ema_decay: float = 0.9) -> Learner:
+def trained(seed: int = 0, ema_decay: float = 0.9) -> UNetLearner:
     """A network after one step of AdamW, with made-up gradients, and its moving average."""
-    learner = Learner(network("unet", seed), FineTuning(steps=1, lr=0.1, ema_decay=ema_decay))
+    learner = UNetLearner(network("unet", seed), FineTuning(steps=1, lr=0.1, ema_decay=ema_decay))
     generator = torch.Generator().manual_seed(seed)
     for p in learner.unet.parameters():
         p.grad = torch.randn(p.shape, generator=generator)
@@ -46,7 +46,7 @@ def trained(seed: int = 0, ema_decay: float = 0.9) -> Learner:
     return learner
 
 
-def contents(learner: Learner) -> dict[str, torch.Tensor]:
+def contents(learner: UNetLearner) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in learner.tensors()}
 
 
@@ -150,7 +150,7 @@ def test_a_disk_too_small_is_found_out_first(tmp_path, monkeypatch):
     class Usage:
         free = 3 * one
 
-    monkeypatch.setattr(state.shutil, "disk_usage", lambda path: Usage)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: Usage)
     folder.require_space([unet], averaged=False)
     with pytest.raises(ValueError, match=r"checkpoints need .* GB, .* GB are free; make room, lower --keep"):
         folder.require_space([unet], averaged=True)

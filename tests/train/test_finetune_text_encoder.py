@@ -21,9 +21,9 @@ import ldm
 from ldm.clip import CLIPTextEncoder
 from ldm.schedule import Schedule
 from ldm.train.finetune import Rounds, finetune
-from ldm.train.learner import Learner, as_one
 from ldm.train.objective import FineTuning, Material, examples, loss_of
-from ldm.train.state import LAST, RunFolder
+from ldm.train.run_folder import LAST, RunFolder
+from ldm.train.unet_learner import UNetLearner, as_one
 from ldm.train.watch import validation_examples
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
@@ -53,9 +53,9 @@ def networks() -> tuple[UNet, CLIPTextEncoder]:
     return UNet(UNET), CLIPTextEncoder(CLIP)
 
 
-def learner(recipe: FineTuning = RECIPE) -> Learner:
+def learner(recipe: FineTuning = RECIPE) -> UNetLearner:
     unet, clip = networks()
-    return Learner(unet, recipe, clip=clip)
+    return UNetLearner(unet, recipe, clip=clip)
 
 
 def test_token_ids_through_both_networks_are_contexts_through_one():
@@ -82,7 +82,7 @@ def test_both_learn_and_their_gradients_are_clipped_together():
     assert [name for name, p in both.trained.named_parameters() if torch.equal(p, before[name])] == []
 
 
-def networks_of(both: Learner) -> tuple[UNet, CLIPTextEncoder]:
+def networks_of(both: UNetLearner) -> tuple[UNet, CLIPTextEncoder]:
     assert both.clip is not None
     return both.unet, both.clip
 

@@ -14,7 +14,7 @@ from tiny_run import UNET, command, write_data, write_weights
 
 import ldm
 from ldm.train import finetune as loop
-from ldm.train.state import LAST
+from ldm.train.run_folder import LAST
 
 
 @pytest.fixture(scope="module")

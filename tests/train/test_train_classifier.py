@@ -23,7 +23,16 @@ from ldm.study import classifier
 from ldm.train import augmentation, scores
 from ldm.train import classifier as training
 from ldm.train.augmentation import CHEXPERT, ISIC, Augmentation, augment
-from ldm.train.classifier import TRAININGS, Training, checkpoint_path, masked_loss, positive_weights, train
+from ldm.train.classifier import (
+    TRAININGS,
+    ClassifierLearner,
+    Training,
+    checkpoint_path,
+    masked_loss,
+    positive_weights,
+    train,
+)
+from ldm.train.learner import Learner, Recipe, Taken
 
 SIZE = 32
 CPU = torch.device("cpu")
@@ -182,19 +191,18 @@ def test_a_run_that_was_killed_equals_one_that_was_not(
     parts: tuple[LabelledImages, LabelledImages], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(*parts, TINY, tmp_path / "whole.safetensors", CPU)
-    update, steps = training.Run.update, []
+    learn = Learner.learn
 
-    def stopping(self: training.Run, loss: torch.Tensor, lr: float) -> None:
-        steps.append(loss.item())
-        if len(steps) == 6:
+    def stopping(self: Learner, step: int, loss: torch.Tensor) -> Taken:
+        if step == 5:
             raise Stopped
-        update(self, loss, lr)
+        return learn(self, step, loss)
 
     monkeypatch.setattr(training, "SAVE_EVERY", 1)
-    monkeypatch.setattr(training.Run, "update", stopping)
+    monkeypatch.setattr(Learner, "learn", stopping)
     with pytest.raises(Stopped):
         train(*parts, TINY, tmp_path / "killed.safetensors", CPU)
-    monkeypatch.setattr(training.Run, "update", update)
+    monkeypatch.setattr(Learner, "learn", learn)
     continued = train(*parts, TINY, tmp_path / "killed.safetensors", CPU)
     for name, value in whole.network.state_dict().items():
         assert torch.equal(value, continued.network.state_dict()[name]), name
@@ -217,14 +225,14 @@ def test_a_checkpoint_of_another_run_is_refused(parts: tuple[LabelledImages, Lab
         train(*parts, short, out, CPU)
 
 
-def test_the_best_weights_are_kept_not_the_last(tmp_path: Path) -> None:
+def test_the_best_weights_are_kept_not_the_last() -> None:
     network = torch.nn.Linear(1, 1)
-    run = training.Run(network, TINY, tmp_path / "x.training.safetensors", {})
+    learner = ClassifierLearner(network, Recipe(steps=3, lr=1.0))
     for step, loss in enumerate((0.5, 0.3, 0.4), 1):
         with torch.no_grad():
             network.weight.fill_(step)
-        run.keep_if_best(loss, step)
-    assert (run.best["weight"].item(), run.best_loss, run.best_step) == (2.0, 0.3, 2)
+        learner.keep_if_best(loss, step)
+    assert (learner.best["weight"].item(), learner.best_loss, learner.best_step) == (2.0, 0.3, 2)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(parts: tuple[LabelledImages, LabelledImages], tmp_path: Path) -> None:

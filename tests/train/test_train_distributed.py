@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from tiny_run import UNET, write_data, write_weights
 
 from ldm.train.distributed import Processes, own_device
-from ldm.train.learner import Learner
 from ldm.train.objective import FineTuning
+from ldm.train.unet_learner import UNetLearner
 from ldm.unet import UNet
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ def test_batches_are_dealt_out_so_that_each_is_someones():
 
 def test_batches_that_cannot_be_dealt_out_evenly_are_refused():
     with pytest.raises(ValueError, match=r"--accumulate: got 4, expected a multiple of the 3 processes"):
-        Learner(UNet(UNET), FineTuning(steps=1, accumulate=4), Processes(1, 3))
+        UNetLearner(UNet(UNET), FineTuning(steps=1, accumulate=4), Processes(1, 3))
 
 
 def test_an_unknown_device_is_named():

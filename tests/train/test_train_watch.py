@@ -10,8 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_checkpoints import TINY
 
 from ldm.schedule import Schedule
-from ldm.train.learner import Learner
 from ldm.train.objective import FineTuning
+from ldm.train.unet_learner import UNetLearner
 from ldm.train.watch import LOG, SAMPLE_SEEDS, Log, draw_samples, forget_after
 from ldm.unet import UNet
 
@@ -64,7 +64,7 @@ def test_samples_are_a_row_a_prompt_and_the_same_each_time():
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 def test_what_is_watched_are_the_weights_that_are_saved(ema_decay):
     torch.manual_seed(0)
-    learner = Learner(UNet(TINY.unet), FineTuning(steps=1, ema_decay=ema_decay))
+    learner = UNetLearner(UNet(TINY.unet), FineTuning(steps=1, ema_decay=ema_decay))
     with torch.no_grad():
         learner.unet.conv_in.weight += 1
     trained = learner.unet.conv_in.weight.clone()

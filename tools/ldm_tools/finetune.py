@@ -24,9 +24,9 @@ from ldm.pipeline import StableDiffusion
 from ldm.train import distributed, finetune, objective, watch
 from ldm.train.distributed import Processes
 from ldm.train.latent_cache import Interrupted, Posteriors, Preprocessing, Uncached, build, fingerprint
-from ldm.train.learner import Learner
 from ldm.train.objective import FineTuning, Material
-from ldm.train.state import LAST, RunFolder, stop_on_signals
+from ldm.train.run_folder import LAST, RunFolder, stop_on_signals
+from ldm.train.unet_learner import UNetLearner
 from ldm_tools.data import chosen_split
 from ldm_tools.options import add_model, latent_size, load_model
 
@@ -162,7 +162,7 @@ def run(args: argparse.Namespace) -> None:
         sd = load_model(args)
         preprocessing = preprocessing_of(args, sd)
         folder = run_folder(args, sd, training, recipe, preprocessing, processes)
-        learner = Learner(sd.unet, recipe, processes, args.shard, sd.clip if args.train_text_encoder else None)
+        learner = UNetLearner(sd.unet, recipe, processes, args.shard, sd.clip if args.train_text_encoder else None)
         with stop_on_signals() as stop:
             try:
                 material = prepare(training, sd, preprocessing, args, stop, processes)

@@ -25,7 +25,8 @@ from ldm.files import complete
 from ldm.schedule import Schedule
 from ldm.tokenizer import Tokenizer
 from ldm.train import autoencoder, diffusion, text_encoder
-from ldm.train.loop import Recipe, fit
+from ldm.train.learner import Recipe
+from ldm.train.loop import fit
 from ldm.train.phantom_set import PhantomSet, draw
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL

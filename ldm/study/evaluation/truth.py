@@ -11,9 +11,11 @@ Letters: A attributes, S swap steps, K heads, G patients of the gallery, C H W o
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.conditioning import constant
@@ -138,7 +140,7 @@ def measure_truth(
             ground_truth.leakage(autoencoded[1:], autoencoded[:1].expand_as(truths), masks, DILATE_PX)
         ),
     }
-    for name, rows in {
+    measured: dict[str, list[NDArray[Any]]] = {
         "skill": [
             ground_truth.skill(e, t.expand_as(e), original.expand_as(e)) for e, t in zip(edited, truths, strict=True)
         ],
@@ -150,7 +152,8 @@ def measure_truth(
         "oracle": [
             ground_truth.oracle_class(e, images.expand(len(e), *images.shape)) == a + 1 for a, e in enumerate(edited)
         ],
-    }.items():
+    }
+    for name, rows in measured.items():
         found[name] = torch.from_numpy(np.stack(rows).astype(np.float64))
     return found
 
