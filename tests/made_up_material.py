@@ -6,7 +6,7 @@ import numpy as np
 from made_up_results import SWAP_STEPS
 
 from ldm import phantom
-from ldm.study.report.plots import LatentMap, Material, tsne
+from ldm.study.report.plots import FigureImages, LatentMap, tsne
 
 DOMAINS = {"chest": ("chest", frozenset()), "mel": ("skin", frozenset({"melanoma"})), "nv": ("skin", frozenset())}
 KEYS = {"chest": ("pleural_effusion", "support_devices"), "skin": ("hair", "gel_bubble", "ruler", "ink")}
@@ -28,7 +28,7 @@ def strip(cell: str, seed: int, attribute: str, labels: list[str]) -> list[tuple
     return [(label, faded(cell, seed, attribute, i / (len(labels) - 1))) for i, label in enumerate(labels)]
 
 
-def made_up_material(seeds: int = 2, map_seeds: int = 30) -> Material:
+def made_up_material(seeds: int = 2, map_seeds: int = 30) -> FigureImages:
     """Swaps, curves and a map of every cell; the latents of the map are drawn at random around each attribute."""
     swaps = ["neutral", *(f"s = {s}" for s in sorted(SWAP_STEPS, reverse=True))]
     curve = [f"u = {u:.2f}" for u in np.linspace(0, 1, 17)]
@@ -39,7 +39,7 @@ def made_up_material(seeds: int = 2, map_seeds: int = 30) -> Material:
         }
         for labels in (swaps, curve)
     )
-    return Material(rows, curves, {cell: made_up_map(cell, map_seeds) for cell in DOMAINS})
+    return FigureImages(rows, curves, {cell: made_up_map(cell, map_seeds) for cell in DOMAINS})
 
 
 def made_up_map(cell: str, seeds: int) -> LatentMap:

@@ -31,13 +31,13 @@ def table(rows: Sequence[Row], orders: Sequence[Row], timed: Mapping[str, Mappin
         for sampler in dict.fromkeys(row["sampler"] for row in rows):
             spacing = best_spacing(rows, sampler, middle, guidance)
             key = (guidance, sampler, spacing)
-            of = {row["budget"]: row for row in rows if (row["guidance"], row["sampler"], row["spacing"]) == key}
+            by_budget = {row["budget"]: row for row in rows if (row["guidance"], row["sampler"], row["spacing"]) == key}
             order = [o["order"] for o in orders if (o["guidance"], o["sampler"], o["spacing"]) == key]
             lines.append(
                 f"{sampler:18}{spacing:18}"
-                + "".join(f"{of[budget]['error']:10.2e}" for budget in budgets)
+                + "".join(f"{by_budget[budget]['error']:10.2e}" for budget in budgets)
                 + (f"{order[0]:7.2f}" if order else f"{'':7}")
-                + f"{of[middle]['swap_error']:10.2e}{of[middle]['swap_cosine']:8.4f}"
+                + f"{by_budget[middle]['swap_error']:10.2e}{by_budget[middle]['swap_cosine']:8.4f}"
                 + f"{timed[sampler]['ms_per_evaluation']:9.1f}"
             )
         lines.append("")
@@ -78,8 +78,8 @@ def figure(rows: Sequence[Row], orders: Sequence[Row]) -> Figure:
             here = [row for row in rows if (row["guidance"], row["spacing"]) == (guidance, spacing)]
             _slope_guides(axes, [row["evaluations"] for row in here], max(row["error"] for row in rows))
             for k, sampler in enumerate(samplers):
-                of = [row for row in here if row["sampler"] == sampler]
-                axes.loglog([r["evaluations"] for r in of], [r["error"] for r in of], **_look(k))
+                own = [row for row in here if row["sampler"] == sampler]
+                axes.loglog([r["evaluations"] for r in own], [r["error"] for r in own], **_look(k))
             axes.grid(visible=True)
             axes.minorticks_off()
             ticks = sorted({row["budget"] for row in rows})

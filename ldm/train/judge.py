@@ -41,7 +41,7 @@ class Probe(nn.Module):
     def probabilities(self, latents: Tensor, domain: str) -> dict[str, Tensor]:
         """attribute -> (B,) probability that each sample shows it."""
         p = torch.sigmoid(self(latents))
-        return {name: p[:, i] for i, (of, name) in enumerate(COLUMNS) if of == domain}
+        return {name: p[:, i] for i, (own, name) in enumerate(COLUMNS) if own == domain}
 
 
 def targets(data: PhantomSet) -> tuple[Tensor, Tensor]:
@@ -49,8 +49,8 @@ def targets(data: PhantomSet) -> tuple[Tensor, Tensor]:
     labels = torch.zeros(len(data), len(COLUMNS))
     mask = torch.zeros(len(data), len(COLUMNS))
     for i, ((domain, _), attributes) in enumerate(zip(data.keys, data.attributes, strict=True)):
-        for k, (of, name) in enumerate(COLUMNS):
-            if of == domain:
+        for k, (own, name) in enumerate(COLUMNS):
+            if own == domain:
                 mask[i, k] = 1.0
                 labels[i, k] = float(attributes[name])
     return labels, mask

@@ -61,8 +61,8 @@ class LatentCache:
 
     def moments(self, rows: NDArray[np.int64], flipped: Sequence[bool]) -> Tensor:
         """As of `Posteriors`."""
-        found = [self.shards[row // SHARD][row % SHARD, int(flip)] for row, flip in zip(rows, flipped, strict=True)]
-        return torch.from_numpy(np.stack(found))
+        stored = [self.shards[row // SHARD][row % SHARD, int(flip)] for row, flip in zip(rows, flipped, strict=True)]
+        return torch.from_numpy(np.stack(stored))
 
 
 class Uncached:
@@ -176,8 +176,8 @@ def require_space(folder: Path, needed: int, what: str, instead: str) -> None:
 def _name(recipe: str, files: NDArray[np.str_]) -> str:
     digest = hashlib.sha256(recipe.encode())
     for file in files:
-        found = os.stat(file)
-        digest.update(f"{file}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
+        stat = os.stat(file)
+        digest.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:32]
 
 

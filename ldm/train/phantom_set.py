@@ -46,8 +46,8 @@ class PhantomSet:
 
     def having(self, name: str) -> NDArray[np.int64]:
         """The indices of all images of a domain, or with an attribute."""
-        found = [name == d or a.get(name, False) for (d, _), a in zip(self.keys, self.attributes, strict=True)]
-        return np.flatnonzero(found)
+        shown = [name == d or a.get(name, False) for (d, _), a in zip(self.keys, self.attributes, strict=True)]
+        return np.flatnonzero(shown)
 
     def batch(self, indices: Sequence[int] | NDArray[np.integer]) -> Tensor:
         """(B, 3, S, S) float32 in [-1, 1], channels last in memory."""

@@ -20,10 +20,10 @@ from ldm.study import classifier as classifiers
 from ldm.study.evaluation import baselines, truth
 from ldm.study.evaluation.cells import cell_of_run
 from ldm.study.evaluation.instruments import Instruments
-from ldm.study.evaluation.processes import Processes
 from ldm.study.evaluation.run import Task, Workplace, evaluate_cell
 from ldm.study.evaluation.summary import Votes
 from ldm.study.evaluation.trajectories import measure, sampled
+from ldm.study.evaluation.workers import Worker
 from ldm.study.metrics import ground_truth
 from ldm.study.metrics.perceptual import load_lpips
 from ldm.traversal.plan import Traversal
@@ -48,7 +48,7 @@ def task_of(cell: Cell = CHEST, **other) -> Task:
 
 
 def evaluate(instruments: Instruments, out: Path, task: Task):
-    return evaluate_cell(Workplace(instruments, out, Processes()), task)
+    return evaluate_cell(Workplace(instruments, out, Worker()), task)
 
 
 # ---- the same numbers, however the work is cut -------------------------------------------------------

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ldm.phantom import render
-from ldm.study.report.explorer import Domain, Explorer, Frame, MapPoint, Patient, Trajectory, write
+from ldm.study.report.explorer import Domain, Explorer, Frame, MapPoint, PatientView, Trajectory, write
 
 SIZE = 64
 SWAP_STEPS = (40, 20, 5)
@@ -50,7 +50,7 @@ def phantom_domain(name, attributes, patients):
         neutral_prompt=NASTY,
         heads=heads,
         patients=tuple(
-            Patient(
+            PatientView(
                 seed=seed,
                 kind=kind,
                 title=f"{kind} {seed}",
@@ -169,7 +169,9 @@ def noise_explorer(frames, size):
         for i, (kind, image) in enumerate(zip(kinds, images, strict=True))
     )
     trajectory = Trajectory("noise", "Noise", "noise", sequence, None, (), None)
-    return Explorer("Noise", "none", "", (Domain("d", "D", "", (), (Patient(0, "generated", "0", (trajectory,)),)),))
+    return Explorer(
+        "Noise", "none", "", (Domain("d", "D", "", (), (PatientView(0, "generated", "0", (trajectory,)),)),)
+    )
 
 
 def test_images_are_compressed_until_the_page_is_small_enough(tmp_path):

@@ -22,7 +22,7 @@ from ldm.study.report.charts import _cosine
 from ldm.study.report.image_figures import evenly
 from ldm.study.report.latent_map import MAX_THUMBNAILS, beside, spread_out
 from ldm.study.report.plot_style import COLUMN_WIDTH, PAGE_WIDTH, looks, save_figure
-from ldm.study.report.plots import LatentMap, Material, NothingToDraw, tsne
+from ldm.study.report.plots import FigureImages, LatentMap, NothingToDraw, tsne
 from ldm.study.report.results import attributes
 
 TITLES = ["Chest X-ray", "Melanoma", "Melanocytic nevus"]
@@ -255,7 +255,7 @@ def test_a_thumbnail_without_room_is_left_out():
 
 def test_a_map_of_one_point_is_drawn(results):
     one = LatentMap(np.zeros((1, 2)), ["neutral"], [None], [0])
-    assert len(plots.figure_4(results, Material(tsne={"chest": one})).axes) == 1
+    assert len(plots.figure_4(results, FigureImages(tsne={"chest": one})).axes) == 1
 
 
 # ---- figures of numbers ----------------------------------------------------------------------------
@@ -390,8 +390,8 @@ def test_nothing_to_draw_is_said(draw):
 
 @pytest.mark.parametrize("draw", [plots.figure_1, plots.figure_3, plots.figure_4, plots.figure_6])
 def test_no_material_is_said(draw, results):
-    with pytest.raises(NothingToDraw, match="material"):
-        draw(results, Material())
+    with pytest.raises(NothingToDraw, match="pictures"):
+        draw(results, FigureImages())
 
 
 def test_nulls_leave_gaps():
@@ -435,7 +435,7 @@ def test_write_figures_writes_what_there_is(results, material, tmp_path, caplog)
     first = chest["cells"]["chest"]["attributes"]["pleural_effusion"]
     chest["cells"]["chest"]["attributes"] = {"pleural_effusion": {**first, "truth": None, "baselines": None}}
     caplog.set_level("INFO")
-    written = plots.write_figures(chest, Material(rows={"chest": material.rows["chest"]}), tmp_path)
+    written = plots.write_figures(chest, FigureImages(rows={"chest": material.rows["chest"]}), tmp_path)
     names = ["figure_1", "figure_3", "figure_5", "figure_cfrt", "figure_3_chest", "figure_5_chest"]
     assert [path.name for path in written] == [f"{name}.{ending}" for name in names for ending in ("png", "pdf")]
     assert sorted((tmp_path / "figures").iterdir()) == sorted(written)  # no partial file is left

@@ -139,7 +139,7 @@ def test_the_report_is_that_of_the_arrays(table):
 @pytest.mark.parametrize(
     ("attribute", "steps", "message"),
     [
-        ("efusion", (5,), r"attribute: no 'efusion' among .*, did you mean 'effusion'\?"),
+        ("efusion", (5,), r"attribute: no 'efusion' among .*; did you mean 'effusion'\?"),
         ("ink", (5,), r"attribute: no 'ink' among \['support_devices', 'effusion'\]$"),
         ("effusion", (5, 20), r"swap steps: the table has \[5, 10, 15, 45\], not \[20\]"),
         ("effusion", (), "averaged: expected some of the swap steps"),

@@ -9,7 +9,7 @@ import torch
 from ldm_tools import traps
 from ldm_tools.traps import sampling, text, unet, vae
 from ldm_tools.traps.command import TRAPS, Drift, Result, carried_out
-from ldm_tools.traps.recipe import Job, Recipe, decode, draw
+from ldm_tools.traps.conventions import Conventions, Job, decode, draw
 
 import ldm
 from ldm.blocks import Downsample
@@ -29,12 +29,12 @@ def sd() -> StableDiffusion:
 
 
 @pytest.fixture(scope="module")
-def right(sd: StableDiffusion) -> Recipe:
-    return Recipe.right(sd)
+def right(sd: StableDiffusion) -> Conventions:
+    return Conventions.right(sd)
 
 
 @pytest.fixture(scope="module")
-def right_result(right: Recipe) -> Result:
+def right_result(right: Conventions) -> Result:
     return carried_out(right, JOB, None)
 
 

@@ -20,7 +20,7 @@ from ldm.study import classifier as classifiers
 from ldm.study.metrics.stats import or_none
 from ldm.study.report.plot_style import save_figure
 from ldm.study.structure import ablation, ablation_figures
-from ldm.study.structure.ablation import Bench, Intact, Removed
+from ldm.study.structure.ablation import Ablation, Intact, Removed
 from ldm.study.structure.domains import Settings, chosen_domains
 from ldm.traversal.figures import Pixels
 from ldm.traversal.plan import parse_integers
@@ -54,22 +54,22 @@ def run(args: argparse.Namespace) -> None:
     ablation.windows(settings.steps, args.windows)  # refused before the weights are read
     sd = load_model(args)
     removable = parts(sd.unet, args.kinds.split(","))
-    found: dict[str, Any] = {}
+    domains: dict[str, Any] = {}
     images: dict[tuple[str, str], list[Pixels]] = defaultdict(list)
     for name, cell in cells.items():
-        found[name], shown = measure(sd, cell, settings, removable, args.windows)
+        domains[name], shown = measure(sd, cell, settings, removable, args.windows)
         for row, pixels in shown.items():
             images[row] += pixels
 
-    titles = [title for of in found.values() for title in ("neutral", *of["attributes"].values())]
+    titles = [title for entry in domains.values() for title in ("neutral", *entry["attributes"].values())]
     figures = {
-        "injection": ablation_figures.figure_injection(found),
-        "images": ablation_figures.figure_images([(*row, of) for row, of in images.items()], titles),
+        "injection": ablation_figures.figure_injection(domains),
+        "images": ablation_figures.figure_images([(*row, pixels) for row, pixels in images.items()], titles),
     }
     if set(args.kinds.split(",")) != {HEAD}:
-        figures["parts"] = ablation_figures.figure_parts(found)
+        figures["parts"] = ablation_figures.figure_parts(domains)
     if HEAD in args.kinds.split(","):
-        figures["heads"] = ablation_figures.figure_heads(found)
+        figures["heads"] = ablation_figures.figure_heads(domains)
     for name, figure in figures.items():
         save_figure(figure, args.out / name)
     write_json(
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
             "seeds": settings.seeds,
             "steps": settings.steps,
             "guidance": settings.guidance,
-            "domains": found,
+            "domains": domains,
         },
     )
     print(f"look at {', '.join(f'{args.out / name}.png' for name in figures)}")
@@ -95,23 +95,23 @@ def measure(
     total += ablation.rows_of_injections(len(layers), count, len(attributes), settings)
     classifier = classifiers.load(classifiers.PHANTOM_CLASSIFIERS[cell.name])
     with tqdm(total=total, desc=f"{cell.name}: U-Net rows", unit="row", mininterval=1) as bar:
-        bench = Bench(sd, cell, classifier, settings, bar.update)
-        intact = bench.intact()
+        whole = Ablation(sd, cell, classifier, settings, bar.update)
+        intact = whole.intact()
         removed = []
         images = {("intact", ""): list(to_uint8(intact.images[:, 0]))}
         for part in removable:
-            removed.append(bench.remove(part, intact))
+            removed.append(whole.remove(part, intact))
             if part.kind in SHOWN_KINDS:
                 images[(f"no {part.kind}", part.label)] = list(to_uint8(removed[-1].images))
         probability = {name: [[0.0] * (count + 1) for _ in range(len(layers) + 1)] for name in attributes}
-        for layer, window, p in ablation.injections(bench, count):
+        for layer, window, p in ablation.injections(whole, count):
             for name, value in zip(attributes, p.mean(dim=1).tolist(), strict=True):
                 probability[name][layer][window] = value
     spans = [f"{window.start}\N{EN DASH}{window.stop - 1}" for window in ablation.windows(settings.steps, count)]
     return {
         "attributes": {name: cell.title_of(name) for name in attributes},
         "intact": intact_entry(intact, attributes),
-        "parts": [part_entry(of, attributes) for of in removed],
+        "parts": [part_entry(one, attributes) for one in removed],
         "injection": {
             "layers": layers,
             "labels": [short(layer) for layer in layers],

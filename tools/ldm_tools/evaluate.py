@@ -21,8 +21,8 @@ from ldm.study import classifier as classifiers
 from ldm.study.evaluation import report
 from ldm.study.evaluation.cells import cell_of_run
 from ldm.study.evaluation.instruments import Instruments
-from ldm.study.evaluation.processes import Processes
 from ldm.study.evaluation.run import Task, Workplace, check, evaluate_cell
+from ldm.study.evaluation.workers import Worker
 from ldm.study.metrics import perceptual, predictions
 from ldm.traversal.plan import Traversal, parse_integers
 from ldm_tools import options
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"RUN: {[str(folder) for folder in args.runs]} end in the same name, rename one")
     datasets = {name: counts for folder in args.data for name, counts in count(folder).items()}
 
-    processes = Processes.join()
+    worker = Worker.join()
     sd = options.load_model(args)
     graphed = options.graphed_unet(args, sd)
     lpips = perceptual.load_lpips(args.lpips, fetch=args.fetch)
@@ -131,13 +131,13 @@ def run(args: argparse.Namespace) -> None:
         file: Instruments(sd, classifiers.load(file, sd.device), file, lpips, graphed) for file in set(files.values())
     }
     places = {
-        name: Workplace(instruments[file], args.out, processes, options.max_batch(args)) for name, file in files.items()
+        name: Workplace(instruments[file], args.out, worker, options.max_batch(args)) for name, file in files.items()
     }
     check(tasks, places)
     torch.set_num_threads(args.threads)  # sums of several threads are taken in another order
     results = {task.cell.name: evaluate_cell(places[task.cell.name], task) for task in tasks}
-    processes.leave()
-    if not processes.first:
+    worker.leave()
+    if not worker.first:
         return
     metrics = report.assemble(tasks, places, results, command_line(), datasets)
     write_json(args.out / "metrics.json", metrics)

@@ -262,12 +262,12 @@ def read(args: argparse.Namespace, processes: Processes) -> LabelledImages:
         data = data.select((data.observations[known] == 1).to_numpy())
     if not len(data):
         raise ValueError(f"--data: no image of {args.data} is left" + (f" that shows {args.only}" if args.only else ""))
-    found = args.out / "scan.json"
+    scan = args.out / "scan.json"
     if processes.first:
         args.out.mkdir(parents=True, exist_ok=True)
-        images.usable(data.files, args.max_bad, args.workers, found)
+        images.usable(data.files, args.max_bad, args.workers, scan)
     processes.any(False)  # the others wait, and find what the first one found
-    return data.select(images.usable(data.files, args.max_bad, args.workers, found))
+    return data.select(images.usable(data.files, args.max_bad, args.workers, scan))
 
 
 def recipe_of(args: argparse.Namespace, data_set: str, count: int) -> FineTuning:

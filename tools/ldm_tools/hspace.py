@@ -49,13 +49,13 @@ def run(args: argparse.Namespace) -> None:
     sd = load_model(args)
     places = sd.unet.find_places(*args.places.split(","))
     rows = sum(1 + len(cell.styles) * len(swap_steps) for cell in cells.values())
-    found: dict[str, Any] = {}
+    attributes: dict[str, Any] = {}
     with tqdm(total=rows * len(seeds) * args.steps, desc="U-Net rows", unit="row", mininterval=1) as bar:
         for cell in cells.values():
-            found |= measure(sd, cell, seeds, swap_steps, places, args, bar)
+            attributes |= measure(sd, cell, seeds, swap_steps, places, args, bar)
 
-    save_figure(bottleneck_figures.figure_directions(found), args.out / "directions")
-    save_figure(bottleneck_figures.figure_straightness(found), args.out / "straightness")
+    save_figure(bottleneck_figures.figure_directions(attributes), args.out / "directions")
+    save_figure(bottleneck_figures.figure_straightness(attributes), args.out / "straightness")
     write_json(
         args.out / "hspace.json",
         {
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
             "steps": args.steps,
             "guidance": args.guidance,
             "places": places,
-            "attributes": found,
+            "attributes": attributes,
         },
     )
     print(f"look at {args.out / 'directions.png'} and straightness.png")
@@ -89,7 +89,7 @@ def measure(
     return {
         attribute: {
             "title": cell.title_of(attribute),
-            "spaces": {name: bottleneck.report(of, i, swap_steps) for name, of in by_space.items()},
+            "spaces": {name: bottleneck.report(seen, i, swap_steps) for name, seen in by_space.items()},
         }
         for i, attribute in enumerate(cell.styles)
     }

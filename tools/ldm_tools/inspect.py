@@ -143,7 +143,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
     text.append("  keys: " + ", ".join(f"{len(names)} {kind}" for kind, names in counts.items()))
     text += [f"    missing      {name}" for name in keys["missing"]]
     text += [f"    unexpected   {name}" for name in keys["unexpected"]]
-    text += [f"    wrong shape  {name} {found}, expected {expected}" for name, found, expected in keys["wrong_shape"]]
+    text += [f"    wrong shape  {name} {shape}, expected {expected}" for name, shape, expected in keys["wrong_shape"]]
     return text
 
 
@@ -259,8 +259,10 @@ def describe_change(
     f = whole_config(examined).vae.downscale
     height, width = parse_size(size) or (f * config.sample_size,) * 2
     costs = [trace.by_part(trace.trace_unet(unet, (height // f, width // f), batch)) for unet in (before, after)]
-    rows = {part: [of.get(part, trace.Cost(0, 0, 0)) for of in costs] for part in dict.fromkeys([*costs[0], *costs[1]])}
-    rows["total"] = [trace.Cost.of(of.values()) for of in costs]
+    rows = {
+        part: [cost.get(part, trace.Cost(0, 0, 0)) for cost in costs] for part in dict.fromkeys([*costs[0], *costs[1]])
+    }
+    rows["total"] = [trace.Cost.of(cost.values()) for cost in costs]
     text = ["", "  the U-Net changed: " + ", ".join(_differences(before.config, config)) or "nothing"]
     text += [f"    {line}" for line in str(transplant).splitlines()]
     text += [f"    {'':16} {'parameters before':>18} {'after':>14} {'GFLOP before':>13} {'after':>10}"]

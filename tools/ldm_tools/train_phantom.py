@@ -154,7 +154,7 @@ def train_unet(
     def draw_by_kind(batch: Mapping[str, int]) -> Callable[[int], NDArray[np.int64]]:
         kinds = {name: data.having(name) for name in batch}
         return lambda step: np.concatenate(
-            [of[draw(args.seed, step, len(of), batch[name])] for name, of in kinds.items()]
+            [rows[draw(args.seed, step, len(rows), batch[name])] for name, rows in kinds.items()]
         )
 
     rounds = [("unet", UNET, lambda step: draw(args.seed, step, len(latents), UNET_BATCH))]

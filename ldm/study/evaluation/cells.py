@@ -19,8 +19,8 @@ def cell_of_run(folder: Path) -> tuple[Cell, Traversal]:
     record: dict[str, Any] = read_record(folder)
     if not (folder / "latents.safetensors").exists() or "styles" not in record:
         partial = folder / "partial"
-        found = "one that was cut off: run the same `ldm traverse` again to finish it" if partial.exists() else "none"
-        raise ValueError(f"{folder}: expected a finished traversal (run.json and latents.safetensors), found {found}")
+        what = "one that was cut off: run the same `ldm traverse` again to finish it" if partial.exists() else "none"
+        raise ValueError(f"{folder}: expected a finished traversal (run.json and latents.safetensors), found {what}")
     try:
         plan = _plan_of(record)
     except KeyError as missing:

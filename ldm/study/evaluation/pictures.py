@@ -20,7 +20,7 @@ from ldm.study.evaluation.trajectories import stacked
 from ldm.study.evaluation.truth import Patient
 from ldm.study.metrics.directions import cosine_matrix
 from ldm.study.report import explorer
-from ldm.study.report.image_figures import LatentMap, Material
+from ldm.study.report.image_figures import FigureImages, LatentMap
 from ldm.study.report.latent_map import tsne
 from ldm.traversal.plan import Traversal
 from ldm.traversal.run_folder import bezier_name, curves, image_path, swap_name
@@ -83,7 +83,7 @@ def read(run: Path, plan: Traversal, seed: int) -> Shown:
 
 def material(
     shown: Mapping[str, Sequence[Shown]], plans: Mapping[str, Traversal], maps: Mapping[str, LatentMap]
-) -> Material:
+) -> FigureImages:
     """What the paper's figures show: cell -> seeds."""
     rows = {
         cell: {
@@ -95,7 +95,7 @@ def material(
         cell: {of.seed: {name: curve_strip(of, a) for a, name in enumerate(plans[cell].styles)} for of in seeds}
         for cell, seeds in shown.items()
     }
-    return Material(rows, along, maps)
+    return FigureImages(rows, along, maps)
 
 
 def swap_strip(shown: Shown, plan: Traversal, a: int) -> list[tuple[str, Pixels]]:
@@ -148,7 +148,7 @@ def domain(
     instruments: Instruments,
     cell: Cell,
     plan: Traversal,
-    patients: Sequence[explorer.Patient],
+    patients: Sequence[explorer.PatientView],
     at: LatentMap | None,
     summary: Sequence[tuple[str, Mapping[str, str]]] = (),
 ) -> explorer.Domain:
@@ -166,21 +166,21 @@ def domain(
     )
 
 
-def generated_patient(instruments: Instruments, cell: Cell, plan: Traversal, shown: Shown) -> explorer.Patient:
+def generated_patient(instruments: Instruments, cell: Cell, plan: Traversal, shown: Shown) -> explorer.PatientView:
     """A patient that the model drew, with the swaps and the curve of every attribute."""
     trajectories = [
         _trajectory(instruments, cell, plan, shown, a, curve_strip(shown, a)[1:], None) for a in range(len(plan.styles))
     ]
-    return explorer.Patient(shown.seed, "generated", f"seed {shown.seed}", tuple(trajectories))
+    return explorer.PatientView(shown.seed, "generated", f"seed {shown.seed}", tuple(trajectories))
 
 
-def rendered_patient(instruments: Instruments, cell: Cell, plan: Traversal, shown: Shown) -> explorer.Patient:
+def rendered_patient(instruments: Instruments, cell: Cell, plan: Traversal, shown: Shown) -> explorer.PatientView:
     """A rendered phantom that was inverted and edited, with the true counterfactuals."""
     truths = Patient.of(cell, shown.seed, len(shown.neutral)).counterfactuals
     trajectories = [
         _trajectory(instruments, cell, plan, shown, a, [], truth.to_uint8()) for a, truth in enumerate(truths)
     ]
-    return explorer.Patient(shown.seed, "rendered", f"rendered patient {shown.seed}", tuple(trajectories))
+    return explorer.PatientView(shown.seed, "rendered", f"rendered patient {shown.seed}", tuple(trajectories))
 
 
 def _trajectory(

@@ -105,10 +105,12 @@ def write(metrics: Json, tasks: Sequence[Task], places: Mapping[str, Workplace],
 
 def _decoded(place: Workplace, task: Task, count: int) -> list[pictures.Shown]:
     folder = place.trajectories(task)
-    found = []
+    decoded = []
     for seed in task.plan.seeds[:count]:
-        found.append(pictures.decode(place.instruments, task.plan, seed, *read_latents(folder, seed), pictures.POINTS))
-    return found
+        decoded.append(
+            pictures.decode(place.instruments, task.plan, seed, *read_latents(folder, seed), pictures.POINTS)
+        )
+    return decoded
 
 
 def _map(place: Workplace, task: Task, shown: Sequence[pictures.Shown]) -> LatentMap | None:
@@ -126,7 +128,7 @@ def _domain(
     count: int,
 ) -> explorer.Domain:
     cell, instruments = task.cell, place.instruments
-    patients = [pictures.generated_patient(instruments, cell, task.plan, of) for of in shown]
+    patients = [pictures.generated_patient(instruments, cell, task.plan, one) for one in shown]
     if task.truth_seeds:
         plan, folder = task.truth_plan, place.truth(task)
         for seed in range(min(count, task.truth_seeds)):
@@ -152,11 +154,11 @@ def _summary(cell: Json) -> list[tuple[str, dict[str, str]]]:
 
 
 def _short(node: object) -> str:
-    found = estimate(node)
-    if found is None:
+    figure = estimate(node)
+    if figure is None:
         return "-"
-    interval = "" if found.low is None or found.high is None else f" [{found.low:.2f}, {found.high:.2f}]"
-    return f"{found.value:.2f}{interval}"
+    interval = "" if figure.low is None or figure.high is None else f" [{figure.low:.2f}, {figure.high:.2f}]"
+    return f"{figure.value:.2f}{interval}"
 
 
 def headline(metrics: Json) -> str:
@@ -176,10 +178,10 @@ def of_table(scores: Json) -> str:
     """The report of one table of predictions, as the terminal shows it."""
     lines = [f"CFRT of {scores['attribute']}, mean of swap steps {', '.join(map(str, scores['swap_steps']))}"]
     for reading in READINGS:
-        found = scores["cfrt"][reading]
-        counts = ", ".join(f"{name} {found[name]}" for name in ("n", "ties", "dropped"))
-        chance = f", chance {found['chance']:.2f}" if found["chance"] is not None else ""
-        lines.append(f"  {reading:16} {_short(found):22} {counts}{chance}")
+        verdict = scores["cfrt"][reading]
+        counts = ", ".join(f"{name} {verdict[name]}" for name in ("n", "ties", "dropped"))
+        chance = f", chance {verdict['chance']:.2f}" if verdict["chance"] is not None else ""
+        lines.append(f"  {reading:16} {_short(verdict):22} {counts}{chance}")
     present = scores["flip_rate"]["already_present"]
     lines.append(f"  {'flip rate':16} {_short(scores['flip_rate']):22} already present before {present}")
     lines.append(f"  {'target change':16} {_short(scores['target_change'])}")

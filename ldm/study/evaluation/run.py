@@ -23,8 +23,8 @@ from ldm.phantom.prompts import Cell
 from ldm.study.evaluation import baselines, summary, truth
 from ldm.study.evaluation.cells import CLASS_HEAD
 from ldm.study.evaluation.instruments import Instruments
-from ldm.study.evaluation.processes import Processes
 from ldm.study.evaluation.trajectories import FRAMES, SampleSeed, check_run, from_run, measure, sampled, stacked
+from ldm.study.evaluation.workers import Worker
 from ldm.traversal.plan import Traversal
 from ldm.traversal.run_folder import latent_shape
 from ldm.traversal.store import SeedFolder
@@ -68,7 +68,7 @@ class Workplace:
 
     instruments: Instruments
     out: Path
-    processes: Processes
+    worker: Worker
     max_batch: int | None = None
 
     def trajectories(self, task: Task) -> SeedFolder:
@@ -153,7 +153,7 @@ def evaluate_cell(place: Workplace, task: Task) -> Json | None:
     if task.truth_seeds:
         for name, report in _truth(place, task, votes).items():
             result["attributes"][name]["truth"] = report
-    return result if place.processes.first else None
+    return result if place.worker.first else None
 
 
 def _baselines(
@@ -216,12 +216,12 @@ def fill(
 ) -> None:
     """Compute the seeds that a folder lacks, this process its share, and wait for the others."""
     done = folder.seeds()
-    place.processes.wait()  # all have looked before any writes
-    mine = place.processes.share([seed for seed in seeds if seed not in done])
+    place.worker.wait()  # all have looked before any writes
+    mine = place.worker.share([seed for seed in seeds if seed not in done])
     label = f"{task.cell.name}: {folder.folder.name}"
-    for seed in tqdm(mine, desc=label, unit="seed", mininterval=1, disable=not place.processes.first):
+    for seed in tqdm(mine, desc=label, unit="seed", mininterval=1, disable=not place.worker.first):
         folder.write(seed, compute(seed))
-    place.processes.wait()
+    place.worker.wait()
 
 
 def stack(folder: SeedFolder, seeds: Sequence[int]) -> dict[str, NDArray[np.float64]]:

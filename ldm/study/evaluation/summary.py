@@ -48,28 +48,28 @@ def summarise(
     votes: Votes,
     swap_steps: Sequence[int],
     averaged: Sequence[int],
-    found: Arrays,
+    measured: Arrays,
     lpips: object,
 ) -> Json:
     """The paper's figures of one cell.
 
-    Args:    swap_steps: the S steps.  averaged: those that CFRT averages.  found: of all seeds.
+    Args:    swap_steps: the S steps.  averaged: those that CFRT averages.  measured: of all seeds.
              lpips: an `Unavailable` says why its figures are missing.
     """
-    neutral = found["probabilities.neutral"]
-    swaps = cfrt(**votes.arguments(neutral, found["probabilities.swaps"]), swap_steps=swap_steps, averaged=averaged)
-    curve = cfrt(**votes.arguments(neutral, found["probabilities.curve"]), swap_steps=FRAMES)
+    neutral = measured["probabilities.neutral"]
+    swaps = cfrt(**votes.arguments(neutral, measured["probabilities.swaps"]), swap_steps=swap_steps, averaged=averaged)
+    curve = cfrt(**votes.arguments(neutral, measured["probabilities.curve"]), swap_steps=FRAMES)
     attributes = {}
     for a, name in enumerate(votes.attributes):
-        cosines = directions.cosine_summary(found["cosines"][:, a], swap_steps)
-        geometries = [dict(zip(PATH_FIGURES, row, strict=True)) for row in found["path"][:, a]]
+        cosines = directions.cosine_summary(measured["cosines"][:, a], swap_steps)
+        geometries = [dict(zip(PATH_FIGURES, row, strict=True)) for row in measured["path"][:, a]]
         attributes[name] = {
             "title": cell.title_of(name),
             "prompt": cell.styles[name],
             "swaps": swaps[name],
             "interpolations": curve[name],
-            "lpips": {"unavailable": str(lpips)} if isinstance(lpips, Unavailable) else _distance(found, "lpips", a),
-            "ssim": _distance(found, "ssim", a),
+            "lpips": {"unavailable": str(lpips)} if isinstance(lpips, Unavailable) else _distance(measured, "lpips", a),
+            "ssim": _distance(measured, "ssim", a),
             "directions": {
                 "swap_steps": cosines["swap_steps"],
                 "n": cosines["n"],
@@ -83,9 +83,9 @@ def summarise(
     return {"title": cell.title, "neutral_prompt": cell.neutral, "n": len(neutral), "attributes": attributes}
 
 
-def _distance(found: Arrays, name: str, a: int) -> Json:
+def _distance(measured: Arrays, name: str, a: int) -> Json:
     """The mean over all swap steps, or frames, and seeds; and of each swap step alone."""
-    swaps, curve = found[f"{name}.swaps"][:, a], found[f"{name}.curve"][:, a]
+    swaps, curve = measured[f"{name}.swaps"][:, a], measured[f"{name}.curve"][:, a]
     return {
         "swaps": {**stats.mean(swaps.mean(axis=1)), "per_swap_step": _means(swaps)},
         "interpolations": stats.mean(curve.mean(axis=1)),
@@ -93,19 +93,19 @@ def _distance(found: Arrays, name: str, a: int) -> Json:
 
 
 def compare_baselines(
-    votes: Votes, swap_steps: Sequence[int], averaged: Sequence[int], found: Arrays, methods: Arrays
+    votes: Votes, swap_steps: Sequence[int], averaged: Sequence[int], measured: Arrays, methods: Arrays
 ) -> dict[str, Json]:
     """Every baseline's report, by attribute, each with its difference to ours on the same seeds.
 
-    Args:    found: ours, of the seeds that the baselines have.  methods: see `baselines.measure_baselines`.
+    Args:    measured: ours, of the seeds that the baselines have.  methods: see `baselines.measure_baselines`.
     Returns: attribute -> method -> the report of `cfrt`, and difference: reading -> baseline minus ours, with a
              bootstrap interval over the seeds.
     """
-    neutral = found["probabilities.neutral"]
+    neutral = measured["probabilities.neutral"]
     columns = [list(swap_steps).index(s) for s in averaged]
     ours = {
-        **dict.fromkeys(SWAP_METHODS, found["probabilities.swaps"][:, :, columns]),
-        **dict.fromkeys(CURVE_METHODS, found["probabilities.curve"]),
+        **dict.fromkeys(SWAP_METHODS, measured["probabilities.swaps"][:, :, columns]),
+        **dict.fromkeys(CURVE_METHODS, measured["probabilities.curve"]),
     }
     compared: dict[str, Json] = {name: {} for name in votes.attributes}
     for method, edited in methods.items():
@@ -123,24 +123,26 @@ def compare_baselines(
     return compared
 
 
-def summarise_truth(votes: Votes, swap_steps: Sequence[int], averaged: Sequence[int], found: Arrays) -> dict[str, Json]:
+def summarise_truth(
+    votes: Votes, swap_steps: Sequence[int], averaged: Sequence[int], measured: Arrays
+) -> dict[str, Json]:
     """Ground truth by attribute, with the floor of autoencoder and inversion beside it.
 
     CFRT here is counted against the retraced image; its ceiling is that of the rendered pairs.
     """
-    original, neutral = found["probabilities.original"], found["probabilities.neutral"]
-    swaps = cfrt(**votes.arguments(neutral, found["probabilities.swaps"]), swap_steps=swap_steps, averaged=averaged)
-    ceiling = cfrt(**votes.arguments(original, found["probabilities.truth"][:, :, None]))
+    original, neutral = measured["probabilities.original"], measured["probabilities.neutral"]
+    swaps = cfrt(**votes.arguments(neutral, measured["probabilities.swaps"]), swap_steps=swap_steps, averaged=averaged)
+    ceiling = cfrt(**votes.arguments(original, measured["probabilities.truth"][:, :, None]))
     reports = {}
     for a, name in enumerate(votes.attributes):
         k = votes.columns[votes.heads.index(name)]
         curves = {
-            "skill": found["skill"],
-            "leakage": found["leakage"],
-            "retrieval": found["retrieved"],
-            "oracle": found["oracle"],
+            "skill": measured["skill"],
+            "leakage": measured["leakage"],
+            "retrieval": measured["retrieved"],
+            "oracle": measured["oracle"],
         }
-        strength = ground_truth.edit_strength_correlation(found["probabilities.swaps"][:, a, :, k], swap_steps)
+        strength = ground_truth.edit_strength_correlation(measured["probabilities.swaps"][:, a, :, k], swap_steps)
         reports[name] = {
             "n": len(neutral),
             "swaps": swaps[name],
@@ -160,12 +162,12 @@ def summarise_truth(votes: Votes, swap_steps: Sequence[int], averaged: Sequence[
                 },
             },
             "floor": {
-                "psnr": stats.mean(found["floor.psnr_db"])["value"],
-                "latent": stats.mean(found["floor.latent"])["value"],
-                "skill": stats.mean(found["floor.skill"][:, a])["value"],
-                "leakage": stats.mean(found["floor.leakage"][:, a])["value"],
-                "retrieval": stats.share(found["floor.retrieved"][:, a])["value"],
-                "oracle": stats.share(found["floor.oracle"])["value"],
+                "psnr": stats.mean(measured["floor.psnr_db"])["value"],
+                "latent": stats.mean(measured["floor.latent"])["value"],
+                "skill": stats.mean(measured["floor.skill"][:, a])["value"],
+                "leakage": stats.mean(measured["floor.leakage"][:, a])["value"],
+                "retrieval": stats.share(measured["floor.retrieved"][:, a])["value"],
+                "oracle": stats.share(measured["floor.oracle"])["value"],
             },
             "strength_correlation": {key: strength[key] for key in ("value", "n", "interval")},
         }

@@ -242,7 +242,7 @@ def _curves(each: Sequence[_Table], a: int, seed: int) -> dict[str, Any]:
     k = each[0].heads.index(each[0].attributes[a])
     changes = [_changes(table, a) for table in each]
     outcomes = [_outcomes(table, a) for table in each]
-    shares = {reading: [stats.share(of[reading].success) for of in outcomes] for reading in READINGS}
+    shares = {reading: [stats.share(outcome[reading].success) for outcome in outcomes] for reading in READINGS}
     shares["flip_rate"] = [stats.share(_flips(table, a)) for table in each]
     on_target = np.stack([change[:, k] for change in changes], axis=1)
     low, high = stats.bootstrap_means(on_target, seed=seed)  # a resample serves all steps: it is the costly part

@@ -131,7 +131,7 @@ def _probability_columns(path: Path, header: Sequence[str]) -> dict[str, dict[st
             columns[match[2]][step] = where
     if not columns:
         raise ValueError(f"{path}: expected columns neutral_<attribute>, 5_<attribute>, ..., got {header[:4]}")
-    steps = {step for found in columns.values() for step in found}
+    steps = {step for by_step in columns.values() for step in by_step}
     interpolated = "neutral" not in steps and "0" in steps
     steps |= {"0"} if interpolated else {"neutral"}
     if fault := _describe_missing(columns, steps, header):

@@ -283,8 +283,8 @@ def figure_methods(results: Results) -> Figure:
 
 def _seeds(results: Results, method: Sequence[str]) -> str:
     """The seeds behind a method's CFRT, ", n = 8" or, where attributes differ, ", n = 5-8"; empty where none says."""
-    found = [number(find(a.scores, *method, "cfrt", MAIN_READING, "n")) for a in attributes(results)]
-    counts = sorted({n for n in found if n is not None})
+    seeds = [number(find(a.scores, *method, "cfrt", MAIN_READING, "n")) for a in attributes(results)]
+    counts = sorted({n for n in seeds if n is not None})
     span = f"{counts[0]}-{counts[-1]}" if len(counts) > 1 else "".join(f"{n}" for n in counts)
     return f", n = {span}" if span else ""
 

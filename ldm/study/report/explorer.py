@@ -82,7 +82,7 @@ class Trajectory:
 
 
 @dataclass(frozen=True)
-class Patient:
+class PatientView:
     """One seed: drawn by the model ("generated"), or a phantom that was encoded and edited ("rendered")."""
 
     seed: int
@@ -110,7 +110,7 @@ class Domain:
     title: str
     neutral_prompt: str
     heads: tuple[str, ...]  # titles of the classifier's heads; () where there is no classifier
-    patients: tuple[Patient, ...]
+    patients: tuple[PatientView, ...]
     map: tuple[MapPoint, ...] = ()
     summary: Sequence[tuple[str, Mapping[str, str]]] = ()  # attribute's title, metric -> text
 

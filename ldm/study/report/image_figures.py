@@ -40,7 +40,7 @@ class LatentMap:
 
 
 @dataclass(frozen=True)
-class Material:
+class FigureImages:
     """What the figures show besides numbers; any part may be empty, and its figures are then not drawn.
 
     rows: the swaps, labelled "neutral", "s = 45", ... "s = 5".  curves: samples of the Bezier curve, labelled
@@ -53,13 +53,13 @@ class Material:
 
 
 @styled
-def figure_1(results: Results, material: Material, frames: int = 4) -> Figure:
+def figure_1(results: Results, pictures: FigureImages, frames: int = 4) -> Figure:
     """The teaser: one start image a cell, and from it a short trajectory along each attribute, two to a line.
 
     Args:    frames: images a trajectory, besides the start.
     Raises:  NothingToDraw: without any trajectory.
     """
-    blocks = _blocks(results, material.curves or material.rows, seeds=1)
+    blocks = _blocks(results, pictures.curves or pictures.rows, seeds=1)
     side = (PAGE_WIDTH - 2 * MARGIN - 2 * 0.12 - 2 * (frames - 1) * GAP) / (1 + 2 * frames)
     line = side + LINE + 0.05
     lines = [(len(block.strips) + 1) // 2 for block in blocks]
@@ -82,7 +82,7 @@ def figure_1(results: Results, material: Material, frames: int = 4) -> Figure:
 
 @styled
 def figure_3(
-    results: Results, material: Material, cell: str | None = None, seeds: int = 1, change: bool = False
+    results: Results, pictures: FigureImages, cell: str | None = None, seeds: int = 1, change: bool = False
 ) -> Figure:
     """Swaps: a row for each attribute and seed, from the neutral image over late swaps to the earliest.
 
@@ -90,18 +90,20 @@ def figure_3(
     Raises:  NothingToDraw: without images of the swaps.
     """
     direction = "swap step s; the earlier the swap, the stronger the edit \N{RIGHTWARDS ARROW}"
-    return _grid(_blocks(results, material.rows, seeds, cell), 12, direction, change)
+    return _grid(_blocks(results, pictures.rows, seeds, cell), 12, direction, change)
 
 
 @styled
-def figure_6(results: Results, material: Material, cell: str | None = None, seeds: int = 1, columns: int = 9) -> Figure:
+def figure_6(
+    results: Results, pictures: FigureImages, cell: str | None = None, seeds: int = 1, columns: int = 9
+) -> Figure:
     """Along the Bezier curve: a row for each attribute and seed, from u = 0, the neutral image, to u = 1.
 
     Args:    cell: one cell; None: all.  seeds: how many.  columns: images a row, evenly chosen.
     Raises:  NothingToDraw: without images of the curve.
     """
     direction = "position u on the Bezier curve \N{RIGHTWARDS ARROW}"
-    return _grid(_blocks(results, material.curves, seeds, cell), columns, direction, change=False)
+    return _grid(_blocks(results, pictures.curves, seeds, cell), columns, direction, change=False)
 
 
 def evenly(strip: Strip, count: int) -> Strip:
@@ -132,16 +134,16 @@ def _blocks(results: Results, strips: Strips, seeds: int, only: str | None = Non
     blocks = []
     for cell, title in cells(results).items():
         of_seeds = strips.get(cell, {}) if only in (None, cell) else {}
-        found = [
+        titled = [
             _TitledStrip(attribute.title, seed, of_seeds[seed][attribute.key])
             for attribute in attributes(results, cell)
             for seed in sorted(of_seeds)[:seeds]
             if of_seeds[seed].get(attribute.key)
         ]
-        if found:
-            blocks.append(_Block(title, found))
+        if titled:
+            blocks.append(_Block(title, titled))
     if not blocks:
-        raise NothingToDraw(f"material: no images of cell {only!r}" if only else "material: no images of any cell")
+        raise NothingToDraw(f"pictures: no images of cell {only!r}" if only else "pictures: no images of any cell")
     return blocks
 
 

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike, NDArray
 
-from ldm.study.report.image_figures import LatentMap, Material
+from ldm.study.report.image_figures import FigureImages, LatentMap
 from ldm.study.report.plot_style import (
     COLUMN_WIDTH,
     PAGE_WIDTH,
@@ -62,14 +62,14 @@ def tsne(latents: ArrayLike, seed: int = 0) -> Floats:
 
 
 @styled
-def figure_4(results: Results, material: Material) -> Figure:
+def figure_4(results: Results, pictures: FigureImages) -> Figure:
     """The latents of each cell in the plane, coloured by attribute; a larger marker is an earlier swap.
 
     Raises:  NothingToDraw: without a map of any cell of the results.
     """
-    shown = [(title, material.tsne[cell]) for cell, title in cells(results).items() if cell in material.tsne]
+    shown = [(title, pictures.tsne[cell]) for cell, title in cells(results).items() if cell in pictures.tsne]
     if not shown:
-        raise NothingToDraw("material.tsne: no map of any cell")
+        raise NothingToDraw("pictures.tsne: no map of any cell")
     known = looks(results)
     present = {name for _, latent_map in shown for name in latent_map.attribute}
     legend = swatches([look for key, look in known.items() if key in present], line=False)

@@ -41,7 +41,7 @@ styled = matplotlib.rc_context(PARAMETERS)  # type: ignore[arg-type]
 
 
 class NothingToDraw(ValueError):
-    """The results or the material hold nothing of what a figure shows."""
+    """The results or the pictures hold nothing of what a figure shows."""
 
 
 @dataclass(frozen=True)

@@ -113,8 +113,8 @@ def series(values: Any, length: int) -> NDArray[np.float64]:
 
 def cells(results: Results) -> dict[str, str]:
     """The key of every cell with its title."""
-    found = find(results, "cells") or {}
-    return {key: str(find(cell, "title") or key) for key, cell in found.items()}
+    entries = find(results, "cells") or {}
+    return {key: str(find(cell, "title") or key) for key, cell in entries.items()}
 
 
 def attributes(results: Results, cell: str | None = None) -> list[Attribute]:

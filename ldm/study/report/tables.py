@@ -180,8 +180,8 @@ def table_path(results: Results) -> Table:
     shown = [a for a in attributes(results) if find(a.scores, "path", "first_direction")]
     for a in shown:
         along = find(a.scores, "path", "first_direction")
-        found = [estimate(find(a.scores, "path", measure)) for measure in measures]
-        rows.append((a.images, a.title, number(find(along, "n")), *found, estimate(find(along, "departs"))))
+        estimates = [estimate(find(a.scores, "path", measure)) for measure in measures]
+        rows.append((a.images, a.title, number(find(along, "n")), *estimates, estimate(find(along, "departs"))))
     for label, reference in (("Straight line", "straight"), ("Random walk", "walk")) if shown else ():
         known = [number(find(shown[0].scores, "path", measure, reference)) for measure in measures]
         rows.append((label, None, None, *known, None))

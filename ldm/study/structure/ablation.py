@@ -55,7 +55,7 @@ class Removed:
     images: Tensor
 
 
-class Bench:
+class Ablation:
     """One domain, one classifier, one setting: draws with an edited network and measures."""
 
     def __init__(
@@ -77,14 +77,14 @@ class Bench:
 
     def probabilities(self, images: Tensor) -> Tensor:
         """(K, B, 3, h, w) -> (K, B, A): how surely each image shows each attribute."""
-        found = self.classifier.probabilities(images.flatten(0, 1))[:, self.columns]
-        return found.unflatten(0, images.shape[:2])
+        p = self.classifier.probabilities(images.flatten(0, 1))[:, self.columns]
+        return p.unflatten(0, images.shape[:2])
 
     def intact(self) -> Intact:
         """The network as it is."""
         images = self.draw()
         change = (images[1:] - images[0]).abs().mean(dim=2)  # (A, B, h, w)
-        regions = np.stack([dilated(of.cpu().numpy() > CHANGED, DILATE_PX) for of in change])
+        regions = np.stack([dilated(moved.cpu().numpy() > CHANGED, DILATE_PX) for moved in change])
         mask = torch.from_numpy(regions)
         return Intact(images, mask, effects(self.probabilities(images)), outside_error(images, mask))
 
@@ -149,16 +149,16 @@ def windows(steps: int, count: int) -> list[range]:
     return [range(start, stop) for start, stop in pairwise(ends)]
 
 
-def injections(bench: Bench, count: int) -> Iterator[tuple[int, int, Tensor]]:
+def injections(ablation: Ablation, count: int) -> Iterator[tuple[int, int, Tensor]]:
     """The style in each layer alone, and all of them, during each window alone, and all of them.
 
     Yields: layer, window, (A, B) probabilities; the number of layers stands for all layers, that of windows for all.
     """
-    layers, steps = cross_attentions(bench.sd.unet), leading(bench.settings.steps)
-    times = [*windows(bench.settings.steps, count), range(bench.settings.steps)]
+    layers, steps = cross_attentions(ablation.sd.unet), leading(ablation.settings.steps)
+    times = [*windows(ablation.settings.steps, count), range(ablation.settings.steps)]
     for i, chosen in enumerate([*([layer] for layer in layers), layers]):
         for j, window in enumerate(times):
-            yield i, j, bench.inject(chosen, [steps[step] for step in window])
+            yield i, j, ablation.inject(chosen, [steps[step] for step in window])
 
 
 def rows_of_ablation(unet_parts: int, attributes: int, settings: Settings) -> int:

@@ -26,20 +26,20 @@ WRITTEN = 0.05  # smaller values are left blank, so that the map can be read
 
 
 @styled
-def figure_parts(found: Found) -> Figure:
+def figure_parts(domains: Found) -> Figure:
     """How much of each attribute's effect is lost without each part, and what else changes.
 
     The first map: intact effect minus that without the part, mean over seeds. The others: how far the edit spills over
     outside its region, and how far the neutral image moves, both in grey levels of 255.
     """
-    rows = _rows(found)
-    lost, titles = _lost(found, [name for _, name, _ in rows])
+    rows = _rows(domains)
+    lost, titles = _lost(domains, [name for _, name, _ in rows])
     side = {
-        "spill-over\nof the edit": _per_domain(found, [name for _, name, _ in rows], "identity"),
-        "change of\nneutral image": _per_domain(found, [name for _, name, _ in rows], "neutral"),
+        "spill-over\nof the edit": _per_domain(domains, [name for _, name, _ in rows], "identity"),
+        "change of\nneutral image": _per_domain(domains, [name for _, name, _ in rows], "neutral"),
     }
     figure = new_figure(PAGE_WIDTH, 0.135 * len(rows) + 1.6)
-    widths = [len(titles), *(len(found) for _ in side)]
+    widths = [len(titles), *(len(domains) for _ in side)]
     panels = figure.subplots(1, 3, sharey=True, squeeze=False, width_ratios=widths)[0]
     image = _map(panels[0], lost, SHARES, 0.0, 1.0)
     panels[0].set_xticks(range(len(titles)), titles, rotation=40, ha="right", rotation_mode="anchor")
@@ -47,7 +47,7 @@ def figure_parts(found: Found) -> Figure:
     panels[0].set_title("effect lost without the part")
     for panel, (title, values) in zip(panels[1:], side.items(), strict=True):
         greys = _map(panel, values, colormaps["Greys"], 0.0, max(20.0, float(np.nanmax(values))), digits=0)
-        panel.set_xticks(range(len(found)), list(found), rotation=40, ha="right", rotation_mode="anchor")
+        panel.set_xticks(range(len(domains)), list(domains), rotation=40, ha="right", rotation_mode="anchor")
         panel.set_title(title)
     _kinds(panels, [kind for kind, *_ in rows])
     figure.colorbar(image, ax=panels[0], orientation="horizontal", label="probability", aspect=40, pad=0.02)
@@ -56,13 +56,13 @@ def figure_parts(found: Found) -> Figure:
 
 
 @styled
-def figure_heads(found: Found) -> Figure:
+def figure_heads(domains: Found) -> Figure:
     """The same for each head of each cross-attention: a panel an attribute, a row a layer, a column a head."""
-    heads = {domain: [part for part in of["parts"] if part["kind"] == HEAD] for domain, of in found.items()}
+    heads = {domain: [part for part in entry["parts"] if part["kind"] == HEAD] for domain, entry in domains.items()}
     panels_of = [
-        (_title(of, name), _grid(heads[domain], of["intact"]["effect"][name], name))
-        for domain, of in found.items()
-        for name in of["attributes"]
+        (_title(entry, name), _grid(heads[domain], entry["intact"]["effect"][name], name))
+        for domain, entry in domains.items()
+        for name in entry["attributes"]
     ]
     layers = list(dict.fromkeys(part["label"] for part in next(iter(heads.values()))))
     figure, panels = _panels(len(panels_of), 4, 0.19 * len(layers) + 0.55)
@@ -78,17 +78,17 @@ def figure_heads(found: Found) -> Figure:
 
 
 @styled
-def figure_injection(found: Found) -> Figure:
+def figure_injection(domains: Found) -> Figure:
     """The style's context in one layer (row) during one window of steps (column), neutral everywhere else.
 
     The network's depth against the paper's time; the last row is all layers, the last column all steps.
     """
     panels_of = [
-        (_title(of, name), np.array(of["injection"]["probability"][name], np.float64))
-        for of in found.values()
-        for name in of["attributes"]
+        (_title(entry, name), np.array(entry["injection"]["probability"][name], np.float64))
+        for entry in domains.values()
+        for name in entry["attributes"]
     ]
-    injection = next(iter(found.values()))["injection"]
+    injection = next(iter(domains.values()))["injection"]
     layers, windows = [*injection["labels"], "all"], [*injection["windows"], "all"]
     figure, panels = _panels(len(panels_of), 4, 0.19 * len(layers) + 0.75)
     for i, (panel, (title, values)) in enumerate(zip(panels, panels_of, strict=True)):
@@ -126,29 +126,29 @@ def figure_images(rows: Sequence[tuple[str, str, Sequence[Pixels]]], titles: Seq
 # ---- what is drawn ---------------------------------------------------------------------------------
 
 
-def _rows(found: Found) -> list[tuple[str, str, str]]:
+def _rows(domains: Found) -> list[tuple[str, str, str]]:
     """Kind, name and label of every part but the heads, which have a figure of their own."""
-    parts = next(iter(found.values()))["parts"]
+    parts = next(iter(domains.values()))["parts"]
     return [(part["kind"], part["name"], part["label"]) for part in parts if part["kind"] != HEAD]
 
 
-def _lost(found: Found, names: Sequence[str]) -> tuple[Floats, list[str]]:
+def _lost(domains: Found, names: Sequence[str]) -> tuple[Floats, list[str]]:
     """(parts, attributes of all domains): intact effect minus that without the part; and the attributes' titles."""
     table, titles = [], []
-    for of in found.values():
-        by_name = {part["name"]: part for part in of["parts"]}
-        for attribute in of["attributes"]:
-            intact = of["intact"]["effect"][attribute]
+    for entry in domains.values():
+        by_name = {part["name"]: part for part in entry["parts"]}
+        for attribute in entry["attributes"]:
+            intact = entry["intact"]["effect"][attribute]
             table.append([intact - by_name[name]["effect"][attribute] for name in names])
-            titles.append(_title(of, attribute))
+            titles.append(_title(entry, attribute))
     return np.array(table).T, titles
 
 
-def _per_domain(found: Found, names: Sequence[str], key: str) -> Floats:
+def _per_domain(domains: Found, names: Sequence[str], key: str) -> Floats:
     """(parts, domains): a figure that has one value for all attributes."""
     table = []
-    for of in found.values():
-        by_name = {part["name"]: part for part in of["parts"]}
+    for entry in domains.values():
+        by_name = {part["name"]: part for part in entry["parts"]}
         table.append([by_name[name][key] for name in names])
     return np.array(table).T
 
@@ -161,8 +161,8 @@ def _grid(heads: Sequence[Mapping[str, Any]], intact: float, attribute: str) -> 
     return np.array(list(by_layer.values()))
 
 
-def _title(of: Mapping[str, Any], attribute: str) -> str:
-    return str(of["attributes"][attribute])
+def _title(entry: Mapping[str, Any], attribute: str) -> str:
+    return str(entry["attributes"][attribute])
 
 
 def _panels(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:

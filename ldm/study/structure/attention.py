@@ -34,14 +34,14 @@ Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
-class Patients:
+class MaskedImages:
     """Rendered images that show an attribute, and where."""
 
     images: Tensor  # (B, 3, H, W) in [-1, 1]
     masks: Bools  # (B, H, W)
 
     @classmethod
-    def render(cls, cell: Cell, attribute: str, seeds: Sequence[int], size: int) -> "Patients":
+    def render(cls, cell: Cell, attribute: str, seeds: Sequence[int], size: int) -> "MaskedImages":
         shown = [render(cell.domain or "", seed, {**cell.base, attribute: True}, size) for seed in seeds]
         return cls(
             from_uint8(np.stack([of.to_uint8() for of in shown])), np.stack([of.masks[attribute] for of in shown])

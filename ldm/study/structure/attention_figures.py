@@ -43,19 +43,19 @@ def figure_words(shown: Sequence[Shown]) -> Figure:
 
     Written below a map: the word's share of all attention.
     """
-    columns = 1 + max(len(of.words) for of in shown)
+    columns = 1 + max(len(one.words) for one in shown)
     side = (PAGE_WIDTH - LABEL - 0.25) / columns - GAP  # the last word slants beyond its image
     line = WORD + side + 0.13
     figure, axes = sheet(PAGE_WIDTH, TITLE + line * len(shown) + 0.05)
     title = "where each word looks (mean over layers, heads, steps), its share of attention; outlined, the true mask"
     axes.text(PAGE_WIDTH / 2, 0.15, title, fontsize=NORMAL, ha="center")
-    for r, of in enumerate(shown):
+    for r, one in enumerate(shown):
         y = TITLE + r * line + WORD
-        _row_title(axes, of.title, y + side / 2)
-        _picture(axes, of.image, of.mask, LABEL, y, side)
-        for c, (text, share, looked) in enumerate(of.words, start=1):
+        _row_title(axes, one.title, y + side / 2)
+        _picture(axes, one.image, one.mask, LABEL, y, side)
+        for c, (text, share, looked) in enumerate(one.words, start=1):
             x = LABEL + c * (side + GAP)
-            _overlay(axes, of, looked, x, y, side)
+            _overlay(axes, one, looked, x, y, side)
             axes.text(x + side / 3, y - 0.04, text, fontsize=6, rotation=45, ha="left", va="bottom")
             axes.text(x + side / 2, y + side + 0.09, f"{share:.0%}", fontsize=5.5, color=GREY, ha="center")
     return figure
@@ -76,38 +76,38 @@ def figure_depth_and_time(shown: Sequence[Shown]) -> Figure:
         axes.text((xs[first] + xs[last] + side) / 2, TITLE + 0.17, text, fontsize=SMALL, ha="center")
     title = "where the words that name the attribute look; outlined, the true mask"
     axes.text(PAGE_WIDTH / 2, 0.15, title, fontsize=NORMAL, ha="center")
-    for r, of in enumerate(shown):
+    for r, one in enumerate(shown):
         y = top + r * (side + GAP)
-        _row_title(axes, of.title, y + side / 2)
-        _picture(axes, of.image, of.mask, xs[0], y, side)
-        for x, (_, looked) in zip(xs[1:], [*of.layers, *of.steps], strict=True):
-            _overlay(axes, of, looked, x, y, side)
+        _row_title(axes, one.title, y + side / 2)
+        _picture(axes, one.image, one.mask, xs[0], y, side)
+        for x, (_, looked) in zip(xs[1:], [*one.layers, *one.steps], strict=True):
+            _overlay(axes, one, looked, x, y, side)
     return figure
 
 
 @styled
-def figure_overlap(found: Mapping[str, Any], columns: int = 4) -> Figure:
+def figure_overlap(attributes: Mapping[str, Any], columns: int = 4) -> Figure:
     """Intersection over union with the true mask over the steps, mean over layers: a panel an attribute."""
-    rows = -(-(len(found) + 1) // columns)  # the legend takes one place
+    rows = -(-(len(attributes) + 1) // columns)  # the legend takes one place
     figure = new_figure(PAGE_WIDTH, 1.55 * rows)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
-    for panel, of in zip(grid, found.values(), strict=False):
+    for panel, entry in zip(grid, attributes.values(), strict=False):
         for (group, label), colour, marker in zip(GROUPS.items(), COLOURS, MARKERS, strict=False):
-            values = np.array(of["overlap"][group]["all layers"], np.float64)
+            values = np.array(entry["overlap"][group]["all layers"], np.float64)
             every = max(1, len(values) // 5)
             panel.plot(values, color=colour, marker=marker, markevery=every, label=label, clip_on=False)
-        panel.axhline(of["ceiling"], color=GREY, linestyle="--", linewidth=0.8)
-        panel.axhline(of["chance"], color=GREY, linestyle=":", linewidth=0.8)
-        panel.set_title(of["title"])
+        panel.axhline(entry["ceiling"], color=GREY, linestyle="--", linewidth=0.8)
+        panel.axhline(entry["chance"], color=GREY, linestyle=":", linewidth=0.8)
+        panel.set_title(entry["title"])
         panel.grid(axis="y")
-    for i, panel in enumerate(grid[: len(found)]):
+    for i, panel in enumerate(grid[: len(attributes)]):
         panel.set_ylim(0, 1)
-        panel.tick_params(labelbottom=i + columns >= len(found))
+        panel.tick_params(labelbottom=i + columns >= len(attributes))
         if i % columns == 0:
             panel.set_ylabel("IoU with the mask")
-        if i + columns >= len(found):
+        if i + columns >= len(attributes):
             panel.set_xlabel("step, from noise")
-    for panel in grid[len(found) :]:
+    for panel in grid[len(attributes) :]:
         panel.axis("off")
     lines = [
         *(
@@ -117,17 +117,19 @@ def figure_overlap(found: Mapping[str, Any], columns: int = 4) -> Figure:
         Line2D([], [], color=GREY, linestyle="--", label="ceiling: the mask\non the finest grid"),
         Line2D([], [], color=GREY, linestyle=":", label="a random place"),
     ]
-    grid[len(found)].legend(handles=lines, loc="center left", borderaxespad=0)
+    grid[len(attributes)].legend(handles=lines, loc="center left", borderaxespad=0)
     return figure
 
 
 @styled
-def figure_layers(found: Mapping[str, Any]) -> Figure:
+def figure_layers(attributes: Mapping[str, Any]) -> Figure:
     """The same by layer, mean over steps: the attribute's words, and the tokens around the prompt."""
-    titles = [of["title"] for of in found.values()]
-    layers = [name for name in next(iter(found.values()))["overlap"]["own"] if name != "all layers"]
+    titles = [entry["title"] for entry in attributes.values()]
+    layers = [name for name in next(iter(attributes.values()))["overlap"]["own"] if name != "all layers"]
     tables = {
-        label: np.array([[np.mean(of["overlap"][group][layer]) for layer in layers] for of in found.values()])
+        label: np.array(
+            [[np.mean(entry["overlap"][group][layer]) for layer in layers] for entry in attributes.values()]
+        )
         for group, label in GROUPS.items()
     }
     highest = max(table.max() for table in tables.values())
@@ -161,15 +163,15 @@ def _picture(axes: Axes, image: Pixels, mask: NDArray[np.bool_], x: float, y: fl
     _outline(axes, mask, x, y, side)
 
 
-def _overlay(axes: Axes, of: Shown, looked: Floats, x: float, y: float, side: float) -> None:
+def _overlay(axes: Axes, one: Shown, looked: Floats, x: float, y: float, side: float) -> None:
     """A map over its image, darkened where it is low; from its lowest to its highest value."""
-    height, width = of.image.shape[:2]
+    height, width = one.image.shape[:2]
     span = looked.max() - looked.min()
     level = (looked - looked.min()) / (span if span > 0 else 1.0)
     heat = HEAT(_bilinear(level, height, width))[..., :3]
-    grey = of.image.mean(axis=-1, keepdims=True) / 255
+    grey = one.image.mean(axis=-1, keepdims=True) / 255
     axes.imshow(0.35 * grey + 0.65 * heat, extent=(x, x + side, y + side, y), aspect="auto")
-    _outline(axes, of.mask, x, y, side)
+    _outline(axes, one.mask, x, y, side)
 
 
 def _outline(axes: Axes, mask: NDArray[np.bool_], x: float, y: float, side: float) -> None:

@@ -34,17 +34,17 @@ MEASURES = {
 
 
 @styled
-def figure_directions(found: Mapping[str, Any]) -> Figure:
+def figure_directions(attributes: Mapping[str, Any]) -> Figure:
     """Cosines between the directions of all pairs of swap steps: a row a space, a column an attribute.
 
     Late swaps first, as in the paper's figure 5. The number is the mean over pairs of different swap steps.
     """
-    spaces = list(next(iter(found.values()))["spaces"])
+    spaces = list(next(iter(attributes.values()))["spaces"])
     figure = new_figure(PAGE_WIDTH, 0.92 * len(spaces) + 0.85)
-    panels = figure.subplots(len(spaces), len(found), squeeze=False, sharex=True, sharey=True)
+    panels = figure.subplots(len(spaces), len(attributes), squeeze=False, sharex=True, sharey=True)
     for row, space in zip(panels, spaces, strict=True):
-        for panel, of in zip(row, found.values(), strict=True):
-            summary = of["spaces"][space]["directions"]
+        for panel, entry in zip(row, attributes.values(), strict=True):
+            summary = entry["spaces"][space]["directions"]
             values = np.array(summary["mean"], np.float64)[::-1, ::-1]
             image = panel.imshow(values, vmin=-1, vmax=1, cmap=COSINES)
             steps = summary["swap_steps"][::-1]
@@ -56,8 +56,8 @@ def figure_directions(found: Mapping[str, Any]) -> Figure:
             off = values[~np.eye(len(values), dtype=bool)]
             panel.set_title(f"{np.nanmean(off):.2f}", fontsize=SMALL, pad=2)
         row[0].set_ylabel(space.replace(", ", ",\n"))
-    for panel, of in zip(panels[0], found.values(), strict=True):
-        panel.set_title(of["title"].replace(" ", "\n", 1) + "\n" + panel.get_title(), fontsize=SMALL, pad=2)
+    for panel, entry in zip(panels[0], attributes.values(), strict=True):
+        panel.set_title(entry["title"].replace(" ", "\n", 1) + "\n" + panel.get_title(), fontsize=SMALL, pad=2)
     for panel in panels[-1]:
         panel.set_xlabel("swap step s", fontsize=SMALL)
     figure.colorbar(image, ax=panels, label="cosine of the two directions", shrink=0.6, aspect=30)
@@ -67,26 +67,26 @@ def figure_directions(found: Mapping[str, Any]) -> Figure:
 
 
 @styled
-def figure_straightness(found: Mapping[str, Any]) -> Figure:
+def figure_straightness(attributes: Mapping[str, Any]) -> Figure:
     """How far each path is from a line, and how alike the directions of different seeds are; a dot a space.
 
     The lines through the dots are 95 % bootstrap intervals over seeds; dashed, what a straight line scores.
     """
-    titles, spaces = [of["title"] for of in found.values()], list(next(iter(found.values()))["spaces"])
+    titles, spaces = [entry["title"] for entry in attributes.values()], list(next(iter(attributes.values()))["spaces"])
     figure = new_figure(PAGE_WIDTH, 0.36 * len(titles) + 1.15)
     panels = figure.subplots(1, len(MEASURES) + 1, sharey=True)
     for i, space in enumerate(spaces):
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         offset = 0.6 * ((i + 0.5) / len(spaces) - 0.5)
-        for y, of in enumerate(found.values()):
-            measured = of["spaces"][space]
+        for y, entry in enumerate(attributes.values()):
+            measured = entry["spaces"][space]
             for panel, measure in zip(panels, MEASURES, strict=False):
                 score = measured["straightness"][measure]
                 panel.plot(np.array([score["value"]], np.float64), [y + offset], color=colour, marker=marker, zorder=3)
                 panel.plot(np.array(score["interval"], np.float64), [y + offset] * 2, color=colour)
             panels[-1].plot(_mean(measured["shared"]), y + offset, color=colour, marker=marker, zorder=3)
     for panel, (measure, label) in zip(panels, MEASURES.items(), strict=False):
-        straight = next(iter(found.values()))["spaces"][spaces[0]]["straightness"][measure]["straight"]
+        straight = next(iter(attributes.values()))["spaces"][spaces[0]]["straightness"][measure]["straight"]
         panel.axvline(straight, color=GREY, linestyle="--", linewidth=0.8)
         panel.set_xlabel(label)
     panels[-1].axvline(1, color=GREY, linestyle="--", linewidth=0.8)

@@ -25,14 +25,14 @@ def run(args: argparse.Namespace) -> None:
     if not args.weights.is_file() or args.base or args.ema:
         raise ValueError(f"--weights: got {args.weights}, expected a single file that needs neither --base nor --ema")
     sd = load_model(args)  # what is wrong with the file or the device is said here
-    found = traversal.load_against_read(args.weights, sd.device, sd.dtype, args.rounds)
-    found |= {"peak_memory_mib": round(harness.peak_memory_mib(sd.device)), "environment": harness.environment()}
+    result = traversal.load_against_read(args.weights, sd.device, sd.dtype, args.rounds)
+    result |= {"peak_memory_mib": round(harness.peak_memory_mib(sd.device)), "environment": harness.environment()}
     if args.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(result, indent=1))
         return
-    read = found["timings"]["read"]["median_ms"]
-    for name, timing in found["timings"].items():
+    read = result["timings"]["read"]["median_ms"]
+    for name, timing in result["timings"].items():
         print(
             f"{name:11} {timing['median_ms']:10.1f} ms  {timing['median_ms'] / read:6.2f} x the time to read the file"
         )
-    print(f"{found['bytes'] / 2**20:.1f} MiB on disk; {found['peak_memory_mib']} MiB at most")
+    print(f"{result['bytes'] / 2**20:.1f} MiB on disk; {result['peak_memory_mib']} MiB at most")

@@ -28,7 +28,7 @@ from ldm.traversal.plan import parse_integers
 from ldm.traversal.real_images import relative_error
 from ldm_tools.options import add_model, load_model
 from ldm_tools.traps import sampling, text, unet, vae
-from ldm_tools.traps.recipe import Job, Recipe, Trap, decode, draw, encode
+from ldm_tools.traps.conventions import Conventions, Job, Trap, decode, draw, encode
 
 COLUMNS = 6  # of the figure
 
@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> None:
     sd = load_model(args)
     if sd.dtype != torch.float32:
         raise ValueError(f"--dtype: got {args.dtype}, expected float32: smaller mistakes than rounding are measured")
-    right_recipe = Recipe.right(sd)
+    right_recipe = Conventions.right(sd)
     rights = {name: carried_out(right_recipe, job, None) for name, job in jobs.items()}
     wrongs: dict[str, dict[str, Result]] = {}
     for name, entry in tqdm(known.items(), disable=None, leave=False, desc="mistakes"):
@@ -194,7 +194,7 @@ def jobs_of(args: argparse.Namespace) -> dict[str, Job]:
     }
 
 
-def carried_out(recipe: Recipe, job: Job, images: NDArray[np.uint8] | None) -> Result:
+def carried_out(recipe: Conventions, job: Job, images: NDArray[np.uint8] | None) -> Result:
     """A job under a recipe; images: what is encoded and decoded, None: the images just drawn."""
     latents = draw(recipe, job)
     drawn = decode(recipe, latents)

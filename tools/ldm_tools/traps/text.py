@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from ldm.clip import MLP, CLIPTextEncoder, SelfAttention
 from ldm.fast import ops
 from ldm.tokenizer import Tokenizer
-from ldm_tools.traps.recipe import Recipe, replaced
+from ldm_tools.traps.conventions import Conventions, replaced
 
 
-def pad_token_zero(recipe: Recipe) -> Recipe:
+def pad_token_zero(recipe: Conventions) -> Conventions:
     """Prompts padded with token 0, "!", as open_clip's tokenizer does; SD1.5 pads with the end token 49407."""
 
     def tokens(tokenizer: Tokenizer, prompts: Sequence[str]) -> Tensor:
@@ -25,17 +25,17 @@ def pad_token_zero(recipe: Recipe) -> Recipe:
     return replace(recipe, tokens=tokens)
 
 
-def penultimate_layer(recipe: Recipe) -> Recipe:
+def penultimate_layer(recipe: Conventions) -> Conventions:
     """The hidden state before the last layer, normalised: that is SD2's choice."""
     return replace(recipe, context=lambda clip, ids: clip.text_model.final_layer_norm(clip.hidden_states(ids)[-2]))
 
 
-def no_final_norm(recipe: Recipe) -> Recipe:
+def no_final_norm(recipe: Conventions) -> Conventions:
     """The last hidden state without the final layer norm."""
     return replace(recipe, context=lambda clip, ids: clip.hidden_states(ids)[-1])
 
 
-def pooled(recipe: Recipe) -> Recipe:
+def pooled(recipe: Conventions) -> Conventions:
     """The embedding of the end token alone, at every position: CLIP's pooled output, meant for comparing."""
 
     def context(clip: CLIPTextEncoder, ids: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class _ErfMLP(nn.Module):
         return self.mlp.fc2(F.gelu(self.mlp.fc1(x)))
 
 
-def exact_gelu_in_clip(recipe: Recipe) -> Recipe:
+def exact_gelu_in_clip(recipe: Conventions) -> Conventions:
     """The exact GELU in CLIP: OpenAI's weights were trained with x sigmoid(1.702 x)."""
     return replace(recipe, clip=replaced(recipe.clip, MLP, _ErfMLP))
 
@@ -72,12 +72,12 @@ class _SeesAhead(nn.Module):
         return a.out_proj(ops.attention(a.q_proj(x), a.k_proj(x), a.v_proj(x), a.heads, causal=False))
 
 
-def no_causal_mask(recipe: Recipe) -> Recipe:
+def no_causal_mask(recipe: Conventions) -> Conventions:
     """CLIP's tokens see those after them."""
     return replace(recipe, clip=replaced(recipe.clip, SelfAttention, _SeesAhead))
 
 
-def no_positions(recipe: Recipe) -> Recipe:
+def no_positions(recipe: Conventions) -> Conventions:
     """Token embeddings without the learned vectors of their positions."""
     clip = copy.deepcopy(recipe.clip)
     clip.text_model.embeddings.position_embedding.weight.data.zero_()

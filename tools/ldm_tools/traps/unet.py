@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ldm.blocks import GEGLU, Attention, Downsample, SpatialTransformer, Upsample
 from ldm.unet import UNet, UpBlock, timestep_embedding
-from ldm_tools.traps.recipe import Recipe, replaced
+from ldm_tools.traps.conventions import Conventions, replaced
 
 
 class _Instead(nn.Module):
@@ -27,11 +27,11 @@ class _Instead(nn.Module):
         return self.wrong(self.module, *inputs)
 
 
-def _with(recipe: Recipe, kind: type[nn.Module], forward: Callable[..., Tensor]) -> Recipe:
+def _with(recipe: Conventions, kind: type[nn.Module], forward: Callable[..., Tensor]) -> Conventions:
     return replace(recipe, unet=replaced(recipe.unet, kind, lambda module: _Instead(module, forward)))
 
 
-def tanh_gelu(recipe: Recipe) -> Recipe:
+def tanh_gelu(recipe: Conventions) -> Conventions:
     """GELU's tanh approximation in the feed-forward's gate; SD1.5 has the exact one."""
 
     def forward(module: GEGLU, x: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def tanh_gelu(recipe: Recipe) -> Recipe:
     return _with(recipe, GEGLU, forward)
 
 
-def gate_first(recipe: Recipe) -> Recipe:
+def gate_first(recipe: Conventions) -> Conventions:
     """The first half of the projection as the gate; it is the second."""
 
     def forward(module: GEGLU, x: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def gate_first(recipe: Recipe) -> Recipe:
     return _with(recipe, GEGLU, forward)
 
 
-def one_epsilon(recipe: Recipe) -> Recipe:
+def one_epsilon(recipe: Conventions) -> Conventions:
     """1e-5 in every GroupNorm; in front of the transformers it is 1e-6."""
     unet = copy.deepcopy(recipe.unet)
     for module in unet.modules():
@@ -60,7 +60,7 @@ def one_epsilon(recipe: Recipe) -> Recipe:
     return replace(recipe, unet=unet)
 
 
-def sines_first(recipe: Recipe) -> Recipe:
+def sines_first(recipe: Conventions) -> Conventions:
     """The time embedding as [sin, cos], the transformer's order; SD1.5's is [cos, sin]."""
     unet = copy.deepcopy(recipe.unet)
     unet.set_submodule(
@@ -70,7 +70,7 @@ def sines_first(recipe: Recipe) -> Recipe:
     return replace(recipe, unet=unet)
 
 
-def frequencies_to_the_end(recipe: Recipe) -> Recipe:
+def frequencies_to_the_end(recipe: Conventions) -> Conventions:
     """Frequencies that reach 1/10000 (a division by half - 1, diffusers' default shift of 1); SD1.5's stop before."""
     unet = copy.deepcopy(recipe.unet)
     half = recipe.unet.config.widths[0] // 2
@@ -86,7 +86,7 @@ def frequencies_to_the_end(recipe: Recipe) -> Recipe:
     return replace(recipe, unet=unet)
 
 
-def heads_of_width_8(recipe: Recipe) -> Recipe:
+def heads_of_width_8(recipe: Conventions) -> Conventions:
     """`attention_head_dim: 8` of the published configuration read as the heads' width; it is their number."""
     unet = copy.deepcopy(recipe.unet)
     for module in unet.modules():
@@ -95,7 +95,7 @@ def heads_of_width_8(recipe: Recipe) -> Recipe:
     return replace(recipe, unet=unet)
 
 
-def heads_interleaved(recipe: Recipe) -> Recipe:
+def heads_interleaved(recipe: Conventions) -> Conventions:
     """Channels dealt out to the heads one by one, "(d h)"; a head is a run of neighbouring channels, "(h d)"."""
 
     def forward(module: Attention, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -109,7 +109,7 @@ def heads_interleaved(recipe: Recipe) -> Recipe:
     return _with(recipe, Attention, forward)
 
 
-def skips_first(recipe: Recipe) -> Recipe:
+def skips_first(recipe: Conventions) -> Conventions:
     """cat([skip, x]) on the way up; SD1.5 has cat([x, skip])."""
     unet = copy.deepcopy(recipe.unet)
     for block in unet.up_blocks:
@@ -130,7 +130,7 @@ def _skip_first(own: int) -> Callable[..., Tensor]:
     return lambda resnet, x, time: resnet(torch.cat([x[:, own:], x[:, :own]], dim=1), time)
 
 
-def bilinear_upsampling(recipe: Recipe) -> Recipe:
+def bilinear_upsampling(recipe: Conventions) -> Conventions:
     """Smooth upsampling; SD1.5 repeats each pixel."""
 
     def forward(module: Upsample, x: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def bilinear_upsampling(recipe: Recipe) -> Recipe:
     return _with(recipe, Upsample, forward)
 
 
-def asymmetric_padding(recipe: Recipe) -> Recipe:
+def asymmetric_padding(recipe: Conventions) -> Conventions:
     """The autoencoder's padding (right and bottom only) in the U-Net's downsamplers."""
 
     def forward(module: Downsample, x: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def asymmetric_padding(recipe: Recipe) -> Recipe:
     return _with(recipe, Downsample, forward)
 
 
-def wrong_time(recipe: Recipe) -> Recipe:
+def wrong_time(recipe: Conventions) -> Conventions:
     """The number of the step in place of the timestep: 49 ... 0 for 981 ... 1."""
     unet = copy.deepcopy(recipe.unet)
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ldm.blocks import Downsample
 from ldm.samplers import initial_noise
 from ldm.vae import DiagonalGaussian
-from ldm_tools.traps.recipe import Recipe, replaced
+from ldm_tools.traps.conventions import Conventions, replaced
 
 
 class Symmetric(nn.Module):
@@ -27,12 +27,12 @@ class Symmetric(nn.Module):
         return F.conv2d(x, self.conv.weight, self.conv.bias, stride=2, padding=1)
 
 
-def symmetric_padding(recipe: Recipe) -> Recipe:
+def symmetric_padding(recipe: Conventions) -> Conventions:
     """One pixel on every side in the encoder's downsamplers; SD1.5 pads right and bottom only."""
     return replace(recipe, vae=replaced(recipe.vae, Downsample, Symmetric))
 
 
-def epsilon(recipe: Recipe) -> Recipe:
+def epsilon(recipe: Conventions) -> Conventions:
     """1e-5, torch's default, in the autoencoder's norms; SD1.5 has 1e-6."""
     vae = copy.deepcopy(recipe.vae)
     for module in vae.modules():
@@ -41,22 +41,22 @@ def epsilon(recipe: Recipe) -> Recipe:
     return replace(recipe, vae=vae)
 
 
-def no_scale_in_decoding(recipe: Recipe) -> Recipe:
+def no_scale_in_decoding(recipe: Conventions) -> Conventions:
     """Latents decoded without the division by 0.18215."""
     return replace(recipe, decode_scale=1.0)
 
 
-def no_scale_in_encoding(recipe: Recipe) -> Recipe:
+def no_scale_in_encoding(recipe: Conventions) -> Conventions:
     """Latents of images without the factor 0.18215."""
     return replace(recipe, encode_scale=1.0)
 
 
-def half_precision(recipe: Recipe) -> Recipe:
+def half_precision(recipe: Conventions) -> Conventions:
     """Decoding in float16, whose largest number is 65504: published weights can pass it, and images come out black."""
     return replace(recipe, decode_dtype=torch.float16)
 
 
-def posterior_sampled(recipe: Recipe) -> Recipe:
+def posterior_sampled(recipe: Conventions) -> Conventions:
     """A sample of the posterior for an image that is to be edited; its mean loses less."""
 
     def pick(posterior: DiagonalGaussian) -> Tensor:
@@ -66,12 +66,12 @@ def posterior_sampled(recipe: Recipe) -> Recipe:
     return replace(recipe, pick=pick)
 
 
-def images_from_0_to_1(recipe: Recipe) -> Recipe:
+def images_from_0_to_1(recipe: Conventions) -> Conventions:
     """Images in [0, 1] into the encoder, which knows [-1, 1]."""
     return replace(recipe, to_network=lambda images: (images + 1) / 2)
 
 
-def truncated_bytes(recipe: Recipe) -> Recipe:
+def truncated_bytes(recipe: Conventions) -> Conventions:
     """Pixels cut off to whole numbers, as in the original code; rounding is nearer."""
 
     def to_bytes(images: Tensor) -> NDArray[np.uint8]:

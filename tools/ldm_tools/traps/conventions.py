@@ -40,7 +40,7 @@ class Job:
 
 
 @dataclass(frozen=True, eq=False)
-class Recipe:
+class Conventions:
     """SD1.5's conventions, one a field. Letters: B seeds, L tokens, D context width, S steps."""
 
     tokenizer: Tokenizer
@@ -65,18 +65,18 @@ class Recipe:
     to_bytes: Callable[[Tensor], NDArray[np.uint8]] = to_uint8
 
     @classmethod
-    def right(cls, sd: StableDiffusion) -> Recipe:
+    def right(cls, sd: StableDiffusion) -> Conventions:
         """Everything as it is meant."""
         scale = sd.config.vae.scaling_factor
         return cls(sd.tokenizer, sd.clip, sd.unet, sd.vae, sd.schedule, sd.latent_shape, scale, scale)
 
 
-Trap = Callable[[Recipe], Recipe]
+Trap = Callable[[Conventions], Conventions]
 Network = TypeVar("Network", bound=nn.Module)
 
 
 @torch.no_grad()
-def draw(recipe: Recipe, job: Job) -> Tensor:
+def draw(recipe: Conventions, job: Job) -> Tensor:
     """The latents (B, 4, h, w) of a job: guided DDIM with the prompt swapped on the way.
 
     The same numbers as ldm.guidance, ldm.conditioning and ldm.samplers compute, in one loop that can be broken.
@@ -99,7 +99,7 @@ def draw(recipe: Recipe, job: Job) -> Tensor:
 
 
 @torch.no_grad()
-def decode(recipe: Recipe, latents: Tensor) -> NDArray[np.uint8]:
+def decode(recipe: Conventions, latents: Tensor) -> NDArray[np.uint8]:
     """Images (B, H, W, 3) of latents; what is not a number becomes black, as image libraries make it."""
     vae = recipe.vae if recipe.decode_dtype == torch.float32 else copy.deepcopy(recipe.vae).to(recipe.decode_dtype)
     images = vae.decode((latents / recipe.decode_scale).to(recipe.decode_dtype))
@@ -107,7 +107,7 @@ def decode(recipe: Recipe, latents: Tensor) -> NDArray[np.uint8]:
 
 
 @torch.no_grad()
-def encode(recipe: Recipe, images: Tensor) -> Tensor:
+def encode(recipe: Conventions, images: Tensor) -> Tensor:
     """Scaled latents of images (B, 3, H, W) in [-1, 1]."""
     return recipe.encode_scale * recipe.pick(recipe.vae.encode(recipe.to_network(images)))
 

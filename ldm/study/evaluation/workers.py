@@ -14,14 +14,14 @@ PATIENCE = timedelta(hours=24)  # of a process that is done with its share, for 
 
 
 @dataclass(frozen=True)
-class Processes:
-    """Which of how many processes this is."""
+class Worker:
+    """One of the processes, each of which measures its share of the seeds."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
-    def join(cls) -> "Processes":
+    def join(cls) -> "Worker":
         """Meet the other processes that torchrun has started, if it has."""
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if world == 1:
