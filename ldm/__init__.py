@@ -6,8 +6,13 @@ import os
 # as measured. Torch reads this once, at its first tensor, so `import ldm` should come before that.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-from ldm import conditioning, guidance, samplers, schedule
-from ldm.pipeline import StableDiffusion, load
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ldm import conditioning, guidance, pipeline, samplers, schedule
+from ldm.pipeline import StableDiffusion
 from ldm.traversal import bezier, inversion, prompt_tree
 
 __all__ = [
@@ -21,3 +26,27 @@ __all__ = [
     "samplers",
     "schedule",
 ]
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    *,
+    ema: Literal["ema", "plain"] | None = None,
+    base: str | Path | None = None,
+    backend: Literal["auto", "torch", "triton"] | None = None,
+) -> StableDiffusion:
+    """Read a model, see `ldm.pipeline.load`, and install what makes its U-Net and text encoder fast where it runs.
+
+    Args:    path, device, dtype, ema, base: see there.
+             backend: "auto", as None: fused kernels on a GPU that has them; "torch"; "triton". See `ldm.fast.backend`.
+    Raises:  what it raises. ValueError: "triton" where no kernel can run.
+    """
+    from ldm import fast
+
+    fast.resolved(backend or "auto", torch.device(device))
+    sd = pipeline.load(path, device, dtype, ema=ema, base=base)
+    for network in (sd.unet, sd.clip):
+        fast.install(network, kernels=backend or "auto")
+    return sd

@@ -11,32 +11,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.fast import ops
-from ldm.fast.projections import keys_values, project
 from ldm.probe.taps import MultiHead
-
-
-class GroupNorm(nn.GroupNorm):
-    """Torch's, in whatever computes it best: see `ops.group_norm`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> the same shape."""
-        return ops.group_norm(x, self)
-
-
-class GroupNormSiLU(nn.GroupNorm):
-    """The normalisation in front of a convolution and the activation after it, as one step."""
-
-    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        """x: (B, C, H, W) -> the same shape; time: (B, C), added to x first."""
-        return ops.group_norm(x, self, time, silu=True)
 
 
 class ResnetBlock(nn.Module):
     """norm, SiLU, conv - (+ time) - norm, SiLU, conv, added to the input.
 
     time_width: the width of the U-Net's time embedding; None in the autoencoder, which knows no time.
-    norm: (groups, channels, eps) -> the normalisation and the activation.
+    norm: (groups, channels, eps) -> the normalisation.
     """
 
     def __init__(
@@ -46,7 +28,7 @@ class ResnetBlock(nn.Module):
         groups: int,
         eps: float,
         time_width: int | None = None,
-        norm: Callable[[int, int, float], nn.Module] = GroupNormSiLU,
+        norm: Callable[[int, int, float], nn.Module] = nn.GroupNorm,
     ) -> None:
         super().__init__()
         self.norm1 = norm(groups, in_channels, eps)
@@ -59,14 +41,12 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """x: (B, C_in, H, W), time: (B, time_width) -> (B, C_out, H, W)."""
-        h = self.conv1(self.norm1(x))
+        h = F.silu(self.norm1(x))
+        h = self.conv1(h)
         if time is not None:
-            time = self.time_emb_proj(F.silu(time))
-        if type(self.norm2) is GroupNormSiLU:
-            h = self.norm2(h, time)
-        else:
-            h = self.norm2(h if time is None else h + time[:, :, None, None])
-        h = self.conv2(h)
+            h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
+        h = self.norm2(h)
+        h = self.conv2(F.silu(h))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -99,6 +79,19 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
+    """Multi-head scaled dot-product attention.
+
+    softmax(q k^T / sqrt(d)) v, for each head                                  [Vaswani et al. 2017, eq. 1]
+
+    Args:    q: (B, N, h*d).  k, v: (B, M, h*d).  causal: position n sees keys 0..n only (N = M).
+    Returns: (B, N, h*d), the heads side by side.
+    """
+    q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return rearrange(out, "b h n d -> b n (h d)")
+
+
 class Attention(MultiHead):
     """Multi-head attention from x to a context; to itself when no context is given.
 
@@ -118,11 +111,8 @@ class Attention(MultiHead):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x: (B, N, C), context: (B, L, D) -> (B, N, C)."""
-        if context is None:
-            q, k, v = project(x, self.to_q, self.to_k, self.to_v)
-        else:
-            q, (k, v) = self.to_q(x), keys_values(context, self.to_k, self.to_v)
-        return self.to_out(ops.attention(q, k, v, self.heads))
+        context = x if context is None else context
+        return self.to_out(attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
 
 
 class SpatialAttention(Attention):
@@ -136,7 +126,7 @@ class SpatialAttention(Attention):
         """(B, C, H, W) -> (B, C, H, W), the input added."""
         height = x.shape[2]
         h = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
-        h = self.to_out(ops.plain_attention(self.to_q(h), self.to_k(h), self.to_v(h), self.heads))
+        h = self.to_out(attend(self.to_q(h), self.to_k(h), self.to_v(h), self.heads))
         return x + rearrange(h, "b (h w) c -> b c h w", h=height)
 
 
@@ -149,7 +139,8 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, out_width)."""
-        return ops.geglu(self.proj(x))
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
 
 
 class FeedForward(nn.Module):
@@ -186,9 +177,9 @@ class BasicTransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x: (B, N, C), context: (B, L, D) -> (B, N, C)."""
-        x, h = ops.add_layer_norm(x, self.attn1(self.norm1(x)), self.norm2)
-        x, h = ops.add_layer_norm(x, self.attn2(h, context), self.norm3)
-        return x + self.ff(h)
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
@@ -209,7 +200,7 @@ class SpatialTransformer(nn.Module):
         block: type[BasicTransformerBlock] = BasicTransformerBlock,
     ) -> None:
         super().__init__()
-        self.norm = GroupNorm(groups, channels, eps)
+        self.norm = nn.GroupNorm(groups, channels, eps)
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             [block(channels, heads, context_width, layer_norm_eps) for _ in range(depth)]

@@ -8,8 +8,8 @@ embedding nor the layer before (which is SD2's).
 import torch
 from torch import Tensor, nn
 
+from ldm.blocks import attend
 from ldm.config import CLIPConfig
-from ldm.fast import ops
 from ldm.probe.taps import MultiHead, Tapped
 
 
@@ -42,7 +42,12 @@ class SelfAttention(MultiHead):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
-        return self.out_proj(ops.attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal=True))
+        return self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal=True))
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """OpenAI CLIP's approximation of GELU: x * sigmoid(1.702 x)."""
+    return x * torch.sigmoid(1.702 * x)
 
 
 class MLP(nn.Module):
@@ -55,7 +60,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
-        return self.fc2(ops.quick_gelu(self.fc1(x)))
+        return self.fc2(quick_gelu(self.fc1(x)))
 
 
 class EncoderLayer(nn.Module):

@@ -23,7 +23,6 @@ from ldm import checkpoint
 from ldm.checkpoint import KeyReport
 from ldm.clip import CLIPTextEncoder
 from ldm.config import Config
-from ldm.fast import ops, projections
 from ldm.images import to_uint8
 from ldm.schedule import Schedule
 from ldm.tokenizer import Tokenizer
@@ -58,9 +57,14 @@ class StableDiffusion:
         return self.unet.conv_in.weight.dtype
 
     @property
-    def backend(self) -> ops.Backend:
-        """What its networks compute with on its device, see `ldm.fast.ops`: "triton" or "torch"."""
-        return ops.resolved(self.device)
+    def backend(self) -> str:
+        """What computes its U-Net: "torch", or "triton" where `ldm.fast` installed kernels into it."""
+        return getattr(getattr(self.unet, "installed", None), "backend", "torch")
+
+    @property
+    def cuda_graph_used(self) -> bool:
+        """Whether any call of its U-Net was the replay of a CUDA graph, which `ldm.fast` installs."""
+        return getattr(getattr(self.unet, "installed", None), "cuda_graph_used", False)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -108,29 +112,19 @@ def load(
     *,
     ema: checkpoint.WeightSet | None = None,
     base: str | Path | None = None,
-    backend: ops.Backend | None = None,
 ) -> StableDiffusion:
-    """Read a model from a file or folder in any supported layout; see `ldm.checkpoint`.
+    """Read a model from a file or folder in any supported layout, as plain torch; see `ldm.checkpoint`.
 
     Args:    dtype: float32, float16 or bfloat16; None keeps what is stored.
              ema: "ema" or "plain", needed only where a file holds both sets of U-Net weights.
              base: a whole model to take from what `path` lacks; for U-Net-only files of fine-tuning frameworks.
-             backend: "auto" (fused kernels on a GPU that has them), "torch" or "triton", for the whole process, see
-             `ldm.fast.ops`; None leaves the process's choice, which begins as "auto".
     Returns: the model in evaluation mode. With dtype float16 or bfloat16 the autoencoder is float32 all the same:
              in float16 its activations overflow, in bfloat16 images lose grey levels.
     Raises:  CheckpointError (a ValueError): in one line what the path is instead, or which keys do not fit.
-             ValueError: "triton" where no kernel can run.
     """
     device = torch.device(device)
-    if backend is not None:
-        ops.use(backend)
-    fused = ops.resolved(device) == "triton"
     vae_dtype = dtype if dtype is None else torch.float32
     loaded = checkpoint.load_parts(path, dtype=dtype, vae_dtype=vae_dtype, device=device, ema=ema, base=base)
-    if fused and next(loaded.unet.parameters()).dtype in ops.HALF:
-        loaded.unet.to(memory_format=torch.channels_last)  # what convolutions and norms are fastest in
-        projections.pack(loaded.unet)
     return StableDiffusion(
         config=loaded.config,
         tokenizer=Tokenizer(loaded.config.clip.tokens),

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from ldm.blocks import (
     BasicTransformerBlock,
     Downsample,
-    GroupNormSiLU,
     ResnetBlock,
     SpatialTransformer,
     Upsample,
@@ -67,7 +66,7 @@ class UNetBlocks:
     """
 
     resnet: type[nn.Module] = ResnetBlock
-    norm: type[nn.Module] = GroupNormSiLU  # norm and activation, in resnets and at the output
+    norm: type[nn.Module] = nn.GroupNorm  # in front of the convolutions of resnets, and of the output
     transformer_block: type[BasicTransformerBlock] = BasicTransformerBlock
     downsample: type[nn.Module] = Downsample
     upsample: type[nn.Module] = Upsample
@@ -237,7 +236,7 @@ class UNet(Tapped):
         x = self.mid_block(skips[-1], time, context)
         for up in self.up_blocks:
             x = up(x, skips, time, context)
-        return self.conv_out(self.conv_norm_out(x))
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def _check(self, x_t: Tensor, context: Tensor) -> int:
         """The batch size, once x_t and context are seen to fit this network and each other."""

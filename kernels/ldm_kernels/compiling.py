@@ -82,9 +82,9 @@ Job = tuple["Callable[[], Iterator[Spec]]", str, int]  # where the specs come fr
 
 def shipped() -> Iterator[Spec]:
     """Every configuration of every kernel."""
-    from ldm_kernels import add_layer_norm, attention, cross_attention, geglu, group_norm_silu, guided_ddim_step
+    from ldm_kernels import add_layer_norm, attention, cross_attention, geglu, group_norm_silu
 
-    for kernel in (attention, cross_attention, group_norm_silu, geglu, add_layer_norm, guided_ddim_step):
+    for kernel in (attention, cross_attention, group_norm_silu, geglu, add_layer_norm):
         yield from kernel.compile_specs()
 
 

@@ -5,6 +5,7 @@ Letters: B batch, N query positions, M key positions, h heads of width d, C chan
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,13 +19,12 @@ from ldm.blocks import (
     GEGLU,
     Attention,
     BasicTransformerBlock,
-    GroupNorm,
-    GroupNormSiLU,
     ResnetBlock,
     SpatialTransformer,
 )
 from ldm.config import CONTEXT_TOKENS, SD15, UNetConfig
-from ldm.fast import ops
+from ldm.fast.backend import Backend
+from ldm.fast.ops import Ops
 from ldm.unet import UNet
 
 HALF_BYTES = 2
@@ -68,8 +68,8 @@ def sites(config: UNetConfig = SD15.unet) -> tuple[Site, ...]:
     found: Counter[tuple[str, tuple[int, ...]]] = Counter()
     with torch.device("meta"):
         unet = UNet(config)
-        for module in unet.modules():
-            if watch := _watcher(module):
+        for name, module in unet.named_modules():
+            if watch := _watcher(name, module):
                 module.register_forward_pre_hook(lambda m, args, watch=watch: found.update(watch(args)))
     _run_without_numbers(unet)
     all_sites = [Site(op, sizes, count) for (op, sizes), count in found.items()]
@@ -84,7 +84,7 @@ def _run_without_numbers(unet: UNet) -> None:
         unet(x_t, 0, torch.empty(1, CONTEXT_TOKENS, config.context_width))
 
 
-def _watcher(module: nn.Module) -> Callable[[tuple[Tensor, ...]], list[tuple[str, tuple[int, ...]]]] | None:
+def _watcher(name: str, module: nn.Module) -> Callable[[tuple[Tensor, ...]], list[tuple[str, tuple[int, ...]]]] | None:
     """What a module's arguments say about the sites in it; None where it has none."""
     if isinstance(module, Attention):
         heads = module.heads
@@ -94,10 +94,9 @@ def _watcher(module: nn.Module) -> Callable[[tuple[Tensor, ...]], list[tuple[str
             return [(op, (args[0].shape[1], source.shape[1], heads, args[0].shape[2] // heads))]
 
         return attention
-    if isinstance(module, GroupNormSiLU):
-        return lambda args: [("group_norm_silu", tuple(args[0].shape[1:]))]
-    if isinstance(module, GroupNorm):
-        return lambda args: [("group_norm", tuple(args[0].shape[1:]))]
+    if isinstance(module, nn.GroupNorm):  # a resnet's has the activation behind it
+        op = "group_norm_silu" if re.search(r"resnets\.\d+\.norm\d$", name) else "group_norm"
+        return lambda args: [(op, tuple(args[0].shape[1:]))]
     if isinstance(module, GEGLU):
         out_width = module.proj.out_features // 2
         return lambda args: [("geglu", (args[0].shape[1], out_width))]
@@ -164,14 +163,15 @@ def step_flops(config: UNetConfig = SD15.unet) -> int:
 
 @dataclass(frozen=True)
 class Call:
-    """A site made ready to run: its operation as `ldm.fast.ops` has it, and leaves to differentiate with respect to."""
+    """A site made ready to run: its operation, by torch or a kernel, and leaves to differentiate with respect to."""
 
     run: Callable[[], Tensor]
     leaves: tuple[Tensor, ...]
 
 
-def prepare(site: Site, batch: int, device: str, dtype: torch.dtype) -> Call:
-    """Seeded inputs, laid out as the network lays them out."""
+def prepare(site: Site, batch: int, device: str, dtype: torch.dtype, backend: Backend = "torch") -> Call:
+    """Seeded inputs, laid out as the network lays them out. backend: what computes the site."""
+    ops = Ops(backend)
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ldm.bench.harness import matmul_gflops
 from ldm.bench.kernel_predictions import BATCHES
 from ldm.bench.kernel_sites import Site, prepare, sites
-from ldm.fast import ops
+from ldm.fast.backend import Backend
 from ldm.fast.cuda_graph import CudaCapture
 
 # ---- the compiler ----------------------------------------------------------------------------------
@@ -47,6 +47,7 @@ SDPA = {
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+BACKENDS: tuple[Backend, ...] = ("triton", "torch")
 L2_BYTES = 256 * 2**20  # written between replays: more than any GPU's L2 holds
 WORST_RATIO = 2.0  # of a kernel's error to torch's in the same dtype
 
@@ -74,20 +75,19 @@ def check(site: Site, dtype: torch.dtype, device: str = "cuda") -> dict[str, flo
     exact = _results(site, torch.float64, device, "torch")
     errors = {
         backend: max(_error(got, true) for got, true in zip(_results(site, dtype, device, backend), exact, strict=True))
-        for backend in ("triton", "torch")
+        for backend in BACKENDS
     }
     if not errors["triton"] <= WORST_RATIO * errors["torch"] + torch.finfo(dtype).eps:
         raise ValueError(f"{site.name}: error {errors['triton']:.1e}, torch's own {errors['torch']:.1e}; not timed")
     return errors
 
 
-def _results(site: Site, dtype: torch.dtype, device: str, backend: ops.Backend) -> list[Tensor]:
+def _results(site: Site, dtype: torch.dtype, device: str, backend: Backend) -> list[Tensor]:
     """The output of one image, and every gradient, in float64 but computed in dtype."""
-    call = prepare(site, 1, device, dtype)
-    with ops.using(backend):
-        out = call.run()
-        direction = torch.linspace(-1, 1, out.numel(), device=device, dtype=torch.float64).view(out.shape).to(dtype)
-        gradients = torch.autograd.grad(out, call.leaves, direction)
+    call = prepare(site, 1, device, dtype, backend)
+    out = call.run()
+    direction = torch.linspace(-1, 1, out.numel(), device=device, dtype=torch.float64).view(out.shape).to(dtype)
+    gradients = torch.autograd.grad(out, call.leaves, direction)
     return [x.detach().double() for x in (out, *gradients)]
 
 
@@ -105,13 +105,12 @@ def _measure_site(
     errors: Mapping[str, float],
 ) -> list[dict[str, Any]]:
     """A row for each way to compute the site that this GPU has."""
-    call = prepare(site, batch, "cuda", dtype)
-    work = _with_backward(call.run, call.leaves) if backward else call.run
-    times = {"triton": _times(work, "triton", None, rounds)}
+    work = {backend: _work(site, batch, backward, dtype, backend) for backend in BACKENDS}
+    times = {"triton": _times(work["triton"], None, rounds)}
     if site.flops(batch):
-        times |= {name: _times(work, "torch", sdpa, rounds) for name, sdpa in SDPA.items()}
+        times |= {name: _times(work["torch"], sdpa, rounds) for name, sdpa in SDPA.items()}
     else:
-        times["torch"] = _times(work, "torch", None, rounds)
+        times["torch"] = _times(work["torch"], None, rounds)
     flops = site.flops(batch, backward)
     floor_us = max(
         flops / rates["matmul_tflops"] / 1e6,
@@ -132,16 +131,15 @@ def _measure_site(
     ]
 
 
-def _with_backward(run: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Callable[[], object]:
-    return lambda: torch.autograd.grad(run().sum(), leaves)
+def _work(site: Site, batch: int, backward: bool, dtype: torch.dtype, backend: Backend) -> Callable[[], object]:
+    call = prepare(site, batch, "cuda", dtype, backend)
+    return (lambda: torch.autograd.grad(call.run().sum(), call.leaves)) if backward else call.run
 
 
-def _times(
-    work: Callable[[], object], backend: ops.Backend, sdpa: SDPBackend | None, rounds: int
-) -> tuple[float, float, float] | None:
+def _times(work: Callable[[], object], sdpa: SDPBackend | None, rounds: int) -> tuple[float, float, float] | None:
     """p20, median and p80 in microseconds of replays of a CUDA graph, each from a cold L2; None where torch cannot."""
     try:
-        with ops.using(backend), sdpa_kernel(sdpa or list(SDPA.values())):
+        with sdpa_kernel(sdpa or list(SDPA.values())):
             replay, _, _ = CudaCapture()(work)
     except RuntimeError:
         if sdpa is None:

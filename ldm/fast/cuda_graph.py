@@ -1,7 +1,8 @@
 """The U-Net as CUDA graphs: one launch a step, where a thousand kernels one by one keep a fast GPU waiting for Python.
 
-    unet = GraphedUNet(sd.unet)                      # a UNetFn, see ldm/guidance.py
-    eps_fn = guided(unet, contexts, 7.5, empty)
+    installed = fast.install(sd.unet, cuda_graph=True)
+    eps = sd.unet(x_t, t, context)
+    installed.cuda_graph_used                        # where it cannot be, the log says why
 
 A graph is a recording of kernels and of the memory that they read and write. So there is one for each shape, with
 buffers of its own that never move: inputs are copied in, the graph is replayed, the rows asked for are copied out.
@@ -15,6 +16,7 @@ Letters: B rows of a call, R >= B rows of its graph, C channels, H W height and 
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from ldm.fast import ops
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Graph:
 
 
 class GraphedUNet:
-    """A `UNetFn` that replays the network's CUDA graphs where it can, and is the network itself where it cannot:
+    """A U-Net's forward that replays its CUDA graphs where it can, and is the forward it replaces where it cannot:
 
     - while something watches or edits its activations (ldm/probe/taps), gradients are on, or autocast is;
     - for good, where there is no CUDA, or a recording fails or computes something else than the network.
@@ -85,10 +85,12 @@ class GraphedUNet:
     replaced, or modules were, everything is recorded anew.
 
     Args:    network: eps = network(x_t, t, context).  capture: how to record; None: by CUDA, where x_t is there.
+    Raises:  when called, whatever the network raises.
     """
 
     def __init__(self, network: nn.Module, capture: Capture | None = None) -> None:
         self.network = network
+        self.plain = network.forward  # below the network's own hooks, which have run when this is called
         self.used = False  # has any call been a replay?
         self._capture = capture
         self._off = False
@@ -99,7 +101,7 @@ class GraphedUNet:
     def __call__(self, x_t: Tensor, t: float | Tensor, context: Tensor) -> Tensor:
         """eps (B, C, H, W); raises whatever the network raises."""
         if self._off or not _fits(x_t, t, context) or self._prevented(x_t.device):
-            return self.network(x_t, t, context)
+            return self.plain(x_t, t, context)
         try:
             # In inference mode, buffers would be such that no later call outside of it could write them.
             with torch.cuda.device_of(x_t), torch.inference_mode(False), torch.no_grad():
@@ -107,10 +109,18 @@ class GraphedUNet:
         except (RuntimeError, ValueError) as error:
             failed = str(error.__context__ or error).strip().split("\n")[0]  # a failed end hides what made it fail
         self._graphs.clear()  # their memory may be what was missing
-        eps = self.network(x_t, t, context)  # where the input itself is wrong, this raises
+        eps = self.plain(x_t, t, context)  # where the input itself is wrong, this raises
         self._off = True
         self._say(f"no recording: {failed}")
         return eps
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphedUNet:
+        """A copied network's, with nothing recorded: a graph reads the weights of the network it was made from."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        GraphedUNet.__init__(twin, copy.deepcopy(self.network, memo))
+        twin.plain = copy.deepcopy(self.plain, memo)
+        return twin
 
     def _prevented(self, device: torch.device) -> bool:
         """Whether something speaks against a replay now; says what."""
@@ -144,7 +154,7 @@ class GraphedUNet:
 
     def _replay(self, x_t: Tensor, t: float | Tensor, context: Tensor) -> Tensor:
         rows, dtypes = bucket(len(x_t)), (x_t.dtype, context.dtype)
-        key = (rows, x_t.shape[1:], context.shape[1:], *dtypes, x_t.device, ops.resolved(x_t.device))
+        key = (rows, x_t.shape[1:], context.shape[1:], *dtypes, x_t.device)
         graph = self._graphs.pop(key, None) or self._record(rows, x_t, t, context)
         self._graphs[key] = graph
         if len(self._graphs) > MOST_GRAPHS:
@@ -163,7 +173,7 @@ class GraphedUNet:
             context.new_empty(rows, *context.shape[1:]),
         )
         _fill(inputs, x_t, t, context)
-        replay, eps, before = self._capture(lambda: self.network(*inputs))
+        replay, eps, before = self._capture(lambda: self.plain(*inputs))
         replay()
         difference, size = (torch.linalg.vector_norm(x, dtype=torch.float32) for x in (eps - before, before))
         if not difference <= size * torch.finfo(eps.dtype).eps ** 0.5:  # far above a rounding

@@ -24,27 +24,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ldm.probe.taps import MultiHead
+from ldm.blocks import Attention
 
 # ---- packed ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def pack(network: nn.Module) -> None:
+def pack(network: nn.Module) -> int:
     """Lay weights one after the other: q, k, v of every self-attention, and k, v of every cross-attention.
 
-    They become new Parameters, none of them shared: pack before an optimizer is made. What moves, casts or copies the
-    network later takes them apart again, which costs the gain and nothing else.
+    The parameters stay who they are; what moves, casts or copies the network later takes them apart again, which costs
+    the gain and nothing else.
+
+    Returns: how many attentions were packed.
     """
+    packed = 0
     for module in network.modules():
-        if isinstance(module, MultiHead):
-            layers = tuple(module.get_submodule(name) for name in module.projections[1 if module.cross else 0 : 3])
+        if type(module).forward is Attention.forward:
+            layers = tuple(getattr(module, name) for name in ("to_q", "to_k", "to_v")[module.cross :])
             if _linear(layers) and len({(x.weight.dtype, x.weight.device, x.in_features) for x in layers}) == 1:
                 weights = [layer.weight for layer in layers]
                 rows = torch.cat(weights).split([len(weight) for weight in weights])
-                for layer, weight, its_rows in zip(layers, weights, rows, strict=True):
+                for weight, its_rows in zip(weights, rows, strict=True):
                     # .data: so that a write to one does not count as a write to the others, which autograd would refuse
-                    layer.weight = nn.Parameter(its_rows.data, requires_grad=weight.requires_grad)
+                    weight.data = its_rows
+                packed += 1
+    return packed
 
 
 def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.fast.cuda_graph import GraphedUNet
 from ldm.files import read_json, write_json
 from ldm.guidance import guided, rows_a_latent
 from ldm.images import Pixels, load_pixels, save_image, to_uint8
@@ -57,11 +56,10 @@ def run_generation(
     out: Path,
     *,
     max_batch: int | None = None,
-    graphed: GraphedUNet | None = None,
 ) -> dict[str, Any]:
     """Images of one prompt into a folder, OUT/images/seed0000/image.png; see `run_traversal`."""
     tree = Branch("image", sd.encode_prompts([plan.prompt]))
-    return _run(sd, plan, tree, out, max_batch, True, "generate", graphed=graphed)
+    return _run(sd, plan, tree, out, max_batch, True, "generate")
 
 
 def run_traversal(
@@ -73,19 +71,17 @@ def run_traversal(
     images: bool = True,
     label: str = "traverse",
     start: Start | None = None,
-    graphed: GraphedUNet | None = None,
 ) -> dict[str, Any]:
     """Run a traversal into a folder, continuing one that was cut off there.
 
     Args:    max_batch: most rows in one call of the U-Net; bounds memory, changes results in the last bits only.
              None: 8 at 512 x 512 pixels, and so many that they are as large together at other sizes.
              images: decode and write the images as well.  label: in front of the progress bars.
-             start: where each seed begins; None: at its noise.  graphed: the model's U-Net as CUDA graphs, to be used
-             in its place; None: do without.
+             start: where each seed begins; None: at its noise.
     Returns: the content of run.json.
     Raises:  ValueError: the folder holds a traversal of other settings.
     """
-    return _run(sd, plan, prompt_tree(sd, plan), out, max_batch, images, label, start, graphed)
+    return _run(sd, plan, prompt_tree(sd, plan), out, max_batch, images, label, start)
 
 
 def prompt_tree(sd: StableDiffusion, plan: Traversal) -> Branch:
@@ -115,18 +111,17 @@ def sample(
     max_batch: int,
     progress: Callable[[int], object] | None = None,
     x_T: Tensor | None = None,
-    graphed: GraphedUNet | None = None,
 ) -> TreeResult:
     """Denoise a prompt tree for some seeds, as the plan says.
 
     Args:    x_T: (B, C, H, W) to start from instead of the seeds' own noise, such as an inverted image.
-             progress: called with the number of U-Net rows done.  graphed: see `run_traversal`.
+             progress: called with the number of U-Net rows done.
     """
     shape = latent_shape(sd, plan)
     x_T = initial_noise(seeds, shape) if x_T is None else x_T
     guide = partial(
         guided,
-        sd.unet if graphed is None else graphed,
+        sd.unet,
         guidance_scale=plan.guidance,
         uncond=sd.encode_prompts([plan.negative]),
         max_batch=max_batch,
@@ -155,7 +150,6 @@ def _run(
     images: bool,
     label: str,
     start: Start | None = None,
-    graphed: GraphedUNet | None = None,
 ) -> dict[str, Any]:
     began = time.monotonic()
     shape = latent_shape(sd, plan)
@@ -180,7 +174,7 @@ def _run(
             for seed in seeds:  # whatever lies there was decoded from other latents
                 shutil.rmtree(image_path(out, seed, "").parent, ignore_errors=True)
             begin = start.latents(seeds) if start else {}
-            result = sample(sd, plan, tree, seeds, max_batch, count, begin.get("x_T"), graphed)
+            result = sample(sd, plan, tree, seeds, max_batch, count, begin.get("x_T"))
             found = {**begin, "x_T": result.x_T, **result.latents}
             for quantity, by_branch in result.kept.items():  # each branch's own steps, (B, S - s, C, H, W)
                 found |= {f"{name}/{quantity}": steps.transpose(0, 1) for name, steps in by_branch.items()}
@@ -202,7 +196,7 @@ def _run(
         "unet_rows_this_run": evaluated,  # fewer where an earlier run was continued
         "seconds": round(earlier.get("seconds", 0) + time.monotonic() - began, 2),
         "backend": sd.backend,
-        "cuda_graph": bool(graphed and graphed.used) or earlier.get("cuda_graph", False),
+        "cuda_graph": sd.cuda_graph_used or earlier.get("cuda_graph", False),
         "device": str(sd.device),
         "max_batch": max_batch,
         "weights": [str(path) for path in sd.files],

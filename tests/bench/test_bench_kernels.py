@@ -11,7 +11,6 @@ from ldm.bench import kernels
 from ldm.bench.kernel_predictions import A100, BATCHES, H100, LAUNCH_US, predict, predictions, save, step_us
 from ldm.bench.kernel_sites import Fusion, Site, fusions, prepare, sites, step_flops
 from ldm.bench.kernels import table
-from ldm.fast import ops
 
 SELF = Site("attention", (4096, 4096, 8, 40), 5)
 
@@ -24,8 +23,8 @@ def test_the_sites_are_those_of_the_network():
         "cross_attention": 16,
         "geglu": 16,
         "add_layer_norm": 32,
-        "group_norm": 16,
-        "group_norm_silu": 2 * 22 + 1,
+        "group_norm": 16 + 1,  # in front of a transformer, and the output
+        "group_norm_silu": 2 * 22,
     }
     assert found[0] == SELF
     # 0.245 and 0.007 TFLOP a step at batch 2, counted by hand from the shapes.
@@ -60,8 +59,7 @@ def test_the_least_traffic_is_every_number_once():
 )
 def test_a_site_is_prepared_as_the_network_would_call_it(site):
     call = prepare(site, 1, "cpu", torch.float32)
-    with ops.using("torch"):
-        out = call.run()
+    out = call.run()
     torch.autograd.grad(out.sum(), call.leaves)
     assert out.isfinite().all()
 

@@ -9,6 +9,7 @@ from tiny_model import write_tiny_model
 from torch import nn
 from torch.nn import functional as F
 
+import ldm
 from ldm import pipeline
 from ldm.bench import networks, traversal
 from ldm.config import CONTEXT_TOKENS, PHANTOM
@@ -41,7 +42,7 @@ def test_a_fused_attention_counts_both_of_its_products():
 
 
 def test_the_count_is_that_of_the_trace():
-    unet, config = pipeline.load(pipeline.PHANTOM_WEIGHTS).unet, PHANTOM.unet
+    unet, config = ldm.load(pipeline.PHANTOM_WEIGHTS).unet, PHANTOM.unet
     x_t = torch.zeros(1, 4, config.sample_size, config.sample_size)
     count = networks.count_gflop(lambda: unet(x_t, 500, torch.zeros(1, CONTEXT_TOKENS, config.context_width)))
     with torch.device("meta"):
@@ -68,7 +69,7 @@ def test_operations_and_blocks_share_all_of_the_time():
 
 
 def test_the_tree_and_the_branches_alone_are_the_same_images(tiny, plan):
-    found = traversal.tree_against_separate(pipeline.load(tiny), plan, None, rounds=1)
+    found = traversal.tree_against_separate(ldm.load(tiny), plan, None, rounds=1)
     assert (found["unet_rows"], found["unet_rows_separate"]) == (4 + 2 * (3 + 1), 5 * 4)
     assert list(found["timings"]) == ["separate runs", "tree"]
 
@@ -77,7 +78,7 @@ def test_a_tree_that_differs_from_its_branches_is_not_timed(tiny, plan, monkeypa
     alone = traversal.run_alone
     monkeypatch.setattr(traversal, "run_alone", lambda *args: 1.1 * alone(*args))
     with pytest.raises(ValueError, match="away from the branch run alone"):
-        traversal.tree_against_separate(pipeline.load(tiny), plan, None, rounds=1)
+        traversal.tree_against_separate(ldm.load(tiny), plan, None, rounds=1)
 
 
 @pytest.mark.parametrize("subject", ["unet", "vae", "traverse", "load"])

@@ -13,7 +13,7 @@ from ldm_tools.examples.cross_attention_lora import LoRA
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm.fast import ops
+from ldm.blocks import attend
 from ldm.probe.taps import attention_probabilities
 from ldm.samplers import ddim, ddpm, euler, plms, unipc
 from ldm.samplers.driver import Level
@@ -50,7 +50,7 @@ def close(a: object, b: object) -> None:
 
 def test_vaswani_et_al_2017_eq_1():
     q, k, v = randn(1, (1, 3, 8)), randn(2, (1, 5, 8)), randn(3, (1, 5, 8))
-    out = ops.attention(q, k, v, heads=2)
+    out = attend(q, k, v, heads=2)
     probabilities = attention_probabilities(*(x.view(1, -1, 2, 4).transpose(1, 2) for x in (q, k)))
     for head in range(2):
         cut = slice(4 * head, 4 * head + 4)

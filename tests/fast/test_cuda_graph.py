@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ldm
+from ldm import fast
 from ldm.conditioning import constant
-from ldm.fast import cuda_graph, ops
+from ldm.fast import cuda_graph
 from ldm.fast.cuda_graph import CudaCapture, GraphedUNet, bucket
 from ldm.guidance import guided
 from ldm.pipeline import PHANTOM_WEIGHTS
@@ -101,15 +102,6 @@ def test_each_shape_and_dtype_is_recorded_once():
     unet(torch.zeros(2, 4, 16, 16), 1, torch.zeros(2, 5, 64))
     unet(torch.zeros(2, 4, 16, 16, dtype=torch.bfloat16), 1, torch.zeros(2, 77, 64, dtype=torch.bfloat16))
     assert recorder.recordings == 6
-
-
-def test_another_backend_is_recorded_anew(monkeypatch):
-    recorder = Recorder()
-    unet = GraphedUNet(Watched(), recorder)
-    for backend, recordings in (("torch", 1), ("triton", 2), ("torch", 2)):
-        monkeypatch.setattr(ops, "resolved", lambda device, backend=backend: backend)
-        unet(*args(2))
-        assert recorder.recordings == recordings
 
 
 def test_the_graphs_used_last_are_kept(monkeypatch):
@@ -202,8 +194,9 @@ def test_a_traversal_goes_through_the_graphs():
     sd = ldm.load(PHANTOM_WEIGHTS, device="cpu")
     plan = Traversal(neutral="a", styles={"b": "b"}, seeds=(0,), steps=2, swap_steps=(1,), guidance=2)
     tree = prompt_tree(sd, plan)
-    graphed = GraphedUNet(sd.unet, Recorder())
-    plain, replayed = (sample(sd, plan, tree, [0], 4, graphed=unet).latents for unet in (None, graphed))
+    plain = sample(sd, plan, tree, [0], 4).latents
+    sd.unet.forward = graphed = GraphedUNet(sd.unet, Recorder())
+    replayed = sample(sd, plan, tree, [0], 4).latents
     assert graphed.used
     for name, latents in plain.items():
         # A number of its own for each row's time: the last bits of float32 over two steps.
@@ -244,19 +237,34 @@ def test_under_autocast_the_network_is_called(caplog):
 
 
 def test_taps_are_seen_and_edits_act_while_they_are_open(caplog):
-    network = small("unet")
-    unet = GraphedUNet(network, Recorder())
-    call = args(2)
-    plain = unet(*call)
-    with network.capture("mid_block", "*.attn2.probabilities") as seen:
-        assert torch.equal(unet(*call), plain)
-    assert len(seen.timesteps) == 1
+    network, call = copy.deepcopy(small("unet")), args(2)
     with network.edit({"mid_block": zero()}):
-        edited = unet(*call)
-        assert torch.equal(edited, network(*call))
-    assert not torch.allclose(edited, plain)
-    assert torch.equal(unet(*call), plain)
+        expected = network(*call)
+    network.forward = graphed = GraphedUNet(network, Recorder())
+    plain = network(*call)
+    assert graphed.used
+    with network.capture("mid_block", "*.attn2.probabilities") as seen:
+        assert torch.equal(network(*call), plain)
+    assert len(seen.timesteps) == len(seen.runs["mid_block"]) == 1
+    with network.edit({"mid_block": zero()}):
+        assert torch.equal(network(*call), expected)
+    assert not torch.allclose(expected, plain)
+    assert torch.equal(network(*call), plain)
     assert lines(caplog) == []
+
+
+def test_a_copy_of_the_network_records_its_own():
+    network, call = copy.deepcopy(small("unet")), args(2)
+    fast.install(network, cuda_graph=True)
+    network.forward._capture = Recorder()
+    before = network(*call)
+    twin = copy.deepcopy(network)
+    twin.conv_out.weight.mul_(2)
+    twin.forward._capture = Recorder()
+    assert not fast.installed(twin).cuda_graph_used
+    assert not torch.equal(twin(*call), before)
+    assert fast.installed(twin).cuda_graph_used
+    assert torch.equal(network(*call), before)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nmore"), RuntimeError("unsupported")])
@@ -445,18 +453,19 @@ def test_the_command_goes_on_without_cuda_and_records_it(tmp_path, caplog):
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_on_a_gpu_a_replay_is_the_network_bit_for_bit(dtype, backend):
     network = copy.deepcopy(small("unet")).to("cuda", dtype)
-    unet = GraphedUNet(network)
-    with ops.using(backend):
-        for seed in (0, 1):
-            for rows in (1, 2, 3, 18):
-                x_t, context = inputs(rows, dtype, seed, "cuda")
-                t = torch.arange(rows, device="cuda") * 50
-                for time in (981, 0.5, t, t.cpu()):
-                    assert torch.equal(unet(x_t, time, context), network(x_t, time, context))
-            x_t, context = inputs(17, dtype, seed, "cuda")
-            padded = torch.arange(18).clamp(max=16)
-            assert torch.equal(unet(x_t, 500, context), network(x_t[padded], 500, context[padded])[:17])
-    assert unet.used
+    unet = copy.deepcopy(network)
+    fast.install(network, kernels=backend)
+    installed = fast.install(unet, kernels=backend, cuda_graph=True)
+    for seed in (0, 1):
+        for rows in (1, 2, 3, 18):
+            x_t, context = inputs(rows, dtype, seed, "cuda")
+            t = torch.arange(rows, device="cuda") * 50
+            for time in (981, 0.5, t, t.cpu()):
+                assert torch.equal(unet(x_t, time, context), network(x_t, time, context))
+        x_t, context = inputs(17, dtype, seed, "cuda")
+        padded = torch.arange(18).clamp(max=16)
+        assert torch.equal(unet(x_t, 500, context), network(x_t[padded], 500, context[padded])[:17])
+    assert installed.cuda_graph_used
 
 
 @gpu

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ldm import fast
 from ldm.config import SD15
-from ldm.fast import ops
+from ldm.fast.ops import Ops
 from ldm.unet import UNet
 
 # SD1.5's head widths 40 and 80, and 77 tokens; everything else as small as it gets.
@@ -35,11 +36,12 @@ class OpsSeen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def run(unet: UNet, backend: ops.Backend, seen: OpsSeen) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def run(unet: UNet, backend: fast.Backend, seen: OpsSeen) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """eps, and what one step of plain gradient descent changes in every parameter."""
     unet = copy.deepcopy(unet)
     x_t, target, context = randn(1, 4, 4, 4), randn(1, 4, 4, 4, seed=1), randn(1, 77, 16, seed=2)
-    with ops.using(backend), seen:
+    fast.install(unet, kernels=backend)
+    with seen:
         eps = unet(x_t, 500, context)
         F.mse_loss(eps, target).backward()
     before = {name: parameter.detach().clone() for name, parameter in unet.named_parameters()}
@@ -73,24 +75,7 @@ def test_a_unet_and_its_training_step_are_the_same_with_every_kernel():
     assert wrong == {}
 
 
-def test_kernels_hold_no_parameters():
-    with ops.using("triton"):
-        unet = UNet(CONFIG)
-    assert unet.state_dict().keys() == UNet(CONFIG).state_dict().keys()
-
-
-def test_a_watched_norm_is_called_as_the_module_it_is():
-    unet = UNet(CONFIG).eval()
-    place = "mid_block.attentions.0.transformer_blocks.0.norm2"
-    x_t, context = randn(1, 4, 4, 4), randn(1, 77, 16)
-    with torch.no_grad(), unet.capture(place) as plain:
-        unet(x_t, 5, context)
-    with torch.no_grad(), unet.capture(place) as fused, ops.using("triton"):
-        unet(x_t, 5, context)
-    assert relative_error(fused[place], plain[place].double()) < OUTPUT
-
-
-def block(x, weight, bias, norm, layer_norm):
+def block(ops, x, weight, bias, norm, layer_norm):
     """Every kind of operation once, with layouts changing between them."""
     h = ops.group_norm(x, norm, time=weight[:, None].expand(-1, len(x)).T, silu=True)
     h = h.flatten(2).mT
@@ -106,8 +91,7 @@ def test_a_compiled_graph_holds_every_op_and_the_same_gradients(compiler):
 
     def gradients(function):
         leaves = [x.requires_grad_() for x in (randn(2, 80, 3, 2), randn(80, seed=1), randn(80, seed=2))]
-        with ops.using("triton"):
-            out = function(*leaves, norm, layer_norm)
+        out = function(Ops("triton"), *leaves, norm, layer_norm)
         out.backward(randn(*out.shape, seed=3))
         return [out.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -120,12 +104,12 @@ def test_a_compiled_graph_holds_every_op_and_the_same_gradients(compiler):
 @pytest.mark.parametrize(
     ("call", "complaint"),
     [
-        (lambda: ops.attention(*[randn(1, 4, 12)] * 3, heads=1), "12 wide"),
-        (lambda: ops.geglu(randn(2, 4).double()), "x: dtype torch.float64"),
-        (lambda: ops.group_norm(randn(1, 12, 2, 2), nn.GroupNorm(4, 12)), "12 channels in 4 groups"),
+        (lambda ops: ops.attention(*[randn(1, 4, 12)] * 3, heads=1), "12 wide"),
+        (lambda ops: ops.geglu(randn(2, 4).double()), "x: dtype torch.float64"),
+        (lambda ops: ops.group_norm(randn(1, 12, 2, 2), nn.GroupNorm(4, 12)), "12 channels in 4 groups"),
     ],
 )
 def test_forced_where_a_kernel_cannot_is_an_error_that_says_why(call, complaint):
-    call()
-    with ops.using("triton"), pytest.raises(ValueError, match=complaint):
-        call()
+    call(Ops("torch"))
+    with pytest.raises(ValueError, match=complaint):
+        call(Ops("triton"))

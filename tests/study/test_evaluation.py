@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import ldm
 from ldm import pipeline
 from ldm.images import from_uint8
 from ldm.phantom.prompts import CELLS, Cell
@@ -40,7 +41,7 @@ def plan_of(cell: Cell, seeds: tuple[int, ...] = (0, 1), **other) -> Traversal:
 @pytest.fixture(scope="module")
 def instruments() -> Instruments:
     file = classifiers.PHANTOM_CLASSIFIERS["chest"]
-    return Instruments(pipeline.load(pipeline.PHANTOM_WEIGHTS), classifiers.load(file), file, load_lpips())
+    return Instruments(ldm.load(pipeline.PHANTOM_WEIGHTS), classifiers.load(file), file, load_lpips())
 
 
 def task_of(cell: Cell = CHEST, **other) -> Task:

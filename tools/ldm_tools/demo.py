@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import ldm
 from ldm import pipeline
 from ldm.files import write_json
 from ldm.phantom.prompts import DOMAINS, GUIDANCE, Cell
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     """Raises ValueError when the shipped weights are missing or the folder holds something else."""
     began = time.monotonic()
     seeds = parse_integers(args.seeds, "--seeds")
-    sd = pipeline.load(pipeline.PHANTOM_WEIGHTS)
+    sd = ldm.load(pipeline.PHANTOM_WEIGHTS)
     records, overview, pages = {}, [], []
     for domain, cell in DOMAINS.items():
         plan = Traversal(neutral=cell.neutral, styles=cell.styles, seeds=seeds, guidance=GUIDANCE)

@@ -124,11 +124,10 @@ def run(args: argparse.Namespace) -> None:
 
     worker = Worker.join()
     sd = options.load_model(args)
-    graphed = options.graphed_unet(args, sd)
     lpips = perceptual.load_lpips(args.lpips, fetch=args.fetch)
     files = {task.cell.name: args.classifier or fitting_classifier(task) for task in tasks}
     instruments = {
-        file: Instruments(sd, classifiers.load(file, sd.device), file, lpips, graphed) for file in set(files.values())
+        file: Instruments(sd, classifiers.load(file, sd.device), file, lpips) for file in set(files.values())
     }
     places = {
         name: Workplace(instruments[file], args.out, worker, options.max_batch(args)) for name, file in files.items()

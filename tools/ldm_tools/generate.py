@@ -11,7 +11,7 @@ from ldm.images import load_pixels, save_image
 from ldm.traversal import figures
 from ldm.traversal.plan import Generation, parse_integers
 from ldm.traversal.run_folder import image_path, run_generation
-from ldm_tools.options import add_model, add_sampling, graphed_unet, latent_size, load_model, max_batch
+from ldm_tools.options import add_model, add_sampling, latent_size, load_model, max_batch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     batch = max_batch(args)
     sd = load_model(args)
     plan = replace(plan, latent_size=latent_size(args.size, sd))
-    record = run_generation(sd, plan, args.out, max_batch=batch, graphed=graphed_unet(args, sd))
+    record = run_generation(sd, plan, args.out, max_batch=batch)
     columns = math.ceil(math.sqrt(len(seeds)))
     images = [load_pixels(image_path(args.out, seed, "image")) for seed in seeds]
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]

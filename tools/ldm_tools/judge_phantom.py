@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+import ldm
 from ldm import pipeline
 from ldm.files import write_json
 from ldm.images import load_pixels, save_image
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Raises ValueError when the weights do not fit the phantoms."""
     seeds, swap_steps = parse_integers(args.seeds, "--seeds"), parse_integers(args.swap_steps, "--swap-steps")
-    sd = pipeline.load(args.weights)
+    sd = ldm.load(args.weights)
     size = sd.config.unet.sample_size * sd.config.vae.downscale
     sets = []
     for name, count, seed in (("train", 4000, TRAIN_SEED), ("test", 500, TEST_SEED)):

@@ -7,9 +7,8 @@ from typing import get_args
 
 import torch
 
-from ldm import pipeline
-from ldm.fast import ops
-from ldm.fast.cuda_graph import GraphedUNet
+import ldm
+from ldm import fast, pipeline
 from ldm.samplers import SAMPLERS
 from ldm.schedule import SPACINGS
 
@@ -35,7 +34,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--backend",
-        choices=get_args(ops.Backend),
+        choices=get_args(fast.Backend),
         default="auto",
         help="fused kernels on GPUs that have them (auto), never (torch), or an error where there are none (triton)",
     )
@@ -52,7 +51,10 @@ def load_model(args: argparse.Namespace) -> pipeline.StableDiffusion:
     dtype = DTYPES.get(args.dtype, torch.float16 if device.type == "cuda" else torch.float32)
     if dtype == torch.float32:  # float32 means float32: cuDNN would round convolutions to TF32's ten bits
         torch.backends.cudnn.allow_tf32 = False
-    return pipeline.load(args.weights, device, dtype, ema=args.ema, base=args.base, backend=args.backend)
+    sd = ldm.load(args.weights, device, dtype, ema=args.ema, base=args.base, backend=args.backend)
+    if getattr(args, "cuda_graph", False):
+        fast.install(sd.unet, kernels=args.backend, cuda_graph=True)
+    return sd
 
 
 def named_prompts(styles: list[str]) -> dict[str, str]:
@@ -84,11 +86,6 @@ def add_cuda_graph(parser: argparse.ArgumentParser) -> None:
         help="launch each sampling step's U-Net as one CUDA graph, which changes results in the last bits at most; "
         "where there can be none, say so once and go on without",
     )
-
-
-def graphed_unet(args: argparse.Namespace, sd: pipeline.StableDiffusion) -> GraphedUNet | None:
-    """The U-Net as --cuda-graph asks for it; None: as it is."""
-    return GraphedUNet(sd.unet) if args.cuda_graph else None
 
 
 def add_sampling(parser: argparse.ArgumentParser, guidance: float = 7.5) -> None:

@@ -12,7 +12,7 @@ from ldm.traversal.plan import SWAP_STEPS, Traversal, parse_integers
 from ldm.traversal.real_images import FITS, ImageStart, open_images
 from ldm.traversal.run_folder import run_traversal, write_figures
 from ldm_tools.invert import round_trip
-from ldm_tools.options import add_model, add_sampling, graphed_unet, latent_size, load_model, max_batch, named_prompts
+from ldm_tools.options import add_model, add_sampling, latent_size, load_model, max_batch, named_prompts
 from ldm_tools.reading import add_pixels, pixels
 
 
@@ -90,8 +90,7 @@ def run(args: argparse.Namespace) -> None:
     sd = load_model(args)
     plan = replace(plan, latent_size=latent_size(args.size, sd))
     start = ImageStart(sd, plan, images, args.inversion, args.fit, batch, pixels(args)) if images else None
-    graphed = graphed_unet(args, sd)
-    record = run_traversal(sd, plan, args.out, max_batch=batch, images=not args.no_images, start=start, graphed=graphed)
+    record = run_traversal(sd, plan, args.out, max_batch=batch, images=not args.no_images, start=start)
     if not args.no_images:
         write_figures(args.out, plan)
     for entry in record.get("images", []):

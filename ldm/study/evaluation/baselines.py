@@ -93,7 +93,7 @@ def blends(
     found = {}
     for name, rows in contexts.items():
         eps_fn = guided(
-            instruments.unet,
+            sd.unet,
             side_by_side(rows),
             plan.guidance,
             sd.encode_prompts([plan.negative]),

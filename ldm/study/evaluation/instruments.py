@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from ldm import checkpoint
-from ldm.fast.cuda_graph import GraphedUNet
-from ldm.guidance import UNetFn
 from ldm.images import Pixels, from_uint8, to_uint8
 from ldm.names import nearest
 from ldm.pipeline import StableDiffusion
@@ -29,12 +27,6 @@ class Instruments:
     classifier: Classifier
     classifier_file: Path
     lpips: perceptual.Lpips | perceptual.Unavailable = field(repr=False)
-    graphed: GraphedUNet | None = None  # see `ldm.traversal.run_folder.run_traversal`
-
-    @property
-    def unet(self) -> UNetFn:
-        """What samples."""
-        return self.sd.unet if self.graphed is None else self.graphed
 
     @cached_property  # a checkpoint is gigabytes to hash
     def fingerprint(self) -> dict[str, str | None]:

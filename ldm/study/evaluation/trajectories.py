@@ -44,7 +44,7 @@ def sampled(instruments: Instruments, plan: Traversal, max_batch: int | None) ->
     max_batch = max_batch or default_max_batch(latent_shape(sd, plan))
 
     def sample_seed(seed: int) -> Mapping[str, Tensor]:
-        result = sample(sd, plan, tree, [seed], max_batch, graphed=instruments.graphed)
+        result = sample(sd, plan, tree, [seed], max_batch)
         return {name: rows[0].cpu() for name, rows in result.latents.items()}
 
     return sample_seed

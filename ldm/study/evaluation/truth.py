@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.conditioning import constant
-from ldm.guidance import UNetFn, guided
+from ldm.guidance import guided
 from ldm.images import from_uint8
 from ldm.phantom import Phantom, render
 from ldm.phantom.prompts import Cell
@@ -78,12 +78,10 @@ def retraceable(plan: Traversal, swap_steps: tuple[int, ...], guidance: float) -
     return replace(plan, negative=plan.neutral, eta=0.0, swap_steps=swap_steps, guidance=guidance)
 
 
-def invert(
-    sd: StableDiffusion, plan: Traversal, latents: Tensor, max_batch: int | None = None, unet: UNetFn | None = None
-) -> Tensor:
-    """x_T of some latents (B, C, H, W) under the plan's neutral prompt, at guidance 1; unet: None: the model's."""
+def invert(sd: StableDiffusion, plan: Traversal, latents: Tensor, max_batch: int | None = None) -> Tensor:
+    """x_T of some latents (B, C, H, W) under the plan's neutral prompt, at guidance 1."""
     context = sd.encode_prompts([plan.neutral])
-    eps_fn = guided(unet or sd.unet, constant(context, plan.steps), 1.0, max_batch=max_batch)
+    eps_fn = guided(sd.unet, constant(context, plan.steps), 1.0, max_batch=max_batch)
     with torch.no_grad():
         *_, last = ddim_inversion(
             eps_fn, latents.float().to(sd.device), sd.schedule, plan.steps, iterations=INVERSION_ITERATIONS
@@ -110,9 +108,9 @@ def measure_truth(
     original, truths = images[0], images[1:]
     encoded = sd.encode_image(images).float()
 
-    x_T = invert(sd, plan, encoded[:1], max_batch, instruments.unet)
+    x_T = invert(sd, plan, encoded[:1], max_batch)
     batch, tree = max_batch or default_max_batch(shape), prompt_tree(sd, plan)
-    result = sample(sd, plan, tree, [seed], batch, x_T=x_T, graphed=instruments.graphed)
+    result = sample(sd, plan, tree, [seed], batch, x_T=x_T)
     latents = {name: rows[0].cpu() for name, rows in result.latents.items()}
     neutral, swaps = latents["neutral"], stacked(latents, plan)
 

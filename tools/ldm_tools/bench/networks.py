@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm import fast
 from ldm.bench import harness, networks
 from ldm.config import CONTEXT_TOKENS, SD15, Config
-from ldm.fast.cuda_graph import GraphedUNet
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 from ldm_tools.options import DTYPES, add_model, load_model
@@ -71,7 +71,10 @@ def network_of(args: argparse.Namespace, part: str) -> tuple[nn.Module, Config, 
     dtype = DTYPES.get(args.dtype, torch.float16 if device.type == "cuda" else torch.float32)
     torch.manual_seed(0)
     network = UNet(SD15.unet) if part == "unet" else AutoencoderKL(SD15.vae)
-    return network.to(device, dtype).eval(), SD15, device, dtype
+    network = network.to(device, dtype).eval()
+    if part == "unet":
+        fast.install(network, kernels=args.backend)
+    return network, SD15, device, dtype
 
 
 def parts(network: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
@@ -93,10 +96,11 @@ def report(
     other_layout = copy.deepcopy(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ways["channels_last"] = partial(call, other_layout, x)
     if isinstance(network, UNet) and x.device.type == "cuda":
-        graphed = GraphedUNet(other_layout)
+        graphed = copy.deepcopy(other_layout)
+        installed = fast.install(graphed, kernels=args.backend, cuda_graph=True)
         with torch.inference_mode():
             call(graphed, x)
-        if graphed.used:  # else the log has said why not
+        if installed.cuda_graph_used:  # else the log has said why not
             ways["CUDA graph"] = partial(call, graphed, x)
     if args.compile:
         compiled = copy.deepcopy(network)

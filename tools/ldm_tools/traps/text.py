@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.blocks import attend
 from ldm.clip import MLP, CLIPTextEncoder, SelfAttention
-from ldm.fast import ops
 from ldm.tokenizer import Tokenizer
 from ldm_tools.traps.conventions import Conventions, replaced
 
@@ -69,7 +69,7 @@ class _SeesAhead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.attention
-        return a.out_proj(ops.attention(a.q_proj(x), a.k_proj(x), a.v_proj(x), a.heads, causal=False))
+        return a.out_proj(attend(a.q_proj(x), a.k_proj(x), a.v_proj(x), a.heads, causal=False))
 
 
 def no_causal_mask(recipe: Conventions) -> Conventions:
