@@ -40,8 +40,9 @@ def pack(network: nn.Module) -> int:
     """
     packed = 0
     for module in network.modules():
-        if type(module).forward is Attention.forward:
-            layers = tuple(getattr(module, name) for name in ("to_q", "to_k", "to_v")[module.cross :])
+        if isinstance(module, Attention) and type(module).forward is Attention.forward:
+            q = () if module.cross else (module.to_q,)
+            layers = (*q, module.to_k, module.to_v)
             if _linear(layers) and len({(x.weight.dtype, x.weight.device, x.in_features) for x in layers}) == 1:
                 weights = [layer.weight for layer in layers]
                 rows = torch.cat(weights).split([len(weight) for weight in weights])
