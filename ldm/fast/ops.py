@@ -79,13 +79,3 @@ class Ops:
             return kernel(x, branch, norm.weight, norm.bias, norm.eps)
         x = x + branch
         return x, F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-
-
-def fused(x: Tensor) -> bool:
-    """Whether guidance should ask for a DDIM step in one kernel: no longer."""
-    return False
-
-
-def guided_ddim_step(*args: object) -> tuple[Tensor, Tensor, Tensor]:
-    """Never asked for, see `fused`."""
-    raise NotImplementedError

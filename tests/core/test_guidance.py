@@ -3,6 +3,7 @@
 import pytest
 import torch
 from small_networks import ToyUNet, toy_context
+from torch.autograd import forward_ad
 
 from ldm.conditioning import constant, swap
 from ldm.guidance import guided
@@ -106,3 +107,25 @@ def test_batches_that_do_not_fit_are_named():
         guided(ToyUNet(), constant(COND, 10), 1, max_batch=0)
     with pytest.raises(ValueError, match=r"step: expected 0\.\.9"):
         guided(ToyUNet(), constant(COND, 10), 1)(X, 500, 10)
+
+
+def eps_of(context, uncond):
+    return guided(ToyUNet(), constant(context, 10), 7.5, uncond)(X, 500, 0)
+
+
+def test_gradients_reach_both_prompts():
+    context, uncond = COND.clone().requires_grad_(), UNCOND.clone().requires_grad_()
+    for _ in range(2):
+        eps_of(context, uncond).sum().backward()
+    assert context.grad.any()
+    assert uncond.grad.any()
+
+
+def test_forward_derivatives_reach_the_prompts():
+    given, along = (COND, UNCOND), (torch.ones_like(COND), torch.zeros_like(UNCOND))
+    _, expected = torch.autograd.functional.jvp(eps_of, given, along)  # by gradients of gradients
+    _, found = torch.func.jvp(eps_of, given, along)
+    torch.testing.assert_close(found, expected)
+    with forward_ad.dual_level():
+        dual = eps_of(*(forward_ad.make_dual(x, d) for x, d in zip(given, along, strict=True)))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, expected)
