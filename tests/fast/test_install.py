@@ -19,14 +19,14 @@ CONFIG = replace(
     SD15.unet, widths=(80, 80), resnets_per_level=1, attention=(True, False), heads=2, context_width=16, norm_groups=4
 )
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32 in other orders of summation
-PLACE = "mid_block.attentions.0.transformer_blocks.0"
+PLACE = "down_blocks.0.attentions.0.transformer_blocks.0"
 
 
 def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-CALL = randn(1, 4, 2, 2), 500, randn(1, 77, 16, seed=1)
+CALL = randn(1, 4, 4, 4), 500, randn(1, 77, 16, seed=1)
 
 
 @pytest.fixture(autouse=True)
