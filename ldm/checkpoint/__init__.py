@@ -1,9 +1,11 @@
 """Weights in and out: what a path holds, every key explained, three networks filled; and back to a file.
 
-Reading order: container (the format), layouts (the two names of every weight), identification and foreign (what is
-it?), settings (its configuration), report (every key), loading, saving.
+Reading order: container (the format), layouts (the two names of every weight), dialects (whose names are these?),
+folders, identification and foreign (what is it?), settings and config_json (its configuration), vocabulary (its words),
+report (every key), loading, saving, adapters. README.md says what becomes of each origin.
 """
 
+from ldm.checkpoint.adapters import adapted
 from ldm.checkpoint.container import CheckpointError, sha256
 from ldm.checkpoint.identification import Checkpoint, WeightSet, identify
 from ldm.checkpoint.loading import Examined, Loaded, examine, load_parts
@@ -19,6 +21,7 @@ __all__ = [
     "KeysDoNotFit",
     "Loaded",
     "WeightSet",
+    "adapted",
     "convert",
     "examine",
     "identify",

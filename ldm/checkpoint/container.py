@@ -70,6 +70,7 @@ class LazyTensor:
     key: its name where it is stored.
     fetch(copy): the tensor on the CPU. From a file: copy=True reads it, copy=False may give a view of the mapped file.
     mapped: whether fetch(False) gives such a view.
+    exact: of a tensor that is computed, its values before they were rounded to `dtype`.
     """
 
     key: str
@@ -77,6 +78,7 @@ class LazyTensor:
     dtype: torch.dtype
     fetch: Callable[[bool], Tensor]
     mapped: bool = False
+    exact: Callable[[], Tensor] | None = None
 
     @classmethod
     def of(cls, key: str, tensor: Tensor) -> "LazyTensor":
@@ -88,7 +90,12 @@ class LazyTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def reshaped(self, shape: tuple[int, ...]) -> "LazyTensor":
-        return replace(self, shape=shape, fetch=lambda copy: self.fetch(copy).reshape(shape))
+        exact = self.exact and (lambda: self.values().reshape(shape))
+        return replace(self, shape=shape, fetch=lambda copy: self.fetch(copy).reshape(shape), exact=exact)
+
+    def values(self) -> Tensor:
+        """The tensor, read or computed, as exact as it is known."""
+        return self.exact() if self.exact else self.fetch(True)
 
     def cast(self, dtype: torch.dtype | None) -> "LazyTensor":
         """In another floating-point dtype; None and tensors of integers change nothing.
@@ -97,7 +104,7 @@ class LazyTensor:
         """
         if dtype is None or dtype == self.dtype or not self.dtype.is_floating_point:
             return self
-        return replace(self, dtype=dtype, fetch=lambda copy: self.fetch(True).to(dtype), mapped=False)
+        return replace(self, dtype=dtype, fetch=lambda copy: self.values().to(dtype), mapped=False)
 
 
 @dataclass(frozen=True)

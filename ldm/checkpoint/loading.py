@@ -6,7 +6,7 @@ The networks are built on the meta device, without memory, and take the checkpoi
 most one tensor exists twice at a time.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint import config_json, settings
+from ldm.checkpoint.adapters import adapted
 from ldm.checkpoint.container import CheckpointError, LazyTensor
 from ldm.checkpoint.identification import PART_NAMES, Checkpoint, WeightSet, identify
 from ldm.checkpoint.layouts import PARTS
@@ -116,6 +117,8 @@ def load_parts(
     device: torch.device | str = "cpu",
     ema: WeightSet | None = None,
     base: str | Path | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
+    embeddings: Sequence[str | Path] = (),
 ) -> Loaded:
     """Read a model: any of the layouts, its configuration told from its tensors.
 
@@ -124,6 +127,7 @@ def load_parts(
              vae_dtype: another one for the autoencoder; None: `dtype` too.
              ema: which U-Net weights, where the file has both: "ema" or "plain".
              base: a whole model, from which the networks come that `path` lacks.
+             loras, embeddings: see `ldm.checkpoint.adapters`; files, of LoRA with their weights.
     Returns: the networks, their configuration and the report. On the CPU and in the stored dtype, parameters are views
              of the mapped file (`mapped`); otherwise copies. Peak memory: the weights and one tensor.
     Raises:  CheckpointError: when the path is not such a model, or any key is missing, unexpected or of wrong shape.
@@ -138,7 +142,7 @@ def load_parts(
             "load it with ldm.probe.surgery.load and those classes"
         )
     weight_set = ema if "unet_ema" in checkpoint.parts else None
-    checkpoint = checkpoint.choose(ema)
+    checkpoint = adapted(checkpoint.choose(ema), loras, embeddings)
     examined = examine(checkpoint)
     require_fit(checkpoint, examined.report)
     config = _whole(examined.configs, checkpoint)

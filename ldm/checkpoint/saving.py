@@ -5,7 +5,7 @@ for go into a file of their own; a header that this writer would not have writte
 other metadata, as in the published single file) travels along as text; dtypes change only when asked to.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ldm.checkpoint import config_json, layouts, settings
+from ldm.checkpoint.adapters import adapted
 from ldm.checkpoint.container import CheckpointError, Header, LazyTensor, write_tensors
 from ldm.checkpoint.folders import NON_EMA_FILE, WEIGHT_FILES
 from ldm.checkpoint.identification import (
@@ -101,6 +102,8 @@ def convert(
     dtype: torch.dtype | None = None,
     vae_names: VaeNames | None = None,
     ema: WeightSet | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
+    embeddings: Sequence[str | Path] = (),
     overwrite: bool = False,
 ) -> list[Path]:
     """Write a checkpoint in another layout or dtype, one tensor at a time.
@@ -108,6 +111,7 @@ def convert(
     Args:    dtype: for weights; None keeps each as it is. Schedule buffers are never converted.
              vae_names: None keeps what the source has, or had before it became a single file.
              ema: keep one set of U-Net weights where there are two; None keeps both.
+             loras, embeddings: merged and added, see `ldm.checkpoint.adapters`.
     Returns: the files written. Without dtype, vae_names and ema, converting back gives the same bytes; of a folder the
              weights only, not its tokenizer, scheduler or safety checker.
     Raises:  CheckpointError: as `load_parts`, or when the target is taken.
@@ -116,6 +120,7 @@ def convert(
     extras = checkpoint.extras  # before a choice: the set that is not chosen becomes one
     if ema is not None:
         checkpoint = checkpoint.choose(ema)
+    checkpoint = adapted(checkpoint, loras, embeddings)
     examined = examine(checkpoint)
     require_fit(checkpoint, examined.report)
     if (own := checkpoint.vocabulary.ids) and not CLIP_PIECES.issubset(own.items()):

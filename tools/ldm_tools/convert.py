@@ -1,6 +1,7 @@
 """`ldm convert`: write a checkpoint in another layout or precision, one tensor at a time.
 
 ldm convert v1-5-pruned-emaonly.safetensors sd15/ --layout folder --dtype fp16
+ldm convert v1-5-pruned-emaonly.safetensors merged.safetensors --layout single --lora style.safetensors:0.8
 """
 
 import argparse
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ldm.checkpoint import convert
+from ldm_tools.options import add_adapters, lora_files
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -29,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="names of the autoencoder's attention: old is what the published folder has (default: what IN has or had)",
     )
     parser.add_argument("--ema", choices=("ema", "plain"), help="of two sets of U-Net weights keep this one only")
+    add_adapters(parser)
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
 
 
@@ -41,6 +44,8 @@ def run(args: argparse.Namespace) -> None:
         dtype=DTYPES[args.dtype] if args.dtype else None,
         vae_names=args.vae_names,
         ema=args.ema,
+        loras=lora_files(args),
+        embeddings=args.embedding,
         overwrite=args.force,
     )
     for path in written:

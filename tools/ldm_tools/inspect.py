@@ -17,7 +17,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ldm.checkpoint import Examined, examine, identify, sha256
+from ldm.checkpoint import Examined, adapted, examine, identify, sha256
+from ldm.checkpoint.adapters import read_embedding, read_lora
 from ldm.checkpoint.container import LazyTensor
 from ldm.checkpoint.layouts import PARTS
 from ldm.checkpoint.loading import build
@@ -25,6 +26,7 @@ from ldm.checkpoint.report import require_fit
 from ldm.config import SD15, CLIPConfig, Config, UNetConfig, VAEConfig
 from ldm.probe import surgery, trace
 from ldm.unet import UNet
+from ldm_tools.options import add_adapters, lora_files
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Fails when any key is missing, unexpected or of the wrong shape, after saying which."
     )
     parser.add_argument("file", type=Path, help="a .safetensors file, or a folder")
+    add_adapters(parser)
     parser.add_argument("--json", action="store_true", help="everything, as JSON")
     parser.add_argument("--keys", action="store_true", help="also list every key, as it is stored and as it is here")
     parser.add_argument("--no-hash", action="store_true", help="leave the SHA-256 away, which reads every byte")
@@ -57,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the description. Raises CheckpointError when the path is no SD1.5 model, or its keys do not fit."""
-    examined = examine(identify(args.file))
+    examined = examine(adapted(identify(args.file), lora_files(args), args.embedding))
     if args.batch < 1:
         raise ValueError(f"--batch: got {args.batch}, expected 1 or more")
     facts = describe(examined, with_hashes=not args.no_hash)
@@ -66,6 +69,10 @@ def run(args: argparse.Namespace) -> None:
         traces = trace_examined(examined, args.size, args.batch)
         facts["trace"] = {name: [asdict(block) for block in blocks] for name, blocks in traces.items()}
         text += trace_lines(traces)
+    adapter_lines = describe_adapters(args)
+    if adapter_lines:
+        facts["adapters"] = adapter_lines
+        text += ["", *(f"  {line}" for line in adapter_lines)]
     if args.change:
         changed = change_unet(examined, args.change)
         facts["changed"], changed_text = describe_change(examined, changed, args.size, args.batch)
@@ -78,6 +85,14 @@ def run(args: argparse.Namespace) -> None:
             print("\n".join(key_lines(examined)))
         print("\n".join(text), end="\n" if text else "")
     require_fit(examined.checkpoint, examined.report)
+
+
+def describe_adapters(args: argparse.Namespace) -> list[str]:
+    """A line for each LoRA and embedding that was given."""
+    found = [f"{path}: {read_lora(path).describe()}, at weight {weight:g}" for path, weight in lora_files(args)]
+    for path in args.embedding:
+        found += [f"{path}: the word {e.word!r}, {e.rows} tokens" for e in read_embedding(path)]
+    return found
 
 
 def describe(examined: Examined, with_hashes: bool) -> dict[str, Any]:

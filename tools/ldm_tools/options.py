@@ -1,6 +1,7 @@
 """The options that `generate` and `traverse` share."""
 
 import argparse
+import math
 import re
 from pathlib import Path
 from typing import get_args
@@ -38,6 +39,43 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="fused kernels on GPUs that have them (auto), never (torch), or an error where there are none (triton)",
     )
+
+
+def add_adapters(parser: argparse.ArgumentParser) -> None:
+    """What is merged into a checkpoint, and the words that are added to it."""
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="merge a LoRA of kohya's, diffusers' or PEFT's, such as style.safetensors:0.8; repeat for several",
+    )
+    parser.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="add the word of a textual inversion: its file's name, or the one inside; repeat for several",
+    )
+
+
+def lora_files(args: argparse.Namespace) -> list[tuple[str | Path, float]]:
+    """What --lora was given: files and weights. Raises ValueError for a weight that is no number."""
+    found: list[tuple[str | Path, float]] = []
+    for text in args.lora:
+        file, colon, weight = text.rpartition(":")
+        if not colon or Path(text).exists():
+            found.append((Path(text), 1.0))
+            continue
+        try:
+            value = float(weight)
+        except ValueError as error:
+            raise ValueError(f"--lora: got {text!r}, expected FILE or FILE:WEIGHT such as {file}:0.8") from error
+        if not math.isfinite(value):
+            raise ValueError(f"--lora: got weight {weight}, expected a number")
+        found.append((Path(file), value))
+    return found
 
 
 def load_model(args: argparse.Namespace) -> pipeline.StableDiffusion:
