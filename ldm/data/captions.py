@@ -121,10 +121,13 @@ def findings_table(
     return each_distinct(present, caption)
 
 
-def isic_table(observations: pd.DataFrame, template: str = "paper") -> NDArray[np.object_]:
+def isic_table(
+    observations: pd.DataFrame, template: str = "paper", named: Collection[str] = ISIC_CAPTION_ARTIFACTS
+) -> NDArray[np.object_]:
     """`isic` of many dermoscopies; where an artifact is unknown (NaN, no column), the bare stem, which denies none.
 
     Args:    observations: diagnoses and artifacts as columns, a row an image.  template: as for `chexpert`.
+             named: the artifacts that captions name; an image with others alone has the bare stem.
     Returns: (N,) str.
     Raises:  ValueError: for an image of none of the diagnoses, or an unknown template.
     """
@@ -139,10 +142,9 @@ def isic_table(observations: pd.DataFrame, template: str = "paper") -> NDArray[n
 
     def caption(row: NDArray[np.bool_]) -> str:
         diagnosis = diagnoses[int(np.argmax(row[: len(diagnoses)]))]
-        if row[-1]:
-            return dermoscopy(diagnosis)
-        shown = row[len(diagnoses) : -1]
-        return isic(diagnosis, [name for name, here in zip(artifacts, shown, strict=True) if here])
+        shown = [name for name, here in zip(artifacts, row[len(diagnoses) : -1], strict=True) if here]
+        said = [name for name in shown if name in named]
+        return dermoscopy(diagnosis) if row[-1] or (shown and not said) else isic(diagnosis, said)
 
     return each_distinct(np.column_stack([values == 1.0, unknown]), caption)
 

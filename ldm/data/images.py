@@ -89,17 +89,20 @@ def usable(
     workers: int = 1,
     cache: Path | None = None,
     reading: Reading = AS_STORED,
+    said: bool = True,
 ) -> NDArray[np.bool_]:
     """(N,) which files can be decoded; each is, whole, before the first epoch meets it.
 
     Logs the others, and how many images were read in a way worth knowing, such as 12 of 16 bits.
 
+    Args:    cache, reading: as of `scan`.  said: False: log nothing, where it was said before.
     Raises:  ValueError: when more than `max_bad` cannot be decoded.
     """
     names = [str(file) for file in files]
     broken, remarks = _scanned(names, workers, cache, True, reading)
-    refuse(broken, max_bad, len(names))
-    for remark, count in remarks.items():
+    if said or len(broken) > max_bad:
+        refuse(broken, max_bad, len(names))
+    for remark, count in remarks.items() if said else ():
         logger.warning("%d of %d images: %s", count, len(names), remark)
     return ~np.isin(np.asarray(names, dtype=str), [file for file, _ in broken])
 

@@ -67,6 +67,11 @@ class LabelledImages:
         labels = self.observations[list(counted)].to_numpy(dtype=np.float32)
         return replace(self, attributes=tuple(chosen), labels=np.ascontiguousarray(labels), counted=counted)
 
+    def saying(self, names: Sequence[str]) -> "LabelledImages":
+        """The same with captions that name these attributes alone. Raises as of `with_attributes`."""
+        columns = [self.columns[tables.one_of("attributes", attribute_name(name), self.columns)] for name in names]
+        return replace(self, wording=self.wording.only(columns))
+
     def captions(self, template: str = "paper") -> NDArray[np.object_]:
         """(N,) str: the caption of every image. Args: template: "paper" or "code"."""
         return self.wording.captions(self.observations, template)

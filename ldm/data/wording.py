@@ -1,6 +1,6 @@
 """How the labels of a data set become captions, and the prompts that a traversal of it would swap in."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,6 +22,10 @@ class Wording(Protocol):
         """The neutral prompt, then one for each label that some image shows; each once."""
         ...
 
+    def only(self, columns: Sequence[str]) -> "Wording":
+        """The same that names these labels alone."""
+        ...
+
 
 @dataclass(frozen=True)
 class Radiographs:
@@ -39,14 +43,20 @@ class Radiographs:
         stem = captions.CHEXPERT_STEMS[template]
         return [captions.CHEXPERT_NEUTRAL, *(f"{stem} {self.words[name]}" for name in shown)]
 
+    def only(self, columns: Sequence[str]) -> "Radiographs":
+        """As of `Wording`; also labels that captions do not name otherwise."""
+        return Radiographs({name: self.words.get(name, name) for name in columns})
+
 
 @dataclass(frozen=True)
 class Dermoscopies:
     """ "a dermoscopic image with melanoma (MEL) showing hair, ruler"."""
 
+    artifacts: tuple[str, ...] = captions.ISIC_CAPTION_ARTIFACTS  # those that captions name
+
     def captions(self, observations: pd.DataFrame, template: str) -> NDArray[np.object_]:
         """As of `Wording`."""
-        return captions.isic_table(observations, template)
+        return captions.isic_table(observations, template, self.artifacts)
 
     def prompts(self, observations: pd.DataFrame, template: str) -> list[str]:
         """As of `Wording`; the styles of every diagnosis."""
@@ -56,9 +66,13 @@ class Dermoscopies:
             for diagnosis in shown
             for prompt in (
                 captions.dermoscopy(diagnosis),
-                *(captions.isic_style(diagnosis, artifact) for artifact in captions.ISIC_STYLES),
+                *(captions.isic_style(diagnosis, artifact) for artifact in self.artifacts),
             )
         ]
+
+    def only(self, columns: Sequence[str]) -> "Dermoscopies":
+        """As of `Wording`; the diagnosis is always named."""
+        return Dermoscopies(tuple(name for name in captions.ISIC_CAPTION_ARTIFACTS if name in columns))
 
 
 @dataclass(frozen=True)
@@ -100,3 +114,7 @@ class Sentence:
         """As of `Wording`."""
         shown = [word for name, word in self.words.items() if (observations[name] == 1).any()]
         return list(dict.fromkeys([self.of([]), *(self.of([word]) for word in shown)]))
+
+    def only(self, columns: Sequence[str]) -> "Sentence":
+        """As of `Wording`."""
+        return Sentence(self.text, {name: self.words[name] for name in columns})

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,8 +29,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ldm.data.images import load_image
+from ldm.data.images import iterate, load_image
 from ldm.data.labelled import LabelledImages
+from ldm.files import complete
 from ldm.images import from_uint8
 from ldm.study import classifier
 from ldm.study.classifier import Classifier
@@ -61,24 +63,50 @@ class Training:
     pretrained: bool = True  # start from ImageNet weights, where they can be had
 
 
-TRAININGS = {
-    "chexpert": Training(lr=2e-4, weight_decay=1e-2, epochs=10, augmentation=CHEXPERT),
-    "isic": Training(lr=1e-4, weight_decay=1e-4, epochs=20, augmentation=ISIC),
+TRAININGS = {  # of CheXpert and ISIC 2019
+    "chest": Training(lr=2e-4, weight_decay=1e-2, epochs=10, augmentation=CHEXPERT),
+    "skin": Training(lr=1e-4, weight_decay=1e-4, epochs=20, augmentation=ISIC),
 }
 
 
 class Decoded(Dataset[tuple[Tensor, Tensor]]):
-    """Item i is image i, uint8 (S, S, 3), and its labels (K,) float32, NaN = unknown."""
+    """Item i is image i, uint8 (S, S, 3), and its labels (K,) float32, NaN = unknown.
 
-    def __init__(self, images: LabelledImages, size: int) -> None:
-        self.images, self.size = images, size
+    kept: (N, S, S, 3), the images decoded before; None: each is decoded when it is asked for.
+    """
+
+    def __init__(self, images: LabelledImages, size: int, kept: NDArray[np.uint8] | None = None) -> None:
+        self.images, self.size, self.kept = images, size, kept
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        pixels = torch.from_numpy(load_image(self.images.files[i], self.size))
-        return pixels, torch.from_numpy(self.images.labels[i])
+        pixels = self._decoded(i) if self.kept is None else np.array(self.kept[i])
+        return torch.from_numpy(pixels), torch.from_numpy(self.images.labels[i])
+
+    def _decoded(self, i: int) -> NDArray[np.uint8]:
+        return load_image(self.images.files[i], self.size, reading=self.images.reading)
+
+
+def keep_decoded(images: LabelledImages, size: int, folder: Path, workers: int = 1) -> NDArray[np.uint8] | None:
+    """Decode all images once into a file, or take it as it is there: (N, S, S, 3), mapped; None without room for it."""
+    names = [f"{file} {Path(file).stat().st_mtime_ns}" for file in images.files]
+    digest = hashlib.sha256("\n".join([f"{size} {images.reading}", *names]).encode()).hexdigest()
+    path, shape = folder / f"{digest[:16]}.npy", (len(images), size, size, 3)
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        needed, free = math.prod(shape), shutil.disk_usage(folder).free
+        if needed > free / 2:
+            log.warning("images are decoded in every epoch: keeping them takes %.1f GB of disk", needed / 1e9)
+            return None
+        with complete(path) as partial:
+            pixels = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
+            decoded = iterate(images.files, size, workers=workers, reading=images.reading)
+            for i, image in tqdm(decoded, desc="decoding", total=len(images), mininterval=5):
+                pixels[i] = image
+            pixels.flush()
+    return np.load(path, mmap_mode="r")
 
 
 def require_both_classes(labels: NDArray[np.float32], attributes: Sequence[str], where: str) -> None:
@@ -228,11 +256,13 @@ def train(
     out: Path,
     device: torch.device,
     workers: int = 0,
+    cached: bool = True,
 ) -> Classifier:
     """Train, or go on with the run whose checkpoint (NAME.training.safetensors) lies beside `out`.
 
     Args:    out: where the classifier will be saved, by the caller.
              workers: processes that read images; they do not change the result.
+             cached: decode each image once, into a folder beside `out` that is deleted at the end.
     Returns: the classifier of the lowest validation loss; its report says how it was trained.
     Raises:  ValueError: when a class is missing, the loss is not finite, or the checkpoint is of another run.
     """
@@ -253,8 +283,13 @@ def train(
     learner, state = ClassifierLearner(network, recipe), checkpoint_path(out)
     start = _resume(state, learner, settings)
     order = (draw(training.seed, step, count, batch).tolist() for step in range(start, steps))
-    loader = DataLoader(Decoded(training_images, training.size), batch_sampler=order, num_workers=workers)
-    unseen = DataLoader(Decoded(validation_images, training.size), batch_size=batch, num_workers=workers)
+    folder = out.with_name(f"{out.stem}.decoded")
+    seen, held = (
+        Decoded(of, training.size, keep_decoded(of, training.size, folder, max(1, workers)) if cached else None)
+        for of in (training_images, validation_images)
+    )
+    loader = DataLoader(seen, batch_sampler=order, num_workers=workers)
+    unseen = DataLoader(held, batch_size=batch, num_workers=workers)
 
     def taking() -> Iterator[Taken]:
         for step, (pixels, labels) in enumerate(loader, start):
@@ -283,6 +318,7 @@ def train(
     except NotFinite as error:
         raise ValueError(f"{error}; try a lower --lr") from None
 
+    shutil.rmtree(folder, ignore_errors=True)
     network.load_state_dict(learner.best)
     network.eval().requires_grad_(False)
     report = {

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.data import images
+from ldm.data.reading import AS_STORED, Reading
 from ldm.files import complete
 from ldm.images import from_uint8
 from ldm.train.distributed import Processes
@@ -44,6 +45,14 @@ class Preprocessing:
     size: int  # S
     fit: str = "squash"  # as of `ldm.data.images.load_image`; the paper's
     flip: bool = False  # also keep every image's mirror image: its posterior is not the mirrored posterior
+    reading: Reading = AS_STORED  # how a file becomes pixels
+
+    def settings(self) -> dict[str, object]:
+        """For run.json: a reading as usual is not mentioned, so that older runs can go on."""
+        settings = asdict(self)
+        if self.reading == AS_STORED:
+            del settings["reading"]
+        return settings
 
 
 class Posteriors(Protocol):
@@ -76,8 +85,8 @@ class Uncached:
 
     def moments(self, rows: NDArray[np.int64], flipped: Sequence[bool]) -> Tensor:
         """As of `Posteriors`."""
-        size, fit = self.preprocessing.size, self.preprocessing.fit
-        pixels = self.threads.map(lambda row: images.load_image(str(self.files[row]), size, fit), rows)
+        size, fit, reading = self.preprocessing.size, self.preprocessing.fit, self.preprocessing.reading
+        pixels = self.threads.map(lambda row: images.load_image(str(self.files[row]), size, fit, reading), rows)
         turned = [mirror(image) if flip else image for image, flip in zip(pixels, flipped, strict=True)]
         return encode(self.vae, turned)
 
@@ -127,7 +136,7 @@ def _fill(
 ) -> bool:
     """Compute and write some shards. Returns whether all are there: False when told to stop."""
     todo = [str(file) for _, files in shards for file in files]
-    decoded = images.iterate(todo, preprocessing.size, preprocessing.fit, workers)
+    decoded = images.iterate(todo, preprocessing.size, preprocessing.fit, workers, reading=preprocessing.reading)
     with tqdm(total=len(todo), desc="latents", unit="image", mininterval=5, disable=not todo) as bar:
         for path, files in shards:
             shard = np.empty((len(files), *each), dtype=np.float32)

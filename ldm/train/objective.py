@@ -21,7 +21,7 @@ from ldm.train.latent_cache import Posteriors
 from ldm.train.learner import Recipe
 from ldm.vae import DiagonalGaussian
 
-EPOCHS = {"chexpert": 100, "isic": 500}  # [authors' code]
+EPOCHS = {"chest": 100, "skin": 500}  # of CheXpert and ISIC 2019   [authors' code]
 AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from ldm.data import captions
+from ldm.data.wording import Dermoscopies, Radiographs
 
 
 def test_chexpert_templates_differ_only_in_the_stem():
@@ -58,6 +59,21 @@ def test_a_table_of_dermoscopies_is_captioned_row_by_row():
     ]
     assert captions.isic_table(table).tolist() == expected
     assert captions.isic_table(table[["MEL", "NV"]])[0] in captions.ISIC_NEUTRAL.values()  # artifacts not known
+
+
+def test_captions_can_name_some_labels_alone():
+    table = pd.DataFrame([[1.0, 0.0, 1.0]], columns=["Edema", "Pneumonia", "Fracture"])
+    both = Radiographs({"Edema": "Edema", "Pneumonia": "Pneumonia"})
+    assert both.only(["Fracture"]).captions(table, "code").tolist() == ["Chest X-ray showing Fracture"]
+    assert both.only(["Pneumonia"]).prompts(table, "code") == [captions.CHEXPERT_NEUTRAL]
+
+    artifacts = dict.fromkeys(captions.ISIC_CAPTION_ARTIFACTS, 0.0)
+    skin = pd.DataFrame([artifacts | {"hair": 1.0, "ink": 1.0}, artifacts | {"hair": 1.0}, artifacts]).assign(
+        MEL=1, NV=0
+    )
+    stem = captions.ISIC_NEUTRAL["MEL"]
+    expected = [f"{stem} showing ink", stem, f"{stem} with no visible artifacts"]  # hair unsaid is not denied
+    assert Dermoscopies().only(["MEL", "ink"]).captions(skin, "paper").tolist() == expected
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,20 @@
 """What can go wrong with `ldm finetune` from outside: one line, before any work is lost."""
 
 import errno
+import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import lookalikes
+import numpy as np
 import pytest
 import torch
 from ldm_tools import cli
+from PIL import Image
 from tiny_run import UNET, command, write_data, write_weights
 
 import ldm
@@ -114,3 +119,32 @@ def test_what_is_no_checkpoint_is_named(tmp_path, data, capsys):
     path.write_text("not one")
     assert str(path) in refused(capsys, command(path, data, tmp_path / "out", "--steps", "1"))
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_damaged_image_is_left_out_of_the_latents_too(tmp_path, weights, data, caplog):
+    """Damaged in its middle, where neither header nor end tells; and the labels that captions name can be chosen."""
+    folder, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(data, folder)
+    victim, random = min(folder.rglob("*.jpg")), np.random.default_rng(0)
+    Image.fromarray(random.integers(0, 256, (64, 64), dtype=np.uint8)).save(victim)
+    content = bytearray(victim.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 400] = random.integers(0, 256, 400, dtype=np.uint8).tobytes()
+    victim.write_bytes(content)
+    with pytest.raises(OSError, match="broken data stream"):
+        Image.open(victim).load()
+    options = ("--steps", "1", "--validate", "0", "--max-bad", "1", "--uncertain", "zeros")
+    assert cli.main(command(weights, folder, out, *options, "--attributes", "edema,support_devices", "fracture")) == 0
+    assert caplog.text.count(f"left out: {victim}") == 1
+
+
+def test_a_table_of_ones_own_is_learnt_from(tmp_path, weights):
+    folder = lookalikes.hospital(tmp_path / "data")
+    for i in range(5, 13):
+        lookalikes.picture(folder / f"a/{i}.png", grey=10 * i)
+    rows = [{"file": f"a/{i}.png", "patient": i // 2, "tube": i % 2} for i in range(1, 13)]
+    lookalikes.write_csv(folder / "own.csv", tuple(rows[0]), rows)
+    own = ("--labels", str(folder / "own.csv"), "--caption", "a film[ with {labels}]", "--invert")
+    assert cli.main(command(weights, folder, tmp_path / "out", "--steps", "1", "--validate", "0", *own)) == 0
+    record = json.loads((tmp_path / "out/run.json").read_text())
+    assert record["settings"]["preprocessing"]["reading"]["invert"] is True

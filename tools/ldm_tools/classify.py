@@ -5,32 +5,37 @@ ldm classify eval weights/chexpert.safetensors data/CheXpert
 """
 
 import argparse
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from ldm.data import chexpert, folders, images, splits
+from ldm.data import images, splits
 from ldm.data.labelled import LabelledImages
 from ldm.files import write_json
 from ldm.study import classifier
 from ldm.train import scores
 from ldm.train.classifier import TRAININGS, Training, checkpoint_path, predict, require_both_classes, train
+from ldm_tools import reading
+from ldm_tools.reading import FOLDER, add_reading, listed
 
-SPLITS = {"grouped": splits.grouped, "paper": splits.paper}
+log = logging.getLogger(__name__)
+
+SMALL = 128  # px; of more, a CPU is warned
+SPLITS = {"grouped": splits.grouped, "stratified": splits.stratified, "paper": splits.paper}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command to `parser`."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="train | eval")
-    training = actions.add_parser("train", help="train a classifier on a CheXpert or ISIC 2019 folder")
+    training = actions.add_parser("train", help="train a classifier on a folder of labelled images")
     training.description = (
         "Train one network with an output for each attribute. What is not given is as the authors had it: "
-        "CheXpert 10 epochs at 2e-4, ISIC 20 at 1e-4. Stopped runs go on when started again."
+        "chests 10 epochs at 2e-4, skin 20 at 1e-4. Stopped runs go on when started again."
     )
-    training.add_argument("folder", type=Path, help="CheXpert, ISIC 2019, or phantoms in their formats")
+    training.add_argument("folder", type=Path, help=FOLDER)
     training.add_argument("--out", type=Path, required=True, help="NAME.safetensors to write, NAME.json beside it")
     training.add_argument("--model", default=Training.model, help="any of timm's networks (default %(default)s)")
     training.add_argument("--size", type=int, default=Training.size, help="side in pixels (default %(default)s)")
@@ -43,12 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--soften", action="store_true", help="blur and noise training images too, for images made by an autoencoder"
     )
+    training.add_argument(
+        "--no-cache", action="store_true", help="decode the images in every epoch instead of once, to save disk space"
+    )
     training.add_argument("--test", type=Path, help="a held-out folder to test on instead of the split's test part")
     _add_data(training)
 
     evaluation = actions.add_parser("eval", help="Table 1 of a classifier")
     evaluation.add_argument("file", type=Path, help="NAME.safetensors, with NAME.json beside it")
-    evaluation.add_argument("folder", type=Path, help="CheXpert, ISIC 2019, or phantoms in their formats")
+    evaluation.add_argument("folder", type=Path, help=FOLDER)
     evaluation.add_argument(
         "--part", choices=(*splits.PARTS, "all"), default="test", help="of the split; all: every image (default test)"
     )
@@ -58,15 +66,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--attributes", nargs="+", metavar="NAME", help="which to learn or score (default: all there are)"
+        "--split",
+        choices=SPLITS,
+        default="grouped",
+        help="stratified: each part with its share of every label; paper: its own, which leaks (default grouped)",
     )
-    parser.add_argument(
-        "--split", choices=SPLITS, default="grouped", help="paper: its own, which leaks (default grouped)"
-    )
-    parser.add_argument("--artifacts", type=Path, help="of ISIC: the annotation file (default: the folder's own)")
     parser.add_argument("--max-bad", type=int, default=0, help="image files that may be broken (default %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images (default %(default)s)")
+    add_reading(parser, "which to learn or score (default: the data set's usual ones)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -85,11 +93,13 @@ def run_training(args: argparse.Namespace) -> None:
     for name in ("size", "epochs", "batch", "lr"):
         if (value := getattr(args, name)) is not None and not value > 0:
             raise ValueError(f"--{name}: got {value}, expected more than 0")
-    data = read(args.folder, args.attributes, args)
+    data = read(args.folder, None, args)
     split = SPLITS[args.split](data)
     test = data.select(split.test) if args.test is None else read(args.test, data.attributes, args)
     require_both_classes(test.labels, data.attributes, "test images")  # found out now, not after hours
-    default = TRAININGS[data.name]
+    default = TRAININGS[data.kind or "chest"]
+    for sentence in splits.uneven(data, split):
+        log.warning("%s", sentence)
     training = replace(
         default,
         model=args.model,
@@ -102,9 +112,12 @@ def run_training(args: argparse.Namespace) -> None:
         augmentation=replace(default.augmentation, soften=args.soften),
         pretrained=not args.from_scratch,
     )
+    if args.device == "cpu" and training.size > SMALL:
+        times = (training.size / SMALL) ** 2
+        log.warning("%s at %d px on a CPU: --size %d has %.0f times fewer pixels", args.model, args.size, SMALL, times)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     learned, unseen = data.select(split.train), data.select(split.validation)
-    trained = train(learned, unseen, training, args.out, torch.device(args.device), args.workers)
+    trained = train(learned, unseen, training, args.out, torch.device(args.device), args.workers, not args.no_cache)
     rows = scores.scores(predict(trained, test, args.workers), test.labels, test.groups, data.attributes)
     report = {
         "data_set": data.name,
@@ -123,7 +136,7 @@ def run_training(args: argparse.Namespace) -> None:
 def run_evaluation(args: argparse.Namespace) -> None:
     """Print Table 1 of a classifier, and write it where --out says."""
     trained = classifier.load(args.file, args.device)
-    wanted = args.attributes or list(trained.attributes)
+    wanted = listed(args.attributes) or list(trained.attributes)
     columns = classifier.columns(trained.attributes, wanted, f"the classifier {args.file.name}")
     data = read(args.folder, wanted, args)
     if args.part != "all":
@@ -135,14 +148,10 @@ def run_evaluation(args: argparse.Namespace) -> None:
 
 
 def read(folder: Path, attributes: Sequence[str] | None, args: argparse.Namespace) -> LabelledImages:
-    """The images of a folder with some of its attributes, or all, in the order wanted; broken files left out."""
-    if folders.recognise(folder) == "chexpert":
-        names = chexpert.DEFAULT_ATTRIBUTES if attributes is None else attributes
-        classifier.columns(tuple(chexpert.ATTRIBUTES), names, f"the data in {folder}")
-        data = folders.read(folder, attributes=names, artifacts=args.artifacts)
-    else:
-        data = folders.read(folder, artifacts=args.artifacts)
-        names = data.attributes if attributes is None else tuple(attributes)
-        chosen = classifier.columns(data.attributes, names, f"the data in {folder}")
-        data = replace(data, attributes=names, labels=np.ascontiguousarray(data.labels[:, chosen]))
-    return data.select(images.usable(data.files, args.max_bad, max(1, args.workers)))
+    """The images of a folder with the attributes given, or those of the options; broken files left out."""
+    data = reading.read(folder, args)
+    for note in data.notes:
+        log.info("%s: %s", folder, note)
+    if attributes is not None:
+        data = data.with_attributes(attributes)
+    return data.select(images.usable(data.files, args.max_bad, max(1, args.workers), reading=data.reading))

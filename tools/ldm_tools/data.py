@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="with --scan: look at JPEGs' headers and ends only")
     parser.add_argument("--max-bad", type=int, default=0, help="with --scan: broken files to accept (default 0)")
     parser.add_argument("--workers", type=int, default=1, help="with --scan: processes (default 1)")
-    add_reading(parser)
+    add_reading(parser, "labels to count")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ldm.data import captions, folders, images, tables
+from ldm.data import captions, images, tables
 from ldm.data.labelled import LabelledImages
+from ldm.data.reading import Reading
 from ldm.files import read_json, write_json
 from ldm.pipeline import StableDiffusion
 from ldm.train import distributed, finetune, objective, watch
@@ -27,8 +28,10 @@ from ldm.train.latent_cache import Interrupted, Posteriors, Preprocessing, Uncac
 from ldm.train.objective import FineTuning, Material
 from ldm.train.run_folder import LAST, RunFolder, stop_on_signals
 from ldm.train.unet_learner import UNetLearner
+from ldm_tools import reading
 from ldm_tools.data import chosen_split
 from ldm_tools.options import add_model, latent_size, load_model
+from ldm_tools.reading import FOLDER, add_reading
 
 log = logging.getLogger(__name__)
 
@@ -36,22 +39,23 @@ log = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command to `parser`."""
     parser.description = (
-        "Fine-tune the U-Net on a CheXpert or ISIC 2019 folder; the autoencoder stays as it is, and so does the text "
+        "Fine-tune the U-Net on a folder of labelled images; the autoencoder stays as it is, and so does the text "
         "encoder without --train-text-encoder. What is not given is as the paper's authors had it. The newest "
         f"checkpoint is OUT/{LAST}, a whole model."
     )
     add_model(parser)
     parser.set_defaults(dtype="float32")  # what the weights are kept in; --bf16 is about the arithmetic
-    parser.add_argument("--data", type=Path, required=True, help="CheXpert, ISIC 2019, or phantoms in their formats")
+    parser.add_argument("--data", type=Path, required=True, help=FOLDER)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and log.jsonl")
     parser.add_argument("--resume", choices=("auto",), help="auto: go on with the run in OUT, if there is one")
     _add_recipe(parser.add_argument_group("the recipe"))
     _add_data(parser.add_argument_group("the data"))
     _add_run(parser.add_argument_group("the run"))
+    add_reading(parser, "labels that captions name (default: all that the data set's captions do)")
 
 
 def _add_recipe(group: argparse._ArgumentGroup) -> None:
-    epochs = " or ".join(f"{count} epochs of {name}" for name, count in objective.EPOCHS.items())
+    epochs = " or ".join(f"{count} epochs of {name} images" for name, count in objective.EPOCHS.items())
     group.add_argument("--steps", type=int, help=f"of the optimiser, --batch times --accumulate images each ({epochs})")
     group.add_argument("--batch", type=int, default=FineTuning.batch, help="images at a time (default %(default)s)")
     group.add_argument(
@@ -110,13 +114,12 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--split",
         default="grouped",
-        metavar="grouped|paper|FILE",
+        metavar="grouped|stratified|paper|FILE",
         help="its train part is trained on, of its validation part the loss is told (default grouped)",
     )
     group.add_argument(
         "--only", action="append", default=[], metavar="LABEL", help="train on images that show this; may be repeated"
     )
-    group.add_argument("--artifacts", type=Path, help="of ISIC: the annotation file (default: the folder's own)")
     group.add_argument("--size", type=int, help="side of the images in pixels (default: as the model was trained)")
     group.add_argument("--fit", default="squash", choices=images.FITS, help="how they become square (default squash)")
     group.add_argument("--max-bad", type=int, default=0, help="image files that may be broken (default 0)")
@@ -158,9 +161,9 @@ def run(args: argparse.Namespace) -> None:
         training, held_out = data.select(split.train), data.select(split.validation[: args.validate])
         if len(training) < args.batch:
             raise ValueError(f"--batch: got {args.batch}, more than the {len(training)} training images of {args.data}")
-        recipe = recipe_of(args, data.name, len(training))
+        recipe = recipe_of(args, data.kind, len(training))
         sd = load_model(args)
-        preprocessing = preprocessing_of(args, sd)
+        preprocessing = preprocessing_of(args, sd, data.reading)
         folder = run_folder(args, sd, training, recipe, preprocessing, processes)
         learner = UNetLearner(sd.unet, recipe, processes, args.shard, sd.clip if args.train_text_encoder else None)
         with stop_on_signals() as stop:
@@ -171,7 +174,7 @@ def run(args: argparse.Namespace) -> None:
                     save_every=args.save_every,
                     held_out=watch.validation_examples(held) if held else (),
                     sample_every=args.sample_every,
-                    sample=sampler(sd, sample_prompts(training, args.template)),
+                    sample=sampler(sd, training.prompts(args.template)),
                 )
                 done = finetune.finetune(learner, sd.schedule, material, folder, rounds, stop)
             except Interrupted:
@@ -201,7 +204,7 @@ def run_folder(
     settings = {
         **recipe.settings(),
         "data": objective.data_hash(training.keys, training.captions(args.template)),
-        "preprocessing": asdict(preprocessing),
+        "preprocessing": preprocessing.settings(),
         "unet": asdict(sd.config.unet),
         "frozen": fingerprint(*frozen.values()),
     }
@@ -252,11 +255,11 @@ def check(args: argparse.Namespace) -> None:
 
 def read(args: argparse.Namespace, processes: Processes) -> LabelledImages:
     """The images that there is a caption for, that --only lets through, and that can be decoded."""
-    data = folders.read(args.data, artifacts=args.artifacts)
-    if data.name == "isic":
-        captioned = (data.observations[["MEL", "NV"]] == 1).any(axis=1).to_numpy()
-        log.info("%d of %d images are neither MEL nor NV, and are left out", (~captioned).sum(), len(data))
-        data = data.select(captioned)
+    data = reading.read(args.data, args)
+    if args.attributes:
+        data = data.saying(data.attributes)
+    for note in data.notes if processes.first else ():
+        log.info("%s: %s", args.data, note)
     for label in args.only:
         known = tables.one_of(f"--only, labels of {args.data}", label, data.observations)
         data = data.select((data.observations[known] == 1).to_numpy())
@@ -265,14 +268,15 @@ def read(args: argparse.Namespace, processes: Processes) -> LabelledImages:
     scan = args.out / "scan.json"
     if processes.first:
         args.out.mkdir(parents=True, exist_ok=True)
-        images.usable(data.files, args.max_bad, args.workers, scan)
+        images.usable(data.files, args.max_bad, args.workers, scan, data.reading)
     processes.any(False)  # the others wait, and find what the first one found
-    return data.select(images.usable(data.files, args.max_bad, args.workers, scan))
+    kept = images.usable(data.files, args.max_bad, args.workers, scan, data.reading, said=False)
+    return data.select(kept)
 
 
-def recipe_of(args: argparse.Namespace, data_set: str, count: int) -> FineTuning:
-    """What the options say, over as many steps as make the authors' epochs if not told."""
-    steps = args.steps or -(-objective.EPOCHS[data_set] * count // (args.batch * args.accumulate))
+def recipe_of(args: argparse.Namespace, kind: str, count: int) -> FineTuning:
+    """What the options say, over as many steps as make the authors' epochs if not told; of no kind: those of chests."""
+    steps = args.steps or -(-objective.EPOCHS[kind or "chest"] * count // (args.batch * args.accumulate))
     return FineTuning(
         steps=steps,
         lr=args.lr,
@@ -291,11 +295,11 @@ def recipe_of(args: argparse.Namespace, data_set: str, count: int) -> FineTuning
     )
 
 
-def preprocessing_of(args: argparse.Namespace, sd: StableDiffusion) -> Preprocessing:
+def preprocessing_of(args: argparse.Namespace, sd: StableDiffusion, reading: Reading) -> Preprocessing:
     """Raises ValueError for a --size that the networks cannot halve often enough."""
     if args.size is not None:
         latent_size(str(args.size), sd)
-    return Preprocessing(args.size or sd.latent_shape[1] * sd.config.vae.downscale, args.fit, args.flip)
+    return Preprocessing(args.size or sd.latent_shape[1] * sd.config.vae.downscale, args.fit, args.flip, reading)
 
 
 def prepare(
@@ -323,19 +327,6 @@ def as_uncached(
 ) -> Material:
     """The same material without its cache."""
     return replace(material, posteriors=Uncached(material.files, preprocessing, sd.vae, args.workers))
-
-
-def sample_prompts(data: LabelledImages, template: str) -> list[str]:
-    """The neutral prompt and one for each label that the images show; of dermoscopies for both diagnoses."""
-    if data.name == "chexpert":
-        shown = [name for name in captions.CHEXPERT_CAPTION_LABELS if (data.observations[name] == 1).any()]
-        styles = [captions.chexpert({name: 1.0}, template) for name in shown if name != "No Finding"]
-        return [captions.CHEXPERT_NEUTRAL, *styles]
-    return [
-        prompt
-        for diagnosis, neutral in captions.ISIC_NEUTRAL.items()
-        for prompt in (neutral, *(captions.isic_style(diagnosis, name) for name in captions.ISIC_STYLES))
-    ]
 
 
 def sampler(sd: StableDiffusion, prompts: list[str]) -> Callable[[], Image.Image]:

@@ -12,12 +12,15 @@ from ldm.data.table import CAPTION, Columns
 FOLDER = "CheXpert, MIMIC-CXR, NIH ChestX-ray14, PadChest, VinDr-CXR, ISIC 2018-2020, HAM10000, or phantoms"
 
 
-def add_reading(parser: argparse.ArgumentParser) -> None:
-    """Describe the options to `parser`; what is not typed is None, and as the data set has it."""
+def add_reading(parser: argparse.ArgumentParser, attributes: str) -> None:
+    """Describe the options to `parser`; what is not typed is None, and as the data set has it.
+
+    Args:    attributes: what the command does with those that are named.
+    """
     group = parser.add_argument_group("the labels")
     group.add_argument("--set", choices=folders.SETS, help="which data set, where a folder holds several")
     group.add_argument("--csv", help="the label file's name (default: the data set's own, such as train.csv)")
-    group.add_argument("--attributes", nargs="+", metavar="NAME", help="labels to learn, count or score: a,b or a b")
+    group.add_argument("--attributes", nargs="+", metavar="NAME", help=f"{attributes}: a,b or a b")
     group.add_argument("--uncertain", choices=radiography.UNCERTAIN, help="what -1 means (default ones)")
     group.add_argument("--empty", choices=radiography.EMPTY, help="what an empty cell means (default zero)")
     group.add_argument("--all-views", action="store_true", help="of chests: lateral images too")
