@@ -6,6 +6,7 @@ import os
 # as measured. Torch reads this once, at its first tensor, so `import ldm` should come before that.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -36,17 +37,19 @@ def load(
     ema: Literal["ema", "plain"] | None = None,
     base: str | Path | None = None,
     backend: Literal["auto", "torch", "triton"] | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
+    embeddings: Sequence[str | Path] = (),
 ) -> StableDiffusion:
     """Read a model, see `ldm.pipeline.load`, and install what makes its U-Net and text encoder fast where it runs.
 
-    Args:    path, device, dtype, ema, base: see there.
+    Args:    path, device, dtype, ema, base, loras, embeddings: see there.
              backend: "auto", as None: fused kernels on a GPU that has them; "torch"; "triton". See `ldm.fast.backend`.
     Raises:  what it raises. ValueError: "triton" where no kernel can run.
     """
     from ldm import fast
 
     fast.resolved(backend or "auto", torch.device(device))
-    sd = pipeline.load(path, device, dtype, ema=ema, base=base)
+    sd = pipeline.load(path, device, dtype, ema=ema, base=base, loras=loras, embeddings=embeddings)
     for network in (sd.unet, sd.clip):
         fast.install(network, kernels=backend or "auto")
     return sd

@@ -50,6 +50,7 @@ class StableDiffusion:
     report: KeyReport = field(repr=False)  # what became of every key of the files
     files: tuple[Path, ...] = ()
     weight_set: checkpoint.WeightSet | None = None  # which U-Net weights, where the file holds both sets
+    adapters: tuple[str, ...] = ()  # a line for each LoRA and embedding: its SHA-256, its file's name, its weight
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,11 +99,12 @@ class StableDiffusion:
         return self.vae.decode(latents.to(self.device, vae_dtype) / self.config.vae.scaling_factor)
 
     def weights_sha256(self) -> str:
-        """The SHA-256 of the checkpoint file; for several files that of their lines "hash  folder/name", sorted."""
+        """The SHA-256 of the checkpoint file; for several, adapters included, that of their lines "hash  name"."""
         hashes = sorted(("/".join(path.parts[-2:]), checkpoint.sha256(path)) for path in self.files)
-        if len(hashes) == 1:
+        if len(hashes) == 1 and not self.adapters:
             return hashes[0][1]
-        return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in hashes).encode()).hexdigest()
+        lines = [*(f"{digest}  {name}\n" for name, digest in hashes), *(f"{line}\n" for line in self.adapters)]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def load(
@@ -112,22 +114,30 @@ def load(
     *,
     ema: checkpoint.WeightSet | None = None,
     base: str | Path | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
+    embeddings: Sequence[str | Path] = (),
 ) -> StableDiffusion:
     """Read a model from a file or folder in any supported layout, as plain torch; see `ldm.checkpoint`.
 
     Args:    dtype: float32, float16 or bfloat16; None keeps what is stored.
              ema: "ema" or "plain", needed only where a file holds both sets of U-Net weights.
              base: a whole model to take from what `path` lacks; for U-Net-only files of fine-tuning frameworks.
+             loras: files and weights, merged.  embeddings: files, whose words prompts may say.
     Returns: the model in evaluation mode. With dtype float16 or bfloat16 the autoencoder is float32 all the same:
              in float16 its activations overflow, in bfloat16 images lose grey levels.
     Raises:  CheckpointError (a ValueError): in one line what the path is instead, or which keys do not fit.
     """
     device = torch.device(device)
     vae_dtype = dtype if dtype is None else torch.float32
-    loaded = checkpoint.load_parts(path, dtype=dtype, vae_dtype=vae_dtype, device=device, ema=ema, base=base)
+    loaded = checkpoint.load_parts(
+        path, dtype=dtype, vae_dtype=vae_dtype, device=device, ema=ema, base=base, loras=loras, embeddings=embeddings
+    )
+    tokenizer = Tokenizer(loaded.config.clip.tokens, loaded.vocabulary)
+    with checkpoint.naming(Path(path)):
+        tokenizer.require_rows(loaded.config.clip.vocabulary)
     return StableDiffusion(
         config=loaded.config,
-        tokenizer=Tokenizer(loaded.config.clip.tokens),
+        tokenizer=tokenizer,
         clip=loaded.clip,
         unet=loaded.unet,
         vae=loaded.vae,
@@ -136,4 +146,5 @@ def load(
         report=loaded.report,
         files=loaded.files,
         weight_set=loaded.weight_set,
+        adapters=loaded.adapters,
     )

@@ -6,7 +6,7 @@ report (every key), loading, saving, adapters. README.md says what becomes of ea
 """
 
 from ldm.checkpoint.adapters import adapted
-from ldm.checkpoint.container import CheckpointError, sha256
+from ldm.checkpoint.container import CheckpointError, naming, sha256
 from ldm.checkpoint.identification import Checkpoint, WeightSet, identify
 from ldm.checkpoint.loading import Examined, Loaded, examine, load_parts
 from ldm.checkpoint.report import KeyReport, KeysDoNotFit
@@ -27,6 +27,7 @@ __all__ = [
     "identify",
     "infer_config",
     "load_parts",
+    "naming",
     "save",
     "sha256",
 ]

@@ -56,10 +56,10 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Puts the path in front of a CheckpointError that does not know it."""
+    """Puts the path in front of an error that does not know it."""
     try:
         yield
-    except CheckpointError as error:
+    except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 

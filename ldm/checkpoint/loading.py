@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint import config_json, settings
-from ldm.checkpoint.adapters import adapted
+from ldm.checkpoint.adapters import adapted, adapter_lines
 from ldm.checkpoint.container import CheckpointError, LazyTensor
 from ldm.checkpoint.identification import PART_NAMES, Checkpoint, WeightSet, identify
 from ldm.checkpoint.layouts import PARTS
@@ -51,6 +51,7 @@ class Loaded:
     does), but not rewritten in place.
     weight_set: which U-Net weights these are where the checkpoint has both sets; None where it has one.
     vocabulary: what the tokenizer must know, words that were added included.
+    adapters: a line for each LoRA and embedding: its SHA-256, its file's name, its weight.
     """
 
     config: Config
@@ -63,6 +64,7 @@ class Loaded:
     mapped: bool
     weight_set: WeightSet | None
     vocabulary: Vocabulary
+    adapters: tuple[str, ...]
 
 
 class _LeaveUninitialised(TorchFunctionMode):
@@ -169,6 +171,7 @@ def load_parts(
         mapped=mapped,
         weight_set=weight_set,
         vocabulary=checkpoint.vocabulary,
+        adapters=adapter_lines(loras, embeddings),
     )
 
 

@@ -10,9 +10,11 @@ from adapter_files import diffusers_old, diffusers_peft, kohya, pair, peft_unet,
 from ldm_tools.cli import main
 from networks import SMALL, small
 from reference import FORWARD, Golden, bell, noise
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tiny_model import write_tiny_model
 
-from ldm.checkpoint import CheckpointError, convert, identify, load_parts, save
+import ldm
+from ldm.checkpoint import CheckpointError, convert, identify, load_parts, save, sha256
 from ldm.checkpoint.adapters import adapted, read_embedding, read_lora
 from ldm.tokenizer import Tokenizer
 
@@ -326,3 +328,59 @@ def test_convert_merges_and_inspect_describes(base, tmp_path, capsys):
 def test_a_weight_that_is_no_number_is_refused(base, text, capsys):
     assert main(["inspect", str(base), "--no-hash", "--lora", text]) == 2
     assert "--lora: got" in capsys.readouterr().err
+
+
+def test_a_model_knows_what_was_merged_into_it(base, tmp_path):
+    lora = put(tmp_path / "a.safetensors", linear())
+    word = put(tmp_path / "<cat>.safetensors", {"emb_params": VECTORS})
+    plain = ldm.load(base, backend="torch")
+    assert plain.weights_sha256() == sha256(base)
+    changed = ldm.load(base, backend="torch", loras=[(lora, 0.5)], embeddings=[word])
+    assert changed.adapters == (f"{sha256(lora)}  a.safetensors:0.5", f"{sha256(word)}  <cat>.safetensors")
+    other = ldm.load(base, backend="torch", loras=[(lora, 0.6)], embeddings=[word])
+    assert len({sd.weights_sha256() for sd in (plain, changed, other)}) == 3
+    context = changed.encode_prompts(["a photo of <cat> on grass"])
+    assert GOLDEN.error("embedding.ids", changed.tokenizer(["a photo of <cat> on grass"])[0]) == 0
+    assert not torch.equal(context, other.encode_prompts(["a photo of <cat> on grass"]))
+
+
+def test_a_row_without_a_word_is_refused_when_the_model_is_loaded(base, tmp_path):
+    clip = {**small("clip").state_dict()}
+    table = "text_model.embeddings.token_embedding.weight"
+    clip[table] = torch.cat([clip[table], torch.zeros(1, 64)])
+    put(tmp_path / "clip.safetensors", clip)
+    with pytest.raises(ValueError, match=r"clip.safetensors: the text encoder has 49409 rows, and 1 of them \(49408\)"):
+        ldm.load(tmp_path / "clip.safetensors", base=base, backend="torch")
+
+
+def test_commands_take_adapters(tmp_path):
+    weights = write_tiny_model(tmp_path / "tiny.safetensors")
+    word = put(tmp_path / "<cat>.safetensors", {"emb_params": torch.ones(2, 16)})
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    lora = put(
+        tmp_path / "a.safetensors",
+        {f"unet.{name}.lora_A.weight": torch.ones(1, 16), f"unet.{name}.lora_B.weight": torch.ones(16, 1)},
+    )
+    common = ["--weights", str(weights), "--steps", "2", "--guidance", "1"]
+    images = {}
+    for case, adapters in {
+        "plain": [],
+        "lora": ["--lora", str(lora)],
+        "half": ["--lora", f"{lora}:0.5"],
+        "both": ["--lora", str(lora), "--embedding", str(word)],
+    }.items():
+        out = tmp_path / case
+        assert main(["generate", "--prompt", "a <cat>", "--out", str(out), *common, *adapters]) == 0
+        images[case] = load_file(out / "latents.safetensors")
+        record = json.loads((out / "run.json").read_text())
+        assert (
+            record["weights_sha256"]
+            == ldm.load(
+                weights,
+                backend="torch",
+                loras=[(lora, 0.5 if case == "half" else 1.0)] if "--lora" in adapters else [],
+                embeddings=[word] if case == "both" else [],
+            ).weights_sha256()
+        )
+    flat = {case: torch.cat([t.flatten() for t in tensors.values()]) for case, tensors in images.items()}
+    assert len({tuple(values.tolist()) for values in flat.values()}) == 4

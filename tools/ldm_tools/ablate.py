@@ -24,7 +24,7 @@ from ldm.study.structure.ablation import Ablation, Intact, Removed
 from ldm.study.structure.domains import Settings, chosen_domains
 from ldm.traversal.figures import Pixels
 from ldm.traversal.plan import parse_integers
-from ldm_tools.options import add_model, load_model
+from ldm_tools.options import add_adapters, add_model, load_model
 
 SHOWN_KINDS = ("block", "skip")  # whose images are drawn; all are measured
 
@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--windows", type=int, default=3, help="windows of steps to inject in (default %(default)s)")
     parser.add_argument("--guidance", type=float, default=GUIDANCE, help="guidance scale (default %(default)s)")
     add_model(parser)
+    add_adapters(parser)
 
 
 def run(args: argparse.Namespace) -> None:

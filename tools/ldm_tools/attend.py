@@ -25,7 +25,7 @@ from ldm.study.structure.attention import ITERATIONS, Looks, MaskedImages
 from ldm.study.structure.attention_figures import Shown
 from ldm.study.structure.domains import chosen_domains
 from ldm.traversal.plan import parse_integers
-from ldm_tools.options import add_model, load_model
+from ldm_tools.options import add_adapters, add_model, load_model
 
 SHOWN_STEPS = 6
 
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", default="0-3", help="which patients, such as 0-15 (default %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="DDIM steps (default %(default)s)")
     add_model(parser)
+    add_adapters(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
         vae_names=args.vae_names,
         ema=args.ema,
         loras=lora_files(args),
-        embeddings=args.embedding,
+        embeddings=args.embeddings,
         overwrite=args.force,
     )
     for path in written:

@@ -95,6 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     phantoms.add_argument("--truth-guidance", type=float, help=f"of those (default {SAMPLED['truth_guidance']})")
     phantoms.add_argument("--max-batch", type=int, help="most rows in one U-Net call, to bound memory")
     options.add_model(parser)
+    options.add_adapters(parser)
     options.add_cuda_graph(parser)
 
 

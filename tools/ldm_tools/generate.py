@@ -11,7 +11,7 @@ from ldm.images import load_pixels, save_image
 from ldm.traversal import figures
 from ldm.traversal.plan import Generation, parse_integers
 from ldm.traversal.run_folder import image_path, run_generation
-from ldm_tools.options import add_model, add_sampling, latent_size, load_model, max_batch
+from ldm_tools.options import add_adapters, add_model, add_sampling, latent_size, load_model, max_batch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", required=True, help="what to draw")
     add_model(parser)
+    add_adapters(parser)
     add_sampling(parser)
 
 

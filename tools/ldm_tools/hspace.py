@@ -18,7 +18,7 @@ from ldm.study.report.plot_style import save_figure
 from ldm.study.structure import bottleneck, bottleneck_figures
 from ldm.study.structure.domains import chosen_domains
 from ldm.traversal.plan import parse_integers
-from ldm_tools.options import add_model, add_own_prompts, load_model, own_prompts
+from ldm_tools.options import add_adapters, add_model, add_own_prompts, load_model, own_prompts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=20, help="DDIM steps; swaps scale along (default %(default)s)")
     parser.add_argument("--guidance", type=float, default=GUIDANCE, help="guidance scale (default %(default)s)")
     add_model(parser)
+    add_adapters(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the description. Raises CheckpointError when the path is no SD1.5 model, or its keys do not fit."""
-    examined = examine(adapted(identify(args.file), lora_files(args), args.embedding))
+    examined = examine(adapted(identify(args.file), lora_files(args), args.embeddings))
     if args.batch < 1:
         raise ValueError(f"--batch: got {args.batch}, expected 1 or more")
     facts = describe(examined, with_hashes=not args.no_hash)
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
 def describe_adapters(args: argparse.Namespace) -> list[str]:
     """A line for each LoRA and embedding that was given."""
     found = [f"{path}: {read_lora(path).describe()}, at weight {weight:g}" for path, weight in lora_files(args)]
-    for path in args.embedding:
+    for path in args.embeddings:
         found += [f"{path}: the word {e.word!r}, {e.rows} tokens" for e in read_embedding(path)]
     return found
 

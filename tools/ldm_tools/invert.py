@@ -10,7 +10,7 @@ from typing import Any
 
 from ldm.schedule import SPACINGS
 from ldm.traversal.real_images import FITS, METHODS, Inversion, open_images, run_inversion
-from ldm_tools.options import add_model, latent_size, load_model, max_batch
+from ldm_tools.options import add_adapters, add_model, latent_size, load_model, max_batch
 from ldm_tools.reading import add_pixels, pixels
 
 MEASURED = ("round_trip_error", "psnr_db", "autoencoder_psnr_db")
@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write; continues a run cut off there")
     add_pixels(parser)
     add_model(parser)
+    add_adapters(parser)
 
 
 def run(args: argparse.Namespace) -> None:

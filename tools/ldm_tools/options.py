@@ -45,6 +45,7 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
     """What is merged into a checkpoint, and the words that are added to it."""
     parser.add_argument(
         "--lora",
+        dest="loras",
         action="append",
         default=[],
         metavar="FILE[:WEIGHT]",
@@ -52,6 +53,7 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--embedding",
+        dest="embeddings",
         action="append",
         default=[],
         type=Path,
@@ -63,7 +65,7 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
 def lora_files(args: argparse.Namespace) -> list[tuple[str | Path, float]]:
     """What --lora was given: files and weights. Raises ValueError for a weight that is no number."""
     found: list[tuple[str | Path, float]] = []
-    for text in args.lora:
+    for text in args.loras:
         file, colon, weight = text.rpartition(":")
         if not colon or Path(text).exists():
             found.append((Path(text), 1.0))
@@ -89,7 +91,16 @@ def load_model(args: argparse.Namespace) -> pipeline.StableDiffusion:
     dtype = DTYPES.get(args.dtype, torch.float16 if device.type == "cuda" else torch.float32)
     if dtype == torch.float32:  # float32 means float32: cuDNN would round convolutions to TF32's ten bits
         torch.backends.cudnn.allow_tf32 = False
-    sd = ldm.load(args.weights, device, dtype, ema=args.ema, base=args.base, backend=args.backend)
+    sd = ldm.load(
+        args.weights,
+        device,
+        dtype,
+        ema=args.ema,
+        base=args.base,
+        backend=args.backend,
+        loras=lora_files(args) if hasattr(args, "loras") else (),
+        embeddings=getattr(args, "embeddings", ()),
+    )
     if getattr(args, "cuda_graph", False):
         fast.install(sd.unet, kernels=args.backend, cuda_graph=True)
     return sd

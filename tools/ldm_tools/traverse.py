@@ -12,7 +12,7 @@ from ldm.traversal.plan import SWAP_STEPS, Traversal, parse_integers
 from ldm.traversal.real_images import FITS, ImageStart, open_images
 from ldm.traversal.run_folder import run_traversal, write_figures
 from ldm_tools.invert import round_trip
-from ldm_tools.options import add_model, add_sampling, latent_size, load_model, max_batch, named_prompts
+from ldm_tools.options import add_adapters, add_model, add_sampling, latent_size, load_model, max_batch, named_prompts
 from ldm_tools.reading import add_pixels, pixels
 
 
@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     real.add_argument("--fit", choices=FITS, default="squash", help="how an image is made square (default %(default)s)")
     add_pixels(parser)
     add_model(parser)
+    add_adapters(parser)
     add_sampling(parser)
     parser.set_defaults(negative=None)  # empty, or with --image the neutral prompt
 

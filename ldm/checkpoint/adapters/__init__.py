@@ -6,6 +6,16 @@ or converting, is done with the changed weights, one tensor at a time.
 
 from ldm.checkpoint.adapters.embedding import Embedding, add_embeddings, read_embedding
 from ldm.checkpoint.adapters.lora import Lora, LowRank, read_lora
-from ldm.checkpoint.adapters.merging import adapted, merge_lora
+from ldm.checkpoint.adapters.merging import adapted, adapter_lines, merge_lora
 
-__all__ = ["Embedding", "Lora", "LowRank", "adapted", "add_embeddings", "merge_lora", "read_embedding", "read_lora"]
+__all__ = [
+    "Embedding",
+    "Lora",
+    "LowRank",
+    "adapted",
+    "adapter_lines",
+    "add_embeddings",
+    "merge_lora",
+    "read_embedding",
+    "read_lora",
+]

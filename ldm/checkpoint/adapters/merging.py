@@ -10,7 +10,7 @@ from torch import Tensor
 from ldm.checkpoint.adapters.embedding import add_embeddings
 from ldm.checkpoint.adapters.lora import Lora, LowRank, read_lora
 from ldm.checkpoint.adapters.names import module_table
-from ldm.checkpoint.container import CheckpointError, LazyTensor
+from ldm.checkpoint.container import CheckpointError, LazyTensor, sha256
 from ldm.checkpoint.identification import PART_NAMES, Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,12 @@ def adapted(
         logger.info("%s: %s, at weight %g", path, lora.describe(), weight)
         checkpoint = merge_lora(checkpoint, lora, weight)
     return add_embeddings(checkpoint, embeddings)
+
+
+def adapter_lines(loras: Sequence[tuple[str | Path, float]], embeddings: Sequence[str | Path]) -> tuple[str, ...]:
+    """What was merged and added, for records: "hash  name:weight" and "hash  name", in the order of merging."""
+    merged = [f"{sha256(read_lora(path).path)}  {Path(path).name}:{weight:g}" for path, weight in loras]
+    return (*merged, *(f"{sha256(path)}  {Path(path).name}" for path in embeddings))
 
 
 def merge_lora(checkpoint: Checkpoint, lora: Lora, weight: float = 1.0) -> Checkpoint:
