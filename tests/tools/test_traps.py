@@ -1,7 +1,11 @@
-"""The mistakes: the right recipe is the library's, and each mistake moves what it should and nothing else."""
+"""The mistakes: the right recipe is the library's, and each mistake moves what it should and nothing else.
+
+On images of 64 x 64 pixels, a quarter of the work: what a mistake moves does not depend on the size.
+"""
 
 import argparse
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,7 +34,7 @@ def sd() -> StableDiffusion:
 
 @pytest.fixture(scope="module")
 def right(sd: StableDiffusion) -> Conventions:
-    return Conventions.right(sd)
+    return replace(Conventions.right(sd), latent_shape=(4, 8, 8))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,7 @@ def test_the_right_recipe_is_what_the_library_does(sd, right, right_result):
     empty, neutral, style = sd.encode_prompts(["", JOB.neutral, JOB.style])[:, None]
     contexts = ldm.conditioning.swap(neutral, style, at=JOB.swap_step, steps=JOB.steps)
     eps_fn = ldm.guidance.guided(sd.unet, contexts, JOB.guidance, empty)
-    *_, last = ldm.samplers.ddim(eps_fn, initial_noise(JOB.seeds, sd.latent_shape), sd.schedule, JOB.steps)
+    *_, last = ldm.samplers.ddim(eps_fn, initial_noise(JOB.seeds, right.latent_shape), sd.schedule, JOB.steps)
     torch.testing.assert_close(right_result.latents, last.x_prev, rtol=1e-5, atol=1e-5)  # the same sums in float32
     assert np.array_equal(right_result.images, to_uint8(sd.decode_latents(right_result.latents)))
     pixels = torch.from_numpy(right_result.images).permute(0, 3, 1, 2) / 127.5 - 1
