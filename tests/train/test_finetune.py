@@ -48,10 +48,10 @@ class Stored:
         return torch.cat([found[:, :4] * signs, found[:, 4:]], dim=1)
 
 
-def material() -> Material:
+def material(count: int = COUNT) -> Material:
     contexts = torch.randn(4, 5, 32, generator=torch.Generator().manual_seed(1))
-    files = np.array([f"image{i}.png" for i in range(COUNT)])
-    return Material(files, Stored(), torch.arange(COUNT) % 3, contexts, 0.18215)
+    files = np.array([f"image{i}.png" for i in range(count)])
+    return Material(files, Stored(), torch.arange(count) % 3, contexts, 0.18215)
 
 
 def network() -> UNet:
@@ -189,7 +189,7 @@ def run(folder: Path, recipe: FineTuning, save_every: int, stops: Sequence[bool]
     answers = iter(stops)
     torch.manual_seed(1)  # of the frozen networks
     frozen = {"clip": CLIPTextEncoder(CLIP), "vae": AutoencoderKL(VAE)}
-    rounds = Rounds(save_every, validation_examples(material()))
+    rounds = Rounds(save_every, validation_examples(material(2)))
     return finetune(
         UNetLearner(network(), recipe),
         SCHEDULE,

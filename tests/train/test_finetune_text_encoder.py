@@ -42,10 +42,10 @@ class Stored:
         return self.moment[torch.from_numpy(rows)]
 
 
-def material() -> Material:
+def material(count: int = COUNT) -> Material:
     """Two captions and the empty one, as token ids."""
     ids = torch.randint(1000, (3, 7), generator=torch.Generator().manual_seed(1))
-    return Material(np.array([f"{i}.png" for i in range(COUNT)]), Stored(), torch.arange(COUNT) % 2, ids, 0.18215)
+    return Material(np.array([f"{i}.png" for i in range(count)]), Stored(), torch.arange(count) % 2, ids, 0.18215)
 
 
 def networks() -> tuple[UNet, CLIPTextEncoder]:
@@ -109,7 +109,7 @@ def run(folder: Path, recipe: FineTuning, stops: Sequence[bool] = ()) -> int:
     both = learner(recipe)
     torch.manual_seed(1)
     run_folder = RunFolder(folder, {"vae": AutoencoderKL(VAE)}, recipe.settings())
-    rounds = Rounds(3, validation_examples(material()))
+    rounds = Rounds(3, validation_examples(material(2)))
     return finetune(both, SCHEDULE, material(), run_folder, rounds, stop=lambda: next(answers, False))
 
 
