@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from ldm import pipeline
 from ldm.images import from_uint8
 from ldm.phantom.prompts import CELLS, Cell
 from ldm.study import classifier as classifiers
-from ldm.study.evaluation import baselines, truth
+from ldm.study.evaluation import baselines, run, summary, trajectories, truth
 from ldm.study.evaluation.cells import cell_of_run
 from ldm.study.evaluation.instruments import Instruments
 from ldm.study.evaluation.run import Task, Workplace, evaluate_cell
@@ -36,6 +37,15 @@ FEW_STEPS = {"steps": 4, "swap_steps": (1, 2, 3), "guidance": 2.0}  # nothing to
 
 def plan_of(cell: Cell, seeds: tuple[int, ...] = (0, 1), **other) -> Traversal:
     return Traversal(seeds=seeds, neutral=cell.neutral, styles=cell.styles, **(FEW_STEPS | other))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_frames() -> Iterator[None]:
+    """The first and the last interpolated sample of a curve, not all twenty: decoding takes most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (baselines, run, summary, trajectories):
+            patch.setattr(module, "FRAMES", (30, 49))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +164,7 @@ def test_inversion_under_the_neutral_prompt_is_retraced_whatever_the_guidance(in
     latents = sd.encode_image(image)
     errors = {}
     for guidance in (1.0, 5.0):
-        plan = truth.retraceable(plan_of(cell, (0,), steps=20), (5,), guidance)
+        plan = truth.retraceable(plan_of(cell, (0,), steps=20), (19,), guidance)  # only its neutral branch is looked at
         x_T = truth.invert(sd, plan, latents)
         back = sample(sd, plan, prompt_tree(sd, plan), [0], 8, x_T=x_T).latents["neutral"]
         errors[guidance] = float((back - latents).norm() / latents.norm())
