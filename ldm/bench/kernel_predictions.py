@@ -1,4 +1,4 @@
-"""What the kernels' sites should cost on GPUs that are not here, and what fusions that nobody built would save there.
+"""What the kernels' sites should cost on GPUs that are not here.
 
 PREDICTIONS, all of them: from the compiled code and from data sheets. Nobody has held them against a clock.
 """
@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ldm.bench.kernel_sites import Fusion, Site, fusions, sites, step_flops
+from ldm.bench.kernel_sites import Site, sites
 
 BATCHES = (2, 18)  # an image with guidance; nine branches of a prompt tree with guidance
-LAUNCH_US = 0.5  # between two kernels of a CUDA graph   [Gray 2019, "Getting started with CUDA graphs", NVIDIA]
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def predict(
     }
     bound_by = max(floor, key=lambda name: floor[name])
     predicted_us = floor[bound_by]
-    kernels = [_kernel_needs(site, batch, gpu, of) for of in code]
+    kernels = [_kernel_needs(site, batch, gpu, kernel) for kernel in code]
     if (compiled_us := sum(max(needs.values()) for needs in kernels)) > floor["bandwidth"]:
         longest = max(kernels, key=lambda needs: max(needs.values()))
         bound_by, predicted_us = max(longest, key=lambda name: longest[name]), compiled_us
@@ -112,41 +111,7 @@ def _recorded(kernel: str, width: int, capability: int) -> dict[str, Any]:
     )
     name = attention.compile_spec(chosen).name
     _, rows = compiling.recorded()
-    found = [row for row in rows if (row.name, row.capability) == (name, capability)]
-    if not found:
+    matching = [row for row in rows if (row.name, row.capability) == (name, capability)]
+    if not matching:
         raise ValueError(f"compiled.json: no {name!r} for sm_{capability}; record it with --compile-only --record")
-    return {**asdict(found[0]), **{key: getattr(chosen, key) for key in ("kernel", "own", "loop", "warps")}}
-
-
-# ---- what was not built ----------------------------------------------------------------------------
-
-
-def step_us(batch: int, gpu: Gpu) -> float:
-    """The least time of a U-Net step: its sites as predicted, and all other operations at the tensor cores' peak."""
-    of_sites = sum(
-        site.count * predict(site, batch, gpu, _code_for(site, gpu, False))["predicted_us"] for site in sites()
-    )
-    others = batch * step_flops() - sum(site.count * site.flops(batch) for site in sites())
-    return of_sites + others / gpu.tensor_tflops / 1e6
-
-
-def save(fusion: Fusion, batch: int, gpu: Gpu) -> dict[str, Any]:
-    """What a fusion would spare a step: bytes at the memory's peak, and launches within a CUDA graph.
-
-    of_step is the share of the least step; a real one is longer, so a real share is smaller.
-    """
-    saves_us = fusion.bytes(batch) / gpu.tbytes_a_second / 1e6 + LAUNCH_US * fusion.launches
-    return {
-        "fusion": fusion.name,
-        "batch": batch,
-        "gpu": gpu.name,
-        "mbytes": fusion.bytes(batch) / 1e6,
-        "launches": fusion.launches,
-        "saves_us": saves_us,
-        "of_step": f"{saves_us / step_us(batch, gpu):.1%}",
-    }
-
-
-def savings() -> list[dict[str, Any]]:
-    """Every fusion that was not built, at both batches on A100 and H100."""
-    return [save(fusion, batch, gpu) for gpu in (A100, H100) for batch in BATCHES for fusion in fusions()]
+    return {**asdict(matching[0]), **{key: getattr(chosen, key) for key in ("kernel", "own", "loop", "warps")}}

@@ -13,14 +13,11 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.blocks import (
     GEGLU,
     Attention,
     BasicTransformerBlock,
-    ResnetBlock,
-    SpatialTransformer,
 )
 from ldm.config import CONTEXT_TOKENS, SD15, UNetConfig
 from ldm.fast.backend import Backend
@@ -103,59 +100,6 @@ def _watcher(name: str, module: nn.Module) -> Callable[[tuple[Tensor, ...]], lis
     if isinstance(module, BasicTransformerBlock):
         return lambda args: 2 * [("add_layer_norm", tuple(args[0].shape[1:]))]
     return None
-
-
-# ---- what was not built ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Fusion:
-    """Operations that could be one, and what a step would then be spared."""
-
-    name: str
-    numbers: int  # of an image, in half precision, neither written nor read
-    launches: int
-
-    def bytes(self, batch: int) -> int:
-        """Not moved."""
-        return HALF_BYTES * batch * self.numbers
-
-
-@cache
-def fusions(config: UNetConfig = SD15.unet) -> tuple[Fusion, ...]:
-    """What the kernels here leave apart. A result that the next operation need not read is a write and a read less."""
-    blocks: list[tuple[int, int]] = []  # (N, C) of each transformer block
-    added: list[int] = []  # sizes of what residuals are added to behind a convolution
-    concatenated: list[int] = []
-    with torch.device("meta"):
-        unet = UNet(config)
-    for name, module in unet.named_modules():
-        if isinstance(module, BasicTransformerBlock):
-            module.register_forward_hook(lambda m, args, out: blocks.append(tuple(out.shape[1:])))
-        if isinstance(module, ResnetBlock | SpatialTransformer):
-            module.register_forward_hook(lambda m, args, out: added.append(out.numel()))
-        if isinstance(module, ResnetBlock) and name.startswith("up_blocks"):
-            module.register_forward_hook(lambda m, args, out: concatenated.append(args[0].numel()))
-    _run_without_numbers(unet)
-
-    block_numbers = sum(n * c for n, c in blocks)
-    return (
-        Fusion("GEGLU within its projection", 2 * 8 * block_numbers, len(blocks)),
-        # Behind both attentions the sum is written as now, and the branch is not read; behind the feed-forward, both.
-        Fusion("residuals within the linear layers", 4 * block_numbers, len(blocks)),
-        Fusion("residuals within the convolutions", 2 * sum(added), len(added)),
-        Fusion("skips read where they lie", 2 * sum(concatenated), len(concatenated)),
-    )
-
-
-@cache
-def step_flops(config: UNetConfig = SD15.unet) -> int:
-    """Of one image in one step, all matrix products and convolutions."""
-    with torch.device("meta"):
-        unet = UNet(config)
-    with FlopCounterMode(display=False) as counter:
-        _run_without_numbers(unet)
-    return counter.get_total_flops()
 
 
 # ---- to run them -----------------------------------------------------------------------------------

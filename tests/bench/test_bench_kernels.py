@@ -8,8 +8,8 @@ import torch
 from ldm_tools.bench import kernels as command
 
 from ldm.bench import kernels
-from ldm.bench.kernel_predictions import A100, BATCHES, H100, LAUNCH_US, predict, predictions, save, step_us
-from ldm.bench.kernel_sites import Fusion, Site, fusions, prepare, sites, step_flops
+from ldm.bench.kernel_predictions import A100, BATCHES, predict, predictions
+from ldm.bench.kernel_sites import Site, prepare, sites
 from ldm.bench.kernels import table
 
 SELF = Site("attention", (4096, 4096, 8, 40), 5)
@@ -108,39 +108,6 @@ def test_every_self_attention_is_predicted_from_compiled_code_forward_and_backwa
             assert both["predicted_us"] - forward["predicted_us"] >= 3.5 * 1.2 * forward["floor_us"] * 0.999
 
 
-# ---- what was not built ----------------------------------------------------------------------------
-
-
-def test_the_operations_of_a_step():
-    assert 2 * step_flops() == pytest.approx(1.607e12, rel=1e-3)  # counted by hand from the shapes
-    assert step_us(2, A100) > 1.607e12 / 312e6  # nothing can be faster than that
-    assert step_us(2, H100) < step_us(2, A100) < step_us(18, A100) / 8
-
-
-def test_what_further_fusions_would_not_move():
-    """At batch 2, counted by hand: 5 blocks of 4096 x 320, 5 of 1024 x 640, 5 of 256 x 1280, one of 64 x 1280."""
-    numbers = 5 * 4096 * 320 + 5 * 1024 * 640 + 5 * 256 * 1280 + 64 * 1280
-    # Resnets and transformers, by level: (positions, channels, resnets down + up, transformers).
-    levels = [(4096, 320, 2 + 3, 5), (1024, 640, 2 + 3, 5), (256, 1280, 2 + 3, 5), (64, 1280, 2 + 2 + 3, 1)]
-    added = sum(n * c * (resnets + transformers) for n, c, resnets, transformers in levels)
-    skips = 64 * 3 * 2560 + 256 * (2560 + 2560 + 1920) + 1024 * (1920 + 1280 + 960) + 4096 * (960 + 640 + 640)
-    found = {fusion.name: fusion for fusion in fusions()}
-    assert {name: fusion.bytes(2) / 4 for name, fusion in found.items()} == {
-        "GEGLU within its projection": 16 * numbers,  # 8 C of each position, written and read
-        "residuals within the linear layers": 4 * numbers,
-        "residuals within the convolutions": 2 * added,
-        "skips read where they lie": 2 * skips,
-    }
-    launches = [fusion.launches for fusion in fusions()]
-    assert launches == [16, 16, 22 + 16, 12]
-
-
-def test_a_saving_is_bytes_and_launches():
-    row = save(Fusion("a fusion", numbers=10**9, launches=3), 2, A100)
-    assert row["saves_us"] == pytest.approx(4e9 / 2.04e6 + 3 * LAUNCH_US)
-    assert row["of_step"] == f"{row['saves_us'] / step_us(2, A100):.1%}"
-
-
 def test_the_check_before_the_clock_refuses_a_wrong_kernel(monkeypatch):
     site = Site("geglu", (4, 8), 1)
 
@@ -180,7 +147,7 @@ def test_a_prediction_says_that_it_is_one(capsys):
     command.run(parse("--predict"))
     out = capsys.readouterr().out
     assert out.startswith("A PREDICTION")
-    assert out.count("| A100 |") == out.count("| H100 |") == 2 * 2 * len(sites()) + 2 * len(fusions())
+    assert out.count("| A100 |") == out.count("| H100 |") == 2 * 2 * len(sites())
 
 
 @pytest.mark.parametrize("options", [["--record"], ["--compile-only", "--record", "--only", "geglu"]])

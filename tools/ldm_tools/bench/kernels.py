@@ -38,8 +38,6 @@ def run(args: argparse.Namespace) -> None:
     elif args.predict:
         print("A PREDICTION from compiled code and data sheets: peaks, perfectly overlapped. Nothing here was timed.\n")
         print(kernels.table(kernel_predictions.predictions()))
-        print("\nFurther fusions, not built, and the most that each would save of a step's least time:\n")
-        print(kernels.table(kernel_predictions.savings()))
     elif not torch.cuda.is_available():
         print("no CUDA GPU here: nothing to time (see --compile-only and --predict)")
     else:
