@@ -1,20 +1,26 @@
-"""The few lines a user starts from: load a checkpoint, turn prompts into contexts, latents into images.
+"""The few lines a user starts from: load a checkpoint, turn prompts into contexts, noise into latents, into images.
 
 sd = ldm.load("v1-5-pruned-emaonly.safetensors")
+for step in sd.sample(sd.encode_prompts(["a photograph of an astronaut"]), seeds=[0]):
+    ...
+images = sd.decode_latents(step.x_prev)
+
+What `sample` wraps, by hand:
+
 context, empty = sd.encode_prompts(["a photograph of an astronaut", ""])[:, None]
 eps_fn = ldm.guidance.guided(sd.unet, ldm.conditioning.constant(context, 50), 7.5, empty)
 with torch.no_grad():
     for step in ldm.samplers.ddim(eps_fn, ldm.samplers.initial_noise([0], sd.latent_shape), sd.schedule, 50):
         ...
-images = sd.decode_latents(step.x_prev)
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,9 +28,12 @@ from torch import Tensor
 from ldm import checkpoint
 from ldm.checkpoint import KeyReport
 from ldm.clip import CLIPTextEncoder
+from ldm.conditioning import Contexts, constant
 from ldm.config import Config
+from ldm.guidance import GuidedEps, guided
 from ldm.images import to_uint8
-from ldm.schedule import Schedule
+from ldm.samplers import SAMPLERS, History, Sampler, Step, initial_noise, step_noise
+from ldm.schedule import SPACINGS, Schedule
 from ldm.tokenizer import Tokenizer
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
@@ -51,6 +60,7 @@ class StableDiffusion:
     files: tuple[Path, ...] = ()
     weight_set: checkpoint.WeightSet | None = None  # which U-Net weights, where the file holds both sets
     adapters: tuple[str, ...] = ()  # a line for each LoRA and embedding: its SHA-256, its file's name, its weight
+    max_batch: int | None = None  # most rows in one U-Net call, see `ldm.guidance.guided`; None: all of them
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,6 +86,68 @@ class StableDiffusion:
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """The contexts of some prompts: (B, L, D), in the U-Net's dtype."""
         return self.clip(self.tokenizer(prompts).to(self.device)).to(self.dtype)
+
+    def guided(
+        self, contexts: Contexts, guidance_scale: float = 7.5, negative: Contexts | Tensor | None = None
+    ) -> GuidedEps:
+        """The U-Net under some contexts, as samplers and inversions call it.
+
+        Args:    negative: what guidance pushes away from; None: the empty prompt.
+        Raises:  ValueError: see `ldm.guidance.guided`.
+        """
+        if negative is None and guidance_scale != 1:
+            negative = self.encode_prompts([""])
+        return guided(self.unet, contexts, guidance_scale, negative, max_batch=self.max_batch)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        contexts: Contexts | Tensor,
+        seeds: Sequence[int],
+        *,
+        steps: int | None = None,
+        guidance_scale: float = 7.5,
+        negative: Contexts | Tensor | None = None,
+        sampler: str | Sampler = "ddim",
+        spacing: str | Sequence[float] = "leading",
+        eta: float | None = None,
+        size: tuple[int, int] | None = None,
+        x_T: Tensor | None = None,
+        start: int = 0,
+        history: History = (),
+    ) -> Iterator[Step]:
+        """Denoise a latent for every seed, without gradients: the last Step's `x_prev` are the latents.
+
+        Args:    contexts: see `ldm.conditioning`; a tensor (B or 1, L, D) holds for all steps.  seeds: one a row.
+                 steps: S; None: as many as there are contexts for, 50 for a tensor.
+                 guidance_scale, negative: see `guided`.  sampler: a name in `ldm.samplers.SAMPLERS`, or your own.
+                 spacing: a name in `ldm.schedule.SPACINGS`, or the S timesteps.  eta: of samplers that have one.
+                 size: height and width of the latents; None: as trained.
+                 x_T: (B, 4, H/f, W/f) to start from instead of the seeds' own noise; with `start`, the latents after
+                 that many steps, and `history` what that Step remembered.
+        Returns: an iterator over the steps; latents are float32 whatever the U-Net's dtype, on the model's device.
+        Raises:  ValueError: an argument out of range or of a wrong shape, on the first `next`.
+        """
+        contexts = _over_steps(contexts, steps)
+        steps = len(contexts)
+        if x_T is None:
+            x_T = initial_noise(seeds, (self.latent_shape[0], *(size or self.latent_shape[1:])))
+        if len(x_T) != len(seeds):
+            raise ValueError(f"x_T: expected {len(seeds)} rows, one a seed, got {len(x_T)}")
+        method = _named("sampler", sampler, SAMPLERS) if isinstance(sampler, str) else sampler
+        if isinstance(spacing, str):
+            spacing = _named("spacing", spacing, SPACINGS)(steps, self.schedule)
+        yield from method(
+            self.guided(contexts, guidance_scale, negative),
+            x_T.to(self.device),
+            self.schedule,
+            steps,
+            eta=eta,
+            start=start,
+            history=history,
+            noise=step_noise(seeds, x_T.shape[1:]),
+            timesteps=spacing,
+        )
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
@@ -105,6 +177,23 @@ class StableDiffusion:
             return hashes[0][1]
         lines = [*(f"{digest}  {name}\n" for name, digest in hashes), *(f"{line}\n" for line in self.adapters)]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+Choice = TypeVar("Choice")
+
+
+def _named(argument: str, name: str, known: Mapping[str, Choice]) -> Choice:
+    if name not in known:
+        raise ValueError(f"{argument}: expected one of {', '.join(known)}, got {name!r}")
+    return known[name]
+
+
+def _over_steps(contexts: Contexts | Tensor, steps: int | None) -> Contexts:
+    if isinstance(contexts, Tensor):
+        return constant(contexts, 50 if steps is None else steps)
+    if steps not in (None, len(contexts)):
+        raise ValueError(f"steps: expected {len(contexts)}, as many as there are contexts for, got {steps}")
+    return contexts
 
 
 def load(

@@ -4,6 +4,10 @@ import torch
 from reference import noise
 from torch import Tensor
 
+from ldm.config import SD15
+from ldm.pipeline import StableDiffusion
+from ldm.schedule import Schedule
+
 
 def reference_run_inputs() -> tuple[Tensor, list[Tensor], Tensor]:
     """What the stored trajectories of `networks.small("unet")` were made from.
@@ -33,3 +37,11 @@ class ToyUNet:
 def toy_context(value: float, batch: int = 1) -> Tensor:
     """(batch, 3, 8): a context that ToyUNet can tell from others by its value."""
     return value * torch.linspace(0.5, 1.5, 24).view(1, 3, 8).repeat(batch, 1, 1)
+
+
+def sampling_model(unet, max_batch: int | None = None) -> StableDiffusion:
+    """As much of a model as sampling under given contexts asks for: a U-Net, or a stand-in for one, and a schedule."""
+    parts = dict.fromkeys(("tokenizer", "clip", "vae", "report"))
+    return StableDiffusion(
+        config=SD15, unet=unet, schedule=Schedule.sd15(), device=torch.device("cpu"), max_batch=max_batch, **parts
+    )

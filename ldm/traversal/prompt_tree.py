@@ -19,14 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ldm.conditioning import Contexts, Indexing, constant, neutral_steps
-from ldm.samplers import EpsFn, History, Noise, Sampler, ddim
-from ldm.schedule import Schedule
+from ldm.samplers import History, Sampler, Step, ddim
 
 KEPT = {"x_t": "x_prev", "x0_pred": "x0_pred", "eps": "eps"}  # a kept quantity -> the field of a Step; x_t: after it
 KEEPABLE = tuple(KEPT)
@@ -84,7 +84,6 @@ class TreeResult:
     x_T: Tensor  # (B, C, H, W)
     latents: dict[str, Tensor]  # final latents (B, C, H, W)
     unet_rows: int  # latents that went through the network, all seeds and steps, guidance's second half not counted
-    unet_rows_separate: int  # the same had every branch been run alone from x_T
     kept: dict[str, dict[str, Tensor]] = field(repr=False)  # quantity -> branch -> (S - at, B, C, H, W), own steps
     tree: Branch = field(repr=False)
 
@@ -104,44 +103,45 @@ class TreeResult:
         return own if parent is None else torch.cat([self.path(parent.name, quantity)[: branch.at], own])
 
 
-@torch.no_grad()
+class Sample(Protocol):
+    """`StableDiffusion.sample` with all of its options given but these, as by `functools.partial`."""
+
+    def __call__(
+        self, contexts: Contexts, seeds: Sequence[int], /, *, x_T: Tensor, start: int, history: History
+    ) -> Iterator[Step]: ...
+
+
 def traverse_tree(
-    guide: Callable[[Contexts], EpsFn],
+    sample: Sample,
     x_T: Tensor,
     tree: Branch,
-    schedule: Schedule,
+    seeds: Sequence[int],
     steps: int = 50,
     *,
-    sampler: Sampler = ddim,
-    eta: float | None = None,
-    noise: Noise | None = None,
-    timesteps: Sequence[float] | None = None,
     keep: Sequence[str] = (),
     progress: Callable[[int], object] | None = None,
 ) -> TreeResult:
     """Denoise every branch of a prompt tree for every seed, sharing each step before a fork.
 
-    A branch is the sampler's run under the swapped contexts, step for step. How closely the two
-    agree in floating point is up to `guide`, since a matrix product rounds a row by the size of the
-    batch that it is in, and even by its place there. With `max_batch` (see `ldm.guidance.guided`)
+        sample = partial(sd.sample, guidance_scale=7.5, sampler="ddim")
+        result = traverse_tree(sample, initial_noise(seeds, sd.latent_shape), tree, seeds)
+
+    A branch is the sampler's run under the swapped contexts, step for step. How closely the two agree in floating point
+    is up to the model's `max_batch` (see `ldm.guidance.guided`), since a matrix product rounds a row by the size of the
+    batch that it is in, and even by its place there:
     - None, or any number: to the last bits of float32, some 1e-7 after 10 steps at guidance 1;
     - B, or 2B under guidance: every branch makes the very calls that it would make alone, so bit for bit: a
       neutral -> neutral swap is then the neutral path;
     - 1: so does every seed, and no result depends on anything else in the batch.
 
-        guide = partial(guided, sd.unet, guidance_scale=7.5, uncond=empty, max_batch=16)
-        result = traverse_tree(guide, initial_noise(seeds, (4, 64, 64)), tree, sd.schedule)
-
     A multistep sampler begins anew at every fork: its memory of the old prompt's predictions says nothing about the
     new one's, and would make every method one of order 1 (measured in ldm/samplers/README.md).
 
-    Args:    guide: turns contexts of n B rows (n live branches, seeds within a branch) into an eps_fn.
-             What it adds must fit any number of rows: an uncond of (1, L, D), not of (B, L, D).
-             x_T: (B, C, H, W) standard normal, one row a seed.  tree: the root branch.  steps: S.
-             sampler, eta, noise, timesteps: see `ldm.samplers.Sampler`; all branches of a seed get the same noise.
-             keep: quantities to keep from every step, out of `KEEPABLE`.
+    Args:    sample: its options must fit any number of rows: a negative prompt of (1, L, D), not of (B, L, D).
+             x_T: (B, C, H, W), one row a seed.  tree: the root branch.  seeds: all branches of one get the same noise.
+             steps: S.  keep: quantities to keep from every step, out of `KEEPABLE`.
              progress: called after each step with the number of rows done; they add up to B unet_rows(tree, S, ...).
-    Returns: final latents and kept quantities, in dtype and on device of x_T.
+    Returns: final latents and kept quantities, in dtype of x_T and on the model's device.
     Raises:  ValueError: a tree that cannot be run (names, fork steps, context shapes), before the first evaluation.
     """
     _check_tree(tree, len(x_T), steps)
@@ -149,59 +149,75 @@ def traverse_tree(
         raise ValueError(f"keep: expected some of {KEEPABLE}, got {sorted(unknown)}")
     if len(set(keep)) != len(keep):
         raise ValueError(f"keep: expected each quantity once, got {list(keep)}")
-
-    branches = list(_walk(tree))
-    contexts = {branch.name: branch.context.expand(len(x_T), -1, -1) for branch, _ in branches}
-    latents: dict[str, Tensor] = {}
-    histories: dict[str, History] = {}
-    kept: dict[str, dict[str, list[Tensor]]] = {quantity: {name: [] for name in contexts} for quantity in keep}
-    rows_done = 0
-
-    forks = sorted({branch.at for branch, _ in branches})
+    paths = _Paths(x_T, keep)
+    forks = sorted({branch.at for branch, _ in _walk(tree)})
     for start, stop in pairwise([*forks, steps]):
-        for branch, parent in branches:
+        for branch, parent in _walk(tree):
             if branch.at == start:
-                latents[branch.name] = x_T if parent is None else latents[parent.name]
-                histories[branch.name] = ()
-
-        # The segment: all live branches of all seeds as one batch, until the next fork.
-        for live in _equally_long(histories):
-            batch = torch.cat([latents[name] for name in live])
-            history = tuple(torch.cat(past) for past in zip(*(histories[name] for name in live), strict=True))
-            eps_fn = guide(constant(torch.cat([contexts[name] for name in live]), steps))
-            run = sampler(
-                eps_fn, batch, schedule, steps,
-                eta=eta, start=start, history=history, noise=_repeated(noise, len(live)), timesteps=timesteps,
-            )  # fmt: skip
-            for step in run:
-                batch, history = step.x_prev, step.history
-                for quantity in keep:
-                    for name, rows in zip(live, getattr(step, KEPT[quantity]).split(len(x_T)), strict=True):
-                        kept[quantity][name].append(rows)
-                rows_done += len(batch) * step.evaluations
+                paths.fork(branch, parent)
+        for live in paths.equally_long():  # the segment: these branches of all seeds as one batch, until the next fork
+            x_t, history = paths.batch(live)
+            contexts = constant(paths.contexts(live), steps)
+            run = sample(contexts, [*seeds] * len(live), x_T=x_t, start=start, history=history)
+            for step in islice(run, stop - start):
+                paths.move(live, step)
                 if progress is not None:
-                    progress(len(batch) * step.evaluations)
-                if step.index + 1 == stop:
-                    break
-            for i, name in enumerate(live):
-                latents[name] = batch.split(len(x_T))[i]
-                histories[name] = tuple(past.split(len(x_T))[i] for past in history)
-
-    empty = x_T.new_empty(0, *x_T.shape)  # of a branch that forks after the last step
-    return TreeResult(
-        x_T=x_T,
-        latents={branch.name: latents[branch.name] for branch, _ in branches},
-        unet_rows=rows_done,
-        unet_rows_separate=len(x_T) * len(branches) * sampler.evaluations_of(steps),
-        kept={q: {n: torch.stack(rows) if rows else empty for n, rows in of.items()} for q, of in kept.items()},
-        tree=tree,
-    )
+                    progress(len(step.x_prev) * step.evaluations)
+    names = [branch.name for branch, _ in _walk(tree)]
+    return TreeResult(x_T, {name: paths.latents[name] for name in names}, paths.rows, paths.stacked(), tree)
 
 
-def _equally_long(histories: Mapping[str, History]) -> list[list[str]]:
-    """The branches by the length of their history: a sampler can only run those together that remember as much."""
-    lengths = sorted({len(history) for history in histories.values()})
-    return [[name for name, history in histories.items() if len(history) == length] for length in lengths]
+class _Paths:
+    """Where every branch stands: its latents, what its sampler remembers, and what is kept of its steps."""
+
+    def __init__(self, x_T: Tensor, keep: Sequence[str]) -> None:
+        self.x_T = x_T
+        self.rows = 0  # of the network, so far
+        self.latents: dict[str, Tensor] = {}
+        self.histories: dict[str, History] = {}
+        self.prompts: dict[str, Tensor] = {}
+        self.kept: dict[str, dict[str, list[Tensor]]] = {quantity: {} for quantity in keep}
+
+    def fork(self, branch: Branch, parent: Branch | None) -> None:
+        """A branch begins where its parent stands."""
+        self.latents[branch.name] = self.x_T if parent is None else self.latents[parent.name]
+        self.histories[branch.name] = ()
+        self.prompts[branch.name] = branch.context.expand(len(self.x_T), -1, -1)
+        for steps in self.kept.values():
+            steps[branch.name] = []
+
+    def equally_long(self) -> list[list[str]]:
+        """The branches by the length of their history: a sampler can only run those together that remember as much."""
+        lengths = sorted({len(history) for history in self.histories.values()})
+        return [[name for name, history in self.histories.items() if len(history) == length] for length in lengths]
+
+    def batch(self, live: Sequence[str]) -> tuple[Tensor, History]:
+        """Latents and history of some branches, one after the other."""
+        histories = zip(*(self.histories[name] for name in live), strict=True)
+        return torch.cat([self.latents[name] for name in live]), tuple(torch.cat(past) for past in histories)
+
+    def contexts(self, live: Sequence[str]) -> Tensor:
+        """Their prompts, likewise."""
+        return torch.cat([self.prompts[name] for name in live])
+
+    def move(self, live: Sequence[str], step: Step) -> None:
+        """Take a step of the batch apart again."""
+        self.rows += len(step.x_prev) * step.evaluations
+        size = len(self.x_T)
+        histories = [past.split(size) for past in step.history]
+        for i, name in enumerate(live):
+            self.latents[name] = step.x_prev.split(size)[i]
+            self.histories[name] = tuple(past[i] for past in histories)
+            for quantity, steps in self.kept.items():
+                steps[name].append(getattr(step, KEPT[quantity]).split(size)[i])
+
+    def stacked(self) -> dict[str, dict[str, Tensor]]:
+        """quantity -> branch -> (S - at, B, C, H, W); empty for a branch that forks after the last step."""
+        empty = self.x_T.new_empty(0, *self.x_T.shape)
+        return {
+            quantity: {name: torch.stack(rows) if rows else empty for name, rows in steps.items()}
+            for quantity, steps in self.kept.items()
+        }
 
 
 def _walk(branch: Branch, parent: Branch | None = None) -> Iterator[tuple[Branch, Branch | None]]:
@@ -209,11 +225,6 @@ def _walk(branch: Branch, parent: Branch | None = None) -> Iterator[tuple[Branch
     yield branch, parent
     for child in branch.children:
         yield from _walk(child, branch)
-
-
-def _repeated(noise: Noise | None, times: int) -> Noise | None:
-    """The seeds' noise once for every live branch."""
-    return None if noise is None else lambda step, draw=0: torch.cat([noise(step, draw)] * times)
 
 
 def _check_tree(tree: Branch, batch: int, steps: int) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from networks import small
 from reference import TRAJECTORY_G1, TRAJECTORY_G75, golden
-from small_networks import ToyUNet, reference_run_inputs, toy_context
+from small_networks import ToyUNet, reference_run_inputs, sampling_model, toy_context
 from torch import Tensor
 
 from ldm.conditioning import Contexts, constant, piecewise, swap
@@ -46,6 +46,11 @@ def toy_guide(scale: float = 7.5, **options):
     return partial(guided, ToyUNet(), guidance_scale=scale, uncond=EMPTY, **options)
 
 
+def toy_sample(unet=None, scale: float = 7.5, max_batch: int | None = None, **options):
+    sd = sampling_model(unet or ToyUNet(), max_batch)
+    return partial(sd.sample, guidance_scale=scale, negative=EMPTY, **options)
+
+
 def alone(guide, schedule: Contexts, x_T: Tensor, **options) -> list[Step]:
     with torch.no_grad():
         return list(ddim(guide(schedule), x_T, SCHEDULE, len(schedule), **options))
@@ -58,16 +63,8 @@ def alone(guide, schedule: Contexts, x_T: Tensor, **options) -> list[Step]:
 @pytest.mark.parametrize("max_batch", [None, 1, 5])
 def test_every_branch_is_the_run_it_stands_for(max_batch, eta):
     x_T, noise = initial_noise([0, 1, 2], SHAPE), step_noise([0, 1, 2], SHAPE)
-    result = traverse_tree(
-        toy_guide(max_batch=max_batch),
-        x_T,
-        NESTED,
-        SCHEDULE,
-        10,
-        eta=eta,
-        noise=noise,
-        keep=("x_t", "x0_pred", "eps"),
-    )
+    sample = toy_sample(max_batch=max_batch, eta=eta)
+    result = traverse_tree(sample, x_T, NESTED, [0, 1, 2], 10, keep=("x_t", "x0_pred", "eps"))
     assert list(result.latents) == list(NESTED_ALONE)
     for name, schedule in NESTED_ALONE.items():
         run = alone(toy_guide(), schedule, x_T, eta=eta, noise=noise)
@@ -94,11 +91,10 @@ def run_of(name: str, sampler: Sampler, x_T: Tensor, noise: Noise) -> list[Step]
 def test_under_every_sampler_a_branch_is_the_run_it_stands_for(name):
     sampler, unet = SAMPLERS[name], ToyUNet()
     x_T, noise = initial_noise([0, 1], SHAPE), step_noise([0, 1], SHAPE)
-    guide = partial(guided, unet, guidance_scale=1)
-    options = {"noise": noise, "timesteps": linspace(10), "keep": ("x_t", "eps")}
+    options = {"sampler": name, "spacing": "linspace"}
     done: list[int] = []
-    result = traverse_tree(guide, x_T, NESTED, SCHEDULE, 10, sampler=sampler, progress=done.append, **options)
-    result_guided = traverse_tree(toy_guide(), x_T, NESTED, SCHEDULE, 10, sampler=sampler, **options)
+    result = traverse_tree(toy_sample(unet, 1, **options), x_T, NESTED, [0, 1], 10, progress=done.append)
+    result_guided = traverse_tree(toy_sample(**options), x_T, NESTED, [0, 1], 10, keep=("x_t", "eps"))
     for branch in NESTED_ALONE:
         run = run_of(branch, sampler, x_T, noise)
         assert torch.equal(result_guided.latents[branch], run[-1].x_prev), branch
@@ -112,15 +108,15 @@ def test_under_every_sampler_a_branch_is_the_run_it_stands_for(name):
 
 def test_neutral_to_neutral_is_the_neutral_path_bit_for_bit():
     tree = swaps(NEUTRAL, {"neutral again": NEUTRAL.clone()}, NINE)
-    result = traverse_tree(toy_guide(), initial_noise([0, 1], SHAPE), tree, SCHEDULE)
+    result = traverse_tree(toy_sample(), initial_noise([0, 1], SHAPE), tree, [0, 1])
     for latents in result.latents.values():
         assert torch.equal(latents, result.latents["neutral"])
 
 
 def test_float32_latents_stay_so_under_a_half_precision_network():
-    guide = partial(guided, ToyUNet(), guidance_scale=7.5, uncond=EMPTY.bfloat16())
+    sample = partial(sampling_model(ToyUNet()).sample, negative=EMPTY.bfloat16())
     tree = swaps(NEUTRAL.bfloat16(), {"effusion": EFFUSION.bfloat16()}, (5,), 10)
-    result = traverse_tree(guide, initial_noise([0, 1], SHAPE), tree, SCHEDULE, 10, keep=("x_t", "eps"))
+    result = traverse_tree(sample, initial_noise([0, 1], SHAPE), tree, [0, 1], 10, keep=("x_t", "eps"))
     kept = [tensor for of in result.kept.values() for tensor in of.values()]
     assert {tensor.dtype for tensor in (*result.latents.values(), *kept)} == {torch.float32}
 
@@ -128,7 +124,7 @@ def test_float32_latents_stay_so_under_a_half_precision_network():
 def test_contexts_may_differ_from_seed_to_seed():
     x_T, neutrals = initial_noise([0, 1], SHAPE), torch.cat([NEUTRAL, DEVICES])
     tree = Branch("neutral", neutrals, children=(Branch("effusion", EFFUSION, 3),))
-    result = traverse_tree(toy_guide(), x_T, tree, SCHEDULE, 10)
+    result = traverse_tree(toy_sample(), x_T, tree, [0, 1], 10)
     for row, neutral in enumerate([NEUTRAL, DEVICES]):
         expected = alone(toy_guide(), swap(neutral, EFFUSION, 3, 10), x_T[row : row + 1])[-1].x_prev
         assert torch.equal(result.latents["effusion"][row : row + 1], expected)
@@ -151,22 +147,21 @@ def test_swaps_names_every_style_and_step():
 # ---- what it costs ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("styles", "shared", "separate"), [(1, 275, 500), (2, 500, 950)])
-def test_nine_swaps_cost_275_rows_a_seed_instead_of_500(styles, shared, separate):
+@pytest.mark.parametrize(("styles", "shared"), [(1, 275), (2, 500)])
+def test_nine_swaps_cost_275_rows_a_seed_instead_of_500(styles, shared):
     tree = swaps(NEUTRAL, {f"style {k}": EFFUSION for k in range(styles)}, NINE)
     unet, done = ToyUNet(), []
-    guide = partial(guided, unet, guidance_scale=7.5, uncond=EMPTY)
-    result = traverse_tree(guide, initial_noise([0, 1, 2], SHAPE), tree, SCHEDULE, progress=done.append)
+    seeds = [0, 1, 2]
+    result = traverse_tree(toy_sample(unet), initial_noise(seeds, SHAPE), tree, seeds, progress=done.append)
     assert unet_rows(tree, 50) == shared
-    assert (result.unet_rows, result.unet_rows_separate) == (3 * shared, 3 * separate)
-    assert sum(done) == 3 * shared
+    assert result.unet_rows == sum(done) == 3 * shared
     # The network saw just those, with the unconditional half that guidance adds, in one call a step.
     assert sum(rows for rows, *_ in unet.calls) == 2 * 3 * shared
     assert len(unet.calls) == 50
 
 
 def test_only_what_is_asked_for_is_kept():
-    result = traverse_tree(toy_guide(), initial_noise([0], SHAPE), NESTED, SCHEDULE, 10, keep=("x_t",))
+    result = traverse_tree(toy_sample(), initial_noise([0], SHAPE), NESTED, [0], 10, keep=("x_t",))
     own_steps = {name: len(tensor) for name, tensor in result.kept["x_t"].items()}
     assert own_steps["neutral"] == 10
     assert own_steps["effusion+devices"] == 4
@@ -198,26 +193,21 @@ def test_only_what_is_asked_for_is_kept():
 def test_a_tree_that_cannot_run_is_refused(children, message):
     unet = ToyUNet()
     with pytest.raises(ValueError, match=message):
-        traverse_tree(
-            partial(guided, unet, guidance_scale=1),
-            initial_noise([0, 1], SHAPE),
-            Branch("neutral", NEUTRAL, children=children),
-            SCHEDULE,
-            10,
-        )
+        tree = Branch("neutral", NEUTRAL, children=children)
+        traverse_tree(toy_sample(unet, 1), initial_noise([0, 1], SHAPE), tree, [0, 1], 10)
     assert unet.calls == []
 
 
 def test_other_arguments_are_named_too():
     x_T = initial_noise([0], SHAPE)
     with pytest.raises(ValueError, match="tree: expected the root 'neutral' at step 0, got 3"):
-        traverse_tree(toy_guide(), x_T, Branch("neutral", NEUTRAL, 3), SCHEDULE, 10)
+        traverse_tree(toy_sample(), x_T, Branch("neutral", NEUTRAL, 3), [0], 10)
     with pytest.raises(ValueError, match=r"keep: expected some of .* got \['x0'\]"):
-        traverse_tree(toy_guide(), x_T, NESTED, SCHEDULE, 10, keep=("x0",))
+        traverse_tree(toy_sample(), x_T, NESTED, [0], 10, keep=("x0",))
     with pytest.raises(ValueError, match=r"keep: expected each quantity once, got \['x_t', 'eps', 'x_t'\]"):
-        traverse_tree(toy_guide(), x_T, NESTED, SCHEDULE, 10, keep=("x_t", "eps", "x_t"))
-    with pytest.raises(ValueError, match="noise: expected a callable"):
-        traverse_tree(toy_guide(), x_T, NESTED, SCHEDULE, 10, eta=1.0)
+        traverse_tree(toy_sample(), x_T, NESTED, [0], 10, keep=("x_t", "eps", "x_t"))
+    with pytest.raises(ValueError, match="x_T: expected 2 rows, one a seed, got 1"):
+        traverse_tree(toy_sample(), x_T, NESTED, [0, 1], 10)
 
 
 # ---- a real network --------------------------------------------------------------------------------
@@ -227,11 +217,16 @@ def small_guide(scale: float, **options):
     return partial(guided, small("unet"), guidance_scale=scale, uncond=reference_run_inputs()[2], **options)
 
 
+def small_sample(scale: float, max_batch: int | None = None):
+    sd = sampling_model(small("unet"), max_batch)
+    return partial(sd.sample, guidance_scale=scale, negative=reference_run_inputs()[2])
+
+
 @pytest.mark.parametrize(("scale", "tolerance"), [(1.0, TRAJECTORY_G1), (7.5, TRAJECTORY_G75)])
 def test_a_branch_that_swaps_twice_is_compvis(scale, tolerance):
     x_T, (first, second, third), _ = reference_run_inputs()
     twice = Branch("one swap", second, 17, children=(Branch("two swaps", third, 34),))
-    result = traverse_tree(small_guide(scale), x_T, Branch("none", first, children=(twice,)), SCHEDULE, keep=("x_t",))
+    result = traverse_tree(small_sample(scale), x_T, Branch("none", first, children=(twice,)), [0], keep=("x_t",))
     stored = golden(f"ddim50_swap_g{scale:g}")
     assert stored.error("x", result.path("two swaps", "x_t").squeeze(1)) < tolerance
     assert golden(f"ddim_variants_g{scale:g}").error("noswap50.final", result.latents["none"]) < tolerance
@@ -254,7 +249,7 @@ def small_alone(name: str, x_T: Tensor, max_batch: int | None = None) -> Tensor:
 
 def test_one_latent_a_call_makes_results_independent_of_everything_else_in_the_batch():
     x_T = initial_noise([0, 1], SHAPE)
-    latents = traverse_tree(small_guide(7.5, max_batch=1), x_T, small_tree(), SCHEDULE, 6).latents
+    latents = traverse_tree(small_sample(7.5, 1), x_T, small_tree(), [0, 1], 6).latents
     assert torch.equal(latents["same"], latents["neutral"])
     for name in SMALL_ALONE:
         for seed in (0, 1):
@@ -263,7 +258,7 @@ def test_one_latent_a_call_makes_results_independent_of_everything_else_in_the_b
 
 def test_one_branch_a_call_makes_a_branch_the_run_alone_bit_for_bit():
     x_T = initial_noise([0, 1], SHAPE)
-    latents = traverse_tree(small_guide(7.5, max_batch=2 * len(x_T)), x_T, small_tree(), SCHEDULE, 6).latents
+    latents = traverse_tree(small_sample(7.5, 2 * len(x_T)), x_T, small_tree(), [0, 1], 6).latents
     assert torch.equal(latents["same"], latents["neutral"])
     for name in SMALL_ALONE:
         assert torch.equal(latents[name], small_alone(name, x_T))
@@ -274,7 +269,7 @@ def test_any_other_batching_agrees_to_the_roundings_of_one_forward_pass_a_step(m
     # A matrix product of another size adds in another order: 2e-6 a forward pass of this network, which a run at
     # guidance 7.5 carries along. The tolerance is the one that independent implementations are held to.
     x_T = initial_noise([0, 1], SHAPE)
-    latents = traverse_tree(small_guide(7.5, max_batch=max_batch), x_T, small_tree(), SCHEDULE, 6).latents
+    latents = traverse_tree(small_sample(7.5, max_batch), x_T, small_tree(), [0, 1], 6).latents
     for name in [*SMALL_ALONE, "same"]:
         expected = small_alone(name.replace("same", "neutral"), x_T, max_batch=1)
         assert (latents[name] - expected).norm() / expected.norm() < TRAJECTORY_G75
@@ -282,6 +277,6 @@ def test_any_other_batching_agrees_to_the_roundings_of_one_forward_pass_a_step(m
 
 def test_branches_that_fork_later_stay_closer_to_the_neutral_path():
     tree = swaps(NEUTRAL, {"effusion": EFFUSION}, NINE)
-    latents = traverse_tree(toy_guide(), initial_noise([0], SHAPE), tree, SCHEDULE).latents
+    latents = traverse_tree(toy_sample(), initial_noise([0], SHAPE), tree, [0]).latents
     distances = [float((latents[f"effusion/s{s:02d}"] - latents["neutral"]).norm()) for s in NINE]
     assert all(early > late > 0 for early, late in pairwise(distances))

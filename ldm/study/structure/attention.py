@@ -19,14 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.conditioning import constant
-from ldm.guidance import guided
 from ldm.images import from_uint8
 from ldm.phantom import render
 from ldm.phantom.prompts import Cell
 from ldm.pipeline import StableDiffusion
 from ldm.probe.parts import cross_attentions
 from ldm.probe.words import Word
-from ldm.samplers import ddim
 from ldm.traversal.inversion import ddim_inversion
 
 ITERATIONS = 2  # of the inversion, a step; see `ldm.inversion`
@@ -63,7 +61,7 @@ class Looks:
 
 def invert(sd: StableDiffusion, images: Tensor, context: Tensor, steps: int, done: Callable[[int], object]) -> Tensor:
     """The noise (B, C, H/8, W/8) from which images (B, 3, H, W) come back under a context (1, L, D), at guidance 1."""
-    eps_fn = guided(sd.unet, constant(context, steps), 1.0)
+    eps_fn = sd.guided(constant(context, steps), 1.0)
     x_0 = sd.encode_image(images).float()
     with torch.no_grad():
         for step in ddim_inversion(eps_fn, x_0, sd.schedule, steps, iterations=ITERATIONS):
@@ -85,10 +83,9 @@ def look(
     Returns: the maps, and the latents drawn.
     """
     layers = cross_attentions(sd.unet)
-    eps_fn = guided(sd.unet, constant(context, steps), 1.0)
     names = [f"{layer}.probabilities" for layer in layers]
-    with sd.unet.capture(*names, keep=lambda p: of_words(p.mean(dim=1), words)) as seen, torch.no_grad():
-        for step in ddim(eps_fn, x_T, sd.schedule, steps):
+    with sd.unet.capture(*names, keep=lambda p: of_words(p.mean(dim=1), words)) as seen:
+        for step in sd.sample(context, range(len(x_T)), steps=steps, guidance_scale=1, x_T=x_T):
             done(len(step.x_prev))
     height, width = x_T.shape[-2:]
     maps = [on_grid(torch.stack(seen.runs[name]), height / width) for name in names]

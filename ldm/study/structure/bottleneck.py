@@ -23,10 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.conditioning import constant, side_by_side, swap
-from ldm.guidance import guided
 from ldm.phantom.prompts import Cell
 from ldm.pipeline import StableDiffusion
-from ldm.samplers import ddim, initial_noise
 from ldm.study.metrics import directions, stats
 from ldm.study.structure.domains import Prompts
 from ldm.traversal.plan import SWAP_STEPS
@@ -56,12 +54,11 @@ def trajectories(
     prompts = Prompts.of(sd, cell)
     rows = [constant(prompts.neutral, steps)]
     rows += [swap(prompts.neutral, style, at, steps) for style in prompts.styles[:, None] for at in swap_steps]
-    eps_fn = guided(sd.unet, side_by_side(rows), guidance, prompts.empty)
-    x_T = initial_noise([seed], sd.latent_shape).to(sd.device).repeat(len(rows), 1, 1, 1)
+    run = sd.sample(side_by_side(rows), [seed] * len(rows), guidance_scale=guidance, negative=prompts.empty)
     latents = []
     # Of a guided call the second half are the rows with the prompt.
-    with sd.unet.capture(*places, keep=lambda x: x[-len(rows) :].float().cpu()) as seen, torch.no_grad():
-        for step in ddim(eps_fn, x_T, sd.schedule, steps):
+    with sd.unet.capture(*places, keep=lambda x: x[-len(rows) :].float().cpu()) as seen:
+        for step in run:
             latents.append(step.x_prev.cpu())
             done(len(rows))
     spaces = {"z": step.x_prev.cpu()} | {f"{place}, last step": seen[place] for place in seen.runs}

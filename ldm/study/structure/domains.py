@@ -9,11 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.conditioning import constant
-from ldm.guidance import guided
 from ldm.phantom.prompts import DOMAINS, GUIDANCE, Cell
 from ldm.pipeline import StableDiffusion
-from ldm.samplers import ddim, initial_noise
 
 
 @dataclass(frozen=True)
@@ -49,11 +46,11 @@ def denoise(
     """
     seeds, count = settings.seeds, len(contexts)
     rows = contexts.repeat_interleave(len(seeds), dim=0)
-    x_T = initial_noise(seeds, sd.latent_shape).to(sd.device).repeat(count, 1, 1, 1)
-    eps_fn = guided(sd.unet, constant(rows, settings.steps), settings.guidance, empty)
-    with torch.no_grad():
-        for step in ddim(eps_fn, x_T, sd.schedule, settings.steps):
-            done(len(step.x_prev))
+    run = sd.sample(
+        rows, seeds * count, steps=settings.steps, guidance_scale=settings.guidance, negative=empty
+    )  # fmt: skip
+    for step in run:
+        done(len(step.x_prev))
     return step.x_prev.unflatten(0, (count, len(seeds)))
 
 
