@@ -36,7 +36,7 @@ from ldm.samplers import Step, ddim
 from ldm.schedule import Schedule
 from ldm.study.report.plot_style import COLOURS, GREY, MARKERS, PAGE_WIDTH, add_legend, new_figure, styled
 from ldm.traversal.inversion import edict
-from ldm.traversal.real_images import METHODS, Inversion, Method, bind, invert, relative_error, retrace
+from ldm.traversal.round_trip import METHODS, Inversion, Method, bind, invert, relative_error, retrace
 
 TARGET = 1e-3  # the round trip's error at guidance 1, 50 steps, float32
 FIRST_SEED = 5_000_000  # of rendered images; no model here was trained on these

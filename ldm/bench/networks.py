@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.bench.harness import Timing, matmul_gflops, time_in_turn
-from ldm.traversal.real_images import relative_error
+from ldm.traversal.round_trip import relative_error
 
 Json = dict[str, Any]
 Call = Callable[[], Tensor]

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import product
 from typing import Any
@@ -33,10 +33,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ldm.bench.harness import Timing, time_in_turn
-from ldm.conditioning import Contexts, constant
-from ldm.guidance import GuidedEps, guided
 from ldm.pipeline import StableDiffusion
-from ldm.samplers import SAMPLERS, initial_noise, step_noise
+from ldm.samplers import SAMPLERS, initial_noise
 from ldm.schedule import EVEN_SPACINGS, SPACINGS, Schedule, log_snr
 from ldm.study.evaluation.instruments import Instruments
 from ldm.study.metrics.cfrt import cfrt
@@ -92,7 +90,6 @@ class Bench:
 
     sd: StableDiffusion
     comparison: Comparison
-    max_batch: int | None = None
 
     @cached_property
     def contexts(self) -> dict[str, Tensor]:
@@ -105,10 +102,6 @@ class Bench:
         """The context that guidance pushes away from."""
         return self.sd.encode_prompts([""])
 
-    def guide(self, schedule: Contexts, guidance: float, max_batch: int | None = None) -> GuidedEps:
-        """The network as samplers call it."""
-        return guided(self.sd.unet, schedule, guidance, self.empty, max_batch=max_batch or self.max_batch)
-
     def traverse(
         self,
         sampler: str,
@@ -119,17 +112,11 @@ class Bench:
     ) -> TreeResult:
         """The neutral path, and branches that leave it: name -> style and step."""
         children = tuple(Branch(name, self.contexts[style], at) for name, (style, at) in forks.items())
-        shape = self.sd.latent_shape
-        return traverse_tree(
-            partial(self.guide, guidance=guidance),
-            initial_noise(seeds, shape).to(self.sd.device),
-            Branch("neutral", self.contexts["neutral"], children=children),
-            self.sd.schedule,
-            len(timesteps),
-            sampler=SAMPLERS[sampler],
-            noise=step_noise(seeds, shape),
-            timesteps=timesteps,
+        sample = partial(
+            self.sd.sample, guidance_scale=guidance, negative=self.empty, sampler=sampler, spacing=timesteps
         )
+        tree = Branch("neutral", self.contexts["neutral"], children=children)
+        return traverse_tree(sample, initial_noise(seeds, self.sd.latent_shape), tree, seeds, len(timesteps))
 
 
 # ---- the reference ---------------------------------------------------------------------------------
@@ -305,17 +292,17 @@ def flip_rates(
 CHECKED_STEPS = 3
 
 
-def run_alone(bench: Bench, sampler: str, seeds: Sequence[int], max_batch: int | None = None) -> Tensor:
+def run_alone(bench: Bench, sampler: str, seeds: Sequence[int]) -> Tensor:
     """A short neutral run at the last guidance -> (B, C, H, W)."""
-    shape, schedule = bench.sd.latent_shape, bench.sd.schedule
-    context = constant(bench.contexts["neutral"], CHECKED_STEPS)
-    eps_fn = bench.guide(context, bench.comparison.guidances[-1], max_batch)
-    x_T = initial_noise(seeds, shape).to(bench.sd.device)
-    with torch.no_grad():
-        *_, last = SAMPLERS[sampler](
-            eps_fn, x_T, schedule, CHECKED_STEPS, noise=step_noise(seeds, shape),
-            timesteps=SPACINGS["trailing"](CHECKED_STEPS, schedule),
-        )  # fmt: skip
+    *_, last = bench.sd.sample(
+        bench.contexts["neutral"],
+        seeds,
+        steps=CHECKED_STEPS,
+        guidance_scale=bench.comparison.guidances[-1],
+        negative=bench.empty,
+        sampler=sampler,
+        spacing="trailing",
+    )
     return last.x_prev
 
 
@@ -327,9 +314,10 @@ def check(bench: Bench) -> list[dict[str, Any]]:
     """
     found = []
     seeds = (0, 1)
+    singly = Bench(replace(bench.sd, max_batch=1), bench.comparison)
     for name in tqdm(SAMPLERS, desc="checks", unit="sampler", mininterval=1):
         together, again = (run_alone(bench, name, seeds) for _ in range(2))
-        one_a_call, alone = run_alone(bench, name, seeds, 1), run_alone(bench, name, seeds[1:2], 1)
+        one_a_call, alone = run_alone(singly, name, seeds), run_alone(singly, name, seeds[1:2])
         found.append(
             {
                 "sampler": name,

@@ -15,33 +15,31 @@ from torch import Tensor
 from ldm import pipeline
 from ldm.bench.harness import time_in_turn
 from ldm.conditioning import swap
-from ldm.guidance import guided
 from ldm.pipeline import StableDiffusion
-from ldm.samplers import ddim, initial_noise
 from ldm.traversal.plan import Traversal
 from ldm.traversal.prompt_tree import Branch, unet_rows
-from ldm.traversal.real_images import relative_error
-from ldm.traversal.run_folder import default_max_batch, latent_shape, prompt_tree, sample
+from ldm.traversal.round_trip import relative_error
+from ldm.traversal.sampling import bounded, latent_shape, prompt_tree, sample
 
 Json = dict[str, Any]
 # Between the tree and the branches alone: batches of other sizes add up in another order, over all steps of a run.
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
 
 
-def tree_against_separate(sd: StableDiffusion, plan: Traversal, max_batch: int | None, rounds: int) -> Json:
+def tree_against_separate(sd: StableDiffusion, plan: Traversal, rounds: int) -> Json:
     """The traversal as one tree and as runs of their own, by the same code, to the final latents.
 
     Returns: rows and timings of both; `ratio` is how many times faster the tree is, beside that of the rows.
     Raises:  ValueError: their latents differ.
     """
     tree = prompt_tree(sd, plan)
-    batch = max_batch or default_max_batch(latent_shape(sd, plan))
+    sd = bounded(sd, latent_shape(sd, plan))
 
     def together() -> Mapping[str, Tensor]:
-        return sample(sd, plan, tree, plan.seeds, batch).latents
+        return sample(sd, plan, tree, plan.seeds).latents
 
     def one_by_one() -> Mapping[str, Tensor]:
-        return {branch.name: run_alone(sd, plan, tree, branch, batch) for branch in (tree, *tree.children)}
+        return {branch.name: run_alone(sd, plan, tree, branch) for branch in (tree, *tree.children)}
 
     def check() -> None:
         expected, found = one_by_one(), together()
@@ -57,18 +55,18 @@ def tree_against_separate(sd: StableDiffusion, plan: Traversal, max_batch: int |
         "unet_rows": rows,
         "unet_rows_separate": rows_separate,
         "rows_ratio": rows_separate / rows,
-        "max_batch": batch,
+        "max_batch": sd.max_batch,
         "timings": {name: asdict(timing) for name, timing in timings.items()},
     }
 
 
-@torch.no_grad()
-def run_alone(sd: StableDiffusion, plan: Traversal, tree: Branch, branch: Branch, max_batch: int) -> Tensor:
+def run_alone(sd: StableDiffusion, plan: Traversal, tree: Branch, branch: Branch) -> Tensor:
     """One branch for every seed from noise, neutral steps included: (B, C, H, W)."""
     contexts = swap(tree.context, branch.context, at=branch.at, steps=plan.steps)
-    eps_fn = guided(sd.unet, contexts, plan.guidance, sd.encode_prompts([plan.negative]), max_batch=max_batch)
-    x_T = initial_noise(plan.seeds, latent_shape(sd, plan)).to(sd.device)
-    *_, last = ddim(eps_fn, x_T, sd.schedule, plan.steps)
+    negative = sd.encode_prompts([plan.negative])
+    *_, last = sd.sample(
+        contexts, plan.seeds, guidance_scale=plan.guidance, negative=negative, size=plan.latent_size
+    )  # fmt: skip
     return last.x_prev
 
 

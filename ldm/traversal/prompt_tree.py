@@ -145,6 +145,8 @@ def traverse_tree(
     Raises:  ValueError: a tree that cannot be run (names, fork steps, context shapes), before the first evaluation.
     """
     _check_tree(tree, len(x_T), steps)
+    if len(seeds) != len(x_T):
+        raise ValueError(f"seeds: expected {len(x_T)}, one a row of x_T, got {len(seeds)}")
     if unknown := set(keep) - set(KEEPABLE):
         raise ValueError(f"keep: expected some of {KEEPABLE}, got {sorted(unknown)}")
     if len(set(keep)) != len(keep):

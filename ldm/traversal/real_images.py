@@ -15,14 +15,12 @@ Letters: B images, C H W of a latent.
 from __future__ import annotations
 
 import logging
-import math
-import platform
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from skimage.metrics import peak_signal_noise_ratio
@@ -30,29 +28,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm import checkpoint
-from ldm.conditioning import constant
-from ldm.data.images import FITS, load_with_remarks
+from ldm.data.images import load_with_remarks
 from ldm.data.reading import AS_STORED, Reading
 from ldm.files import write_json
-from ldm.guidance import GuidedEps, guided, rows_a_latent
+from ldm.guidance import GuidedEps, rows_a_latent
 from ldm.images import from_uint8, load_pixels, save_image
 from ldm.pipeline import StableDiffusion
-from ldm.samplers import Step, ddim
-from ldm.schedule import SPACINGS, TRAIN_STEPS
 from ldm.traversal import figures
-from ldm.traversal.inversion import ddim_inversion, edict, edict_inversion, fixed_point_inversion
 from ldm.traversal.plan import Traversal
-from ldm.traversal.run_folder import default_max_batch, image_path, read_record, write_images
+from ldm.traversal.round_trip import Inversion, Method, Progress, bind, finite, invert, relative_error, retrace
+from ldm.traversal.run_folder import model_record, read_record, versions
+from ldm.traversal.run_images import image_path, remove_images, write_images
+from ldm.traversal.sampling import bounded
 from ldm.traversal.store import load_seed, run_seeds
 
 log = logging.getLogger(__name__)
 
-Method = Literal["naive", "fixed-point", "edict"]
-METHODS: dict[Method, Callable[..., Iterator[Step]]] = {
-    "naive": ddim_inversion,
-    "fixed-point": fixed_point_inversion,
-    "edict": edict_inversion,
-}
 LOST = 0.05  # relative error of a latent from which on its round trip is worth a warning: it can be seen
 
 
@@ -82,96 +73,6 @@ def open_images(files: Sequence[Path]) -> dict[int, RealImage]:
         if (other := images.setdefault(image.seed, image)) is not image:
             raise ValueError(f"image: {other.file} and {file} hold the same bytes, name one of them")
     return images
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inversion:
-    """How images become noise, and how they are retraced."""
-
-    prompt: str
-    method: Method = "fixed-point"
-    steps: int = 50
-    spacing: str = "leading"  # one of ldm.schedule.SPACINGS
-    guidance: float = 1.0  # see `ldm.inversion`
-    negative: str = ""
-    fit: str = "squash"  # how an image is made square
-    reading: Reading = AS_STORED  # how its file becomes pixels
-
-    def settings(self) -> dict[str, Any]:
-        """For run.json: a reading as usual is not mentioned, so that older folders can be grown."""
-        entries = asdict(self)
-        if self.reading == AS_STORED:
-            del entries["reading"]
-        return entries
-
-    def __post_init__(self) -> None:
-        """Everything that can be wrong before a network is at hand."""
-        if not self.prompt.strip():
-            raise ValueError("prompt: none given, expected what the image shows; it is retraced under this prompt")
-        if self.method not in METHODS:
-            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
-        if not 1 <= self.steps <= TRAIN_STEPS:
-            raise ValueError(f"steps: expected 1..{TRAIN_STEPS}, got {self.steps}")
-        if self.spacing not in SPACINGS:
-            raise ValueError(f"spacing: expected one of {', '.join(SPACINGS)}, got {self.spacing!r}")
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"guidance: expected a finite number, got {self.guidance}")
-        if self.fit not in FITS:
-            raise ValueError(f"fit: expected one of {', '.join(FITS)}, got {self.fit!r}")
-
-
-@dataclass(frozen=True, eq=False)
-class Noise:
-    """What latents were inverted to."""
-
-    x_T: Tensor  # (B, C, H, W)
-    y_T: Tensor | None = None  # its partner, of EDICT
-
-    def latents(self) -> dict[str, Tensor]:
-        """By the names that they are saved under."""
-        return {"x_T": self.x_T} if self.y_T is None else {"x_T": self.x_T, "y_T": self.y_T}
-
-
-Progress = Callable[[int], object]
-"""Called after every step with the number of images that it was taken for."""
-
-
-def bind(sd: StableDiffusion, how: Inversion, max_batch: int | None = None) -> GuidedEps:
-    """The network under the inversion's prompts; see `ldm.guidance.guided`."""
-    prompt, negative = sd.encode_prompts([how.prompt, how.negative])[:, None]
-    return guided(sd.unet, constant(prompt, how.steps), how.guidance, negative, max_batch=max_batch)
-
-
-@torch.no_grad()
-def invert(sd: StableDiffusion, how: Inversion, eps_fn: GuidedEps, x_0: Tensor, progress: Progress = int) -> Noise:
-    """Latents (B, C, H, W), float32, to noise by the chosen method; eps_fn: see `bind`."""
-    timesteps = SPACINGS[how.spacing](how.steps, sd.schedule)
-    for step in METHODS[how.method](eps_fn, x_0, sd.schedule, how.steps, timesteps=timesteps):
-        progress(len(step.x_t))
-    return Noise(step.x_t, *step.history)
-
-
-@torch.no_grad()
-def retrace(sd: StableDiffusion, how: Inversion, eps_fn: GuidedEps, noise: Noise, progress: Progress = int) -> Tensor:
-    """The way down again, by the sampler that the method inverts: latents (B, C, H, W)."""
-    timesteps = SPACINGS[how.spacing](how.steps, sd.schedule)
-    if noise.y_T is None:
-        run = ddim(eps_fn, noise.x_T, sd.schedule, how.steps, timesteps=timesteps)
-    else:
-        run = edict(eps_fn, noise.x_T, sd.schedule, how.steps, history=(noise.y_T,), timesteps=timesteps)
-    for step in run:
-        progress(len(step.x_prev))
-    return step.x_prev
-
-
-def relative_error(x: Tensor, reference: Tensor) -> float:
-    """|x - reference| / |reference|"""
-    return float((x - reference).norm() / reference.norm())
-
-
-def finite(value: float | Tensor) -> float | None:
-    """A number as JSON can hold it: None for infinity and NaN, where a latent was lost."""
-    return float(value) if math.isfinite(value) else None
 
 
 class Originals:
@@ -218,10 +119,10 @@ class Originals:
                 raise ValueError(
                     f"image: {image.file} has the number of {other}, another image; expected another folder"
                 )
-            of = load_seed(latents, seed)
-            error = relative_error(of[retraced], of["encoded"])
+            kept = load_seed(latents, seed)
+            error = relative_error(kept[retraced], kept["encoded"])
             entry = {"seed": seed, "file": str(image.file), "sha256": image.sha256, "round_trip_error": finite(error)}
-            entry["noise_std"] = finite(of["x_T"].std())  # of a sampler's noise: 1
+            entry["noise_std"] = finite(kept["x_T"].std())  # of a sampler's noise: 1
             if image_path(out, seed, retraced).exists():
                 original = self.pixels[seed]
                 save_image(image_path(out, seed, "original"), original)
@@ -249,35 +150,24 @@ def run_inversion(
     out: Path,
     *,
     latent_size: tuple[int, int] | None = None,
-    max_batch: int | None = None,
 ) -> dict[str, Any]:
     """Invert images and retrace them, into a folder; a run that was cut off there is continued.
 
     Args:    images: see `open_images`.  latent_size: height, width; None: as the model was trained.
-             max_batch: see `ldm.traversal.run_folder.run_traversal`.
     Returns: the content of run.json.
     Raises:  ValueError: an image that cannot be read, or a folder that holds inversions of other settings.
     """
     began = time.monotonic()
     shape = (sd.latent_shape[0], *(latent_size or sd.latent_shape[1:]))
-    max_batch = default_max_batch(shape) if max_batch is None else max_batch
+    sd = bounded(sd, shape)
     earlier = read_record(out) if (out / "latents.safetensors").exists() else {}
     originals = Originals(sd, images, shape, how.fit, how.reading)
-    dtype = str(sd.dtype).removeprefix("torch.")
-    model = {"weights_sha256": sd.weights_sha256(), "weight_set": sd.weight_set, "dtype": dtype}
-    eps_fn = bind(sd, how, max_batch)
-
+    settings = {**how.settings(), **model_record(sd), "latent_size": shape[1:]}
+    at_once = max(1, (sd.max_batch or 1) // rows_a_latent(how.guidance))
+    eps_fn = bind(sd, how)
     with tqdm(total=2 * how.steps * len(images), desc="invert: steps", unit="step", mininterval=1) as bar:
-
-        def compute(seeds: list[int]) -> dict[str, Tensor]:
-            for seed in seeds:  # whatever lies there was decoded from other latents
-                shutil.rmtree(image_path(out, seed, "").parent, ignore_errors=True)
-            x_0 = originals.encoded(seeds).to(sd.device)
-            noise = invert(sd, how, eps_fn, x_0, bar.update)
-            return {**noise.latents(), "encoded": x_0, "retraced": retrace(sd, how, eps_fn, noise, bar.update)}
-
-        settings = {**how.settings(), **model, "latent_size": shape[1:]}
-        path = run_seeds(compute, list(images), out, settings, max(1, max_batch // rows_a_latent(how.guidance)))
+        compute = partial(_there_and_back, originals, how, eps_fn, out, bar.update)
+        path = run_seeds(compute, list(images), out, settings, at_once)
 
     decoded = write_images(sd, path, out, "invert")
     known = {entry["sha256"] for entry in earlier.get("images", [])}
@@ -287,18 +177,26 @@ def run_inversion(
         "unet_rows_this_run": eps_fn.rows,  # guidance's second half counted
         "seconds": round(earlier.get("seconds", 0) + time.monotonic() - began, 2),
         "images": originals.finish(path, out, "retraced", earlier),
-        **how.settings(),
-        **model,
+        **settings,
         "backend": sd.backend,
         "device": str(sd.device),
-        "max_batch": max_batch,
+        "max_batch": sd.max_batch,
         "weights": [str(file) for file in sd.files],
-        "latent_size": shape[1:],
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **versions(),
     }
     write_json(out / "run.json", record)
     return record
+
+
+def _there_and_back(
+    originals: Originals, how: Inversion, eps_fn: GuidedEps, out: Path, progress: Progress, seeds: list[int]
+) -> dict[str, Tensor]:
+    """All that is kept of some images: name -> (B, C, H, W)."""
+    remove_images(out, seeds)
+    sd = originals.sd
+    x_0 = originals.encoded(seeds).to(sd.device)
+    noise = invert(sd, how, eps_fn, x_0, progress)
+    return {**noise.latents(), "encoded": x_0, "retraced": retrace(sd, how, eps_fn, noise, progress)}
 
 
 class ImageStart:
@@ -315,7 +213,6 @@ class ImageStart:
         images: Mapping[int, RealImage],
         method: Method = "fixed-point",
         fit: str = "squash",
-        max_batch: int | None = None,
         reading: Reading = AS_STORED,
     ) -> None:
         """Reads the images; `images`: those of the plan's seeds.
@@ -332,7 +229,7 @@ class ImageStart:
             prompt=plan.neutral, method=method, steps=plan.steps, spacing=plan.spacing, fit=fit, reading=reading
         )
         self.originals = Originals(sd, images, shape, fit, reading)
-        self.sd, self.max_batch = sd, default_max_batch(shape) if max_batch is None else max_batch
+        self.sd = bounded(sd, shape)
         self.rows = 0  # U-Net rows evaluated
 
     @property
@@ -343,7 +240,7 @@ class ImageStart:
 
     def latents(self, seeds: Sequence[int]) -> dict[str, Tensor]:
         """x_T and encoded: (B, C, H, W)."""
-        eps_fn = bind(self.sd, self.how, self.max_batch)
+        eps_fn = bind(self.sd, self.how)
         x_0 = self.originals.encoded(seeds).to(self.sd.device)
         with tqdm(total=self.how.steps, desc="invert: steps", unit="step", leave=False, mininterval=1) as bar:
             noise = invert(self.sd, self.how, eps_fn, x_0, lambda _: bar.update(1))

@@ -1,7 +1,7 @@
 """The pictures of a run folder: latents decoded to files, and figures drawn from them.
 
-    OUT/images/seed0000/neutral.png, <style>/s05.png, <style>/bezier_00.png
-    OUT/figure.png, curve.gif
+OUT/images/seed0000/neutral.png, <style>/s05.png, <style>/bezier_00.png
+OUT/figure.png, curve.gif
 """
 
 from __future__ import annotations

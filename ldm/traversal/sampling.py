@@ -28,7 +28,7 @@ def latent_shape(sd: StableDiffusion, plan: Sampling) -> tuple[int, int, int]:
 
 
 def bounded(sd: StableDiffusion, shape: Sequence[int]) -> StableDiffusion:
-    """The model with a limit to the rows of a U-Net call: its own, or 8 at 64 x 64, and at other sizes as much memory."""
+    """The model with a limit to the rows of a U-Net call: its own, or 8 of 64 x 64, or as many as are as large."""
     return sd if sd.max_batch else replace(sd, max_batch=max(1, 8 * 64 * 64 // math.prod(shape[1:])))
 
 

@@ -69,7 +69,7 @@ def test_operations_and_blocks_share_all_of_the_time():
 
 
 def test_the_tree_and_the_branches_alone_are_the_same_images(tiny, plan):
-    found = traversal.tree_against_separate(ldm.load(tiny), plan, None, rounds=1)
+    found = traversal.tree_against_separate(ldm.load(tiny), plan, rounds=1)
     assert (found["unet_rows"], found["unet_rows_separate"]) == (4 + 2 * (3 + 1), 5 * 4)
     assert list(found["timings"]) == ["separate runs", "tree"]
 
@@ -78,7 +78,7 @@ def test_a_tree_that_differs_from_its_branches_is_not_timed(tiny, plan, monkeypa
     alone = traversal.run_alone
     monkeypatch.setattr(traversal, "run_alone", lambda *args: 1.1 * alone(*args))
     with pytest.raises(ValueError, match="away from the branch run alone"):
-        traversal.tree_against_separate(ldm.load(tiny), plan, None, rounds=1)
+        traversal.tree_against_separate(ldm.load(tiny), plan, rounds=1)
 
 
 @pytest.mark.parametrize("subject", ["unet", "vae", "traverse", "load"])

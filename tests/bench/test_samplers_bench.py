@@ -26,6 +26,7 @@ from ldm.bench.samplers import (
     swap_timestep,
     timings,
 )
+from ldm.pipeline import StableDiffusion
 from ldm.samplers import SAMPLERS
 from ldm.schedule import SPACINGS, Schedule
 
@@ -49,6 +50,10 @@ class MixtureModel:
     latent_shape: tuple[int, int, int] = (4, 4, 4)
     device: torch.device = torch.device("cpu")  # noqa: RUF009
     dtype: torch.dtype = torch.float32
+    max_batch: int | None = None
+
+    guided = StableDiffusion.guided
+    sample = StableDiffusion.sample
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         return torch.tensor([float(prompt or 0) for prompt in prompts]).view(-1, 1, 1)

@@ -11,7 +11,6 @@ import torch
 import ldm
 from ldm import checkpoint
 from ldm.config import PHANTOM
-from ldm.guidance import guided
 from ldm.phantom import render, sample_attributes
 from ldm.phantom.prompts import DOMAINS
 from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion, to_uint8
@@ -57,8 +56,8 @@ def test_earlier_swaps_edit_more(sd: StableDiffusion, domain: str) -> None:
     neutral, styles = DOMAINS[domain].neutral, DOMAINS[domain].styles
     base, *contexts = sd.encode_prompts([neutral, *styles.values()])[:, None]
     tree = swaps(base, dict(zip(styles, contexts, strict=True)), swap_steps, steps)
-    guide = partial(guided, sd.unet, guidance_scale=1)
-    result = traverse_tree(guide, initial_noise([0, 1], sd.latent_shape), tree, sd.schedule, steps)
+    sample = partial(sd.sample, guidance_scale=1)
+    result = traverse_tree(sample, initial_noise([0, 1], sd.latent_shape), tree, [0, 1], steps)
     images = {name: to_uint8(sd.decode_latents(latents)).astype(float) for name, latents in result.latents.items()}
     for style in styles:
         changes = [np.abs(images[f"{style}/s{s:02d}"] - images["neutral"]).mean() for s in swap_steps[::-1]]

@@ -7,6 +7,7 @@ a graph does. What it cannot show is whether the U-Net can be recorded; there is
 import copy
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from ldm.probe.taps import zero
 from ldm.samplers import ddim
 from ldm.schedule import Schedule
 from ldm.traversal.plan import Traversal
-from ldm.traversal.run_folder import prompt_tree, sample
+from ldm.traversal.sampling import prompt_tree, sample
 from ldm.unet import UNet
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -194,9 +195,10 @@ def test_a_traversal_goes_through_the_graphs():
     sd = ldm.load(PHANTOM_WEIGHTS, device="cpu")
     plan = Traversal(neutral="a", styles={"b": "b"}, seeds=(0,), steps=2, swap_steps=(1,), guidance=2)
     tree = prompt_tree(sd, plan)
-    plain = sample(sd, plan, tree, [0], 4).latents
+    sd = replace(sd, max_batch=4)
+    plain = sample(sd, plan, tree, [0]).latents
     sd.unet.forward = graphed = GraphedUNet(sd.unet, Recorder())
-    replayed = sample(sd, plan, tree, [0], 4).latents
+    replayed = sample(sd, plan, tree, [0]).latents
     assert graphed.used
     for name, latents in plain.items():
         # A number of its own for each row's time: the last bits of float32 over two steps.

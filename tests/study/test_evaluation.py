@@ -29,7 +29,8 @@ from ldm.study.evaluation.workers import Worker
 from ldm.study.metrics import ground_truth
 from ldm.study.metrics.perceptual import load_lpips
 from ldm.traversal.plan import Traversal
-from ldm.traversal.run_folder import prompt_tree, run_traversal, sample
+from ldm.traversal.run_folder import run_traversal
+from ldm.traversal.sampling import prompt_tree, sample
 
 CHEST = CELLS["chest"]
 FEW_STEPS = {"steps": 4, "swap_steps": (1, 2, 3), "guidance": 2.0}  # nothing to look at, but every part runs
@@ -82,7 +83,7 @@ def test_a_run_cut_off_and_continued_is_a_run(instruments, tmp_path, monkeypatch
 
 def test_a_traversal_on_disk_gives_what_its_prompts_give(instruments, tmp_path):
     plan = plan_of(CHEST, bezier_points=0)
-    run_traversal(instruments.sd, plan, tmp_path / "chest", max_batch=64, images=False)
+    run_traversal(replace(instruments.sd, max_batch=64), plan, tmp_path / "chest", images=False)
     cell, of_run = cell_of_run(tmp_path / "chest")
     from_run = evaluate(
         instruments, tmp_path / "a", Task(cell=cell, plan=of_run, run=tmp_path / "chest", averaged=(1, 2))
@@ -119,7 +120,8 @@ def test_two_processes_write_what_one_writes(tmp_path):
 def test_neutral_for_neutral_changes_nothing(instruments):
     cell = replace(CHEST, styles={"pleural_effusion": CHEST.neutral, "support_devices": CHEST.neutral})
     plan = plan_of(cell, (3,))
-    found = measure(instruments, plan, sampled(instruments, plan, 1)(3))  # max_batch 1: bit for bit
+    alone = replace(instruments, sd=replace(instruments.sd, max_batch=1))  # bit for bit
+    found = measure(instruments, plan, sampled(alone, plan)(3))
     assert torch.equal(found["latents.swaps"], found["latents.neutral"].expand_as(found["latents.swaps"]))
     torch.testing.assert_close(found["ssim.swaps"], torch.ones_like(found["ssim.swaps"]))  # but for rounding
     same = found["probabilities.neutral"].expand_as(found["probabilities.swaps"])
@@ -133,7 +135,7 @@ def test_the_linear_direction_leaves_the_seed_itself_out(instruments):
     neutral, swaps = torch.randn(4, 16, 16, generator=generator), torch.randn(2, 2, 4, 16, 16, generator=generator)
     others = torch.zeros_like(swaps)  # another seed on which the swap does nothing
     total = baselines.direction_sum([(neutral, swaps), (neutral, neutral + others)])
-    found = baselines.measure_baselines(instruments, plan, 0, neutral, swaps, total, (1, 2), None)
+    found = baselines.measure_baselines(instruments, plan, 0, neutral, swaps, total, (1, 2))
     unedited = instruments.probabilities(instruments.pixels(neutral[None]))[0]
     torch.testing.assert_close(found["linear_direction"], unedited.expand(2, 2, -1), atol=1e-5, rtol=0)
 
@@ -166,7 +168,7 @@ def test_inversion_under_the_neutral_prompt_is_retraced_whatever_the_guidance(in
     for guidance in (1.0, 5.0):
         plan = truth.retraceable(plan_of(cell, (0,), steps=20), (19,), guidance)  # only its neutral branch is looked at
         x_T = truth.invert(sd, plan, latents)
-        back = sample(sd, plan, prompt_tree(sd, plan), [0], 8, x_T=x_T).latents["neutral"]
+        back = sample(sd, plan, prompt_tree(sd, plan), [0], x_T=x_T).latents["neutral"]
         errors[guidance] = float((back - latents).norm() / latents.norm())
     assert errors[1.0] < 0.05  # 20 steps, three iterations each: the way back is not exact
     assert errors[5.0] == pytest.approx(errors[1.0], rel=0.05)  # guidance towards the neutral prompt itself is none

@@ -15,7 +15,7 @@ from ldm.blocks import Attention
 from ldm.config import PHANTOM
 from ldm.guidance import guided
 from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion
-from ldm.traversal.real_images import relative_error
+from ldm.traversal.round_trip import relative_error
 from ldm.unet import UNet
 
 

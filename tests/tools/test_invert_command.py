@@ -17,8 +17,7 @@ import ldm
 from ldm.conditioning import constant
 from ldm.guidance import guided
 from ldm.samplers import ddim
-from ldm.traversal import real_images
-from ldm.traversal import run_folder as experiment
+from ldm.traversal import real_images, sampling
 from ldm.traversal.inversion import fixed_point_inversion
 
 PROMPT = "a chest"
@@ -257,7 +256,7 @@ def test_a_traversal_of_images_is_continued_grown_and_not_mixed_with_noise(
     images = [picture(tmp_path / f"{i}.png", i) for i in range(2)]
     assert traverse(weights, tmp_path / "whole", "--image", *images, "--max-batch", "1") == 0
 
-    inner, calls = experiment.traverse_tree, []
+    inner, calls = sampling.traverse_tree, []
 
     def second_call_fails(*args: object, **kwargs: object) -> object:
         calls.append(1)
@@ -265,7 +264,7 @@ def test_a_traversal_of_images_is_continued_grown_and_not_mixed_with_noise(
             raise KeyboardInterrupt
         return inner(*args, **kwargs)
 
-    monkeypatch.setattr(experiment, "traverse_tree", second_call_fails)
+    monkeypatch.setattr(sampling, "traverse_tree", second_call_fails)
     cut = tmp_path / "cut"
     assert traverse(weights, cut, "--image", *images, "--max-batch", "1") == 1
     monkeypatch.undo()

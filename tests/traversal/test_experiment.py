@@ -15,8 +15,8 @@ import ldm
 from ldm import checkpoint
 from ldm.clip import CLIPTextEncoder
 from ldm.config import CLIPConfig, UNetConfig, VAEConfig
-from ldm.traversal import bezier, figures
-from ldm.traversal import run_folder as experiment
+from ldm.images import load_pixels
+from ldm.traversal import bezier, figures, sampling
 from ldm.traversal.plan import Traversal, parse_integers
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
@@ -88,7 +88,7 @@ def test_images_are_the_decoded_latents(weights: Path, tmp_path: Path) -> None:
     sd = ldm.load(weights)
     latent = load_file(tmp_path / "latents.safetensors")["seed0000/devices/s05"]
     expected = ldm.pipeline.to_uint8(sd.decode_latents(latent[None]))[0]
-    found = experiment.load_pixels(tmp_path / "images/seed0000/devices/s05.png")
+    found = load_pixels(tmp_path / "images/seed0000/devices/s05.png")
     # Decoded in another batch size: sums in another order may cross a rounding boundary, by one grey level.
     assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
 
@@ -109,7 +109,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
 ) -> None:
     traverse(weights, tmp_path / "whole", "--seeds", "0-2", "--max-batch", "1")
 
-    inner, calls = experiment.traverse_tree, []
+    inner, calls = sampling.traverse_tree, []
 
     def second_call_fails(*args: object, **kwargs: object) -> object:
         calls.append(1)
@@ -117,7 +117,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
             raise KeyboardInterrupt
         return inner(*args, **kwargs)
 
-    monkeypatch.setattr(experiment, "traverse_tree", second_call_fails)
+    monkeypatch.setattr(sampling, "traverse_tree", second_call_fails)
     assert traverse(weights, tmp_path / "cut", "--seeds", "0-2", "--max-batch", "1") == 1
     monkeypatch.undo()
     assert traverse(weights, tmp_path / "cut", "--seeds", "0-2", "--max-batch", "1") == 0

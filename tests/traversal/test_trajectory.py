@@ -191,9 +191,8 @@ def test_only_what_is_asked_for_is_kept():
     ],
 )
 def test_a_tree_that_cannot_run_is_refused(children, message):
-    unet = ToyUNet()
+    unet, tree = ToyUNet(), Branch("neutral", NEUTRAL, children=children)
     with pytest.raises(ValueError, match=message):
-        tree = Branch("neutral", NEUTRAL, children=children)
         traverse_tree(toy_sample(unet, 1), initial_noise([0, 1], SHAPE), tree, [0, 1], 10)
     assert unet.calls == []
 
@@ -206,7 +205,7 @@ def test_other_arguments_are_named_too():
         traverse_tree(toy_sample(), x_T, NESTED, [0], 10, keep=("x0",))
     with pytest.raises(ValueError, match=r"keep: expected each quantity once, got \['x_t', 'eps', 'x_t'\]"):
         traverse_tree(toy_sample(), x_T, NESTED, [0], 10, keep=("x_t", "eps", "x_t"))
-    with pytest.raises(ValueError, match="x_T: expected 2 rows, one a seed, got 1"):
+    with pytest.raises(ValueError, match="seeds: expected 1, one a row of x_T, got 2"):
         traverse_tree(toy_sample(), x_T, NESTED, [0, 1], 10)
 
 

@@ -18,7 +18,8 @@ from ldm.study.metrics.perceptual import load_lpips
 from ldm.study.report import explorer
 from ldm.traversal.figures import grid, save_image
 from ldm.traversal.plan import Traversal, parse_integers
-from ldm.traversal.run_folder import read_record, run_traversal, trajectory_columns, trajectory_rows, write_figures
+from ldm.traversal.run_folder import read_record, run_traversal
+from ldm.traversal.run_images import trajectory_columns, trajectory_rows, write_figures
 from ldm.traversal.store import load_seed
 
 MAP_STEPS = (5, 15, 25)  # the swaps that the map of the latents shows

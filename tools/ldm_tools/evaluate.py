@@ -130,9 +130,7 @@ def run(args: argparse.Namespace) -> None:
     instruments = {
         file: Instruments(sd, classifiers.load(file, sd.device), file, lpips) for file in set(files.values())
     }
-    places = {
-        name: Workplace(instruments[file], args.out, worker, options.max_batch(args)) for name, file in files.items()
-    }
+    places = {name: Workplace(instruments[file], args.out, worker) for name, file in files.items()}
     check(tasks, places)
     torch.set_num_threads(args.threads)  # sums of several threads are taken in another order
     results = {task.cell.name: evaluate_cell(places[task.cell.name], task) for task in tasks}

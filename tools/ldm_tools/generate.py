@@ -10,8 +10,9 @@ from dataclasses import replace
 from ldm.images import load_pixels, save_image
 from ldm.traversal import figures
 from ldm.traversal.plan import Generation, parse_integers
-from ldm.traversal.run_folder import image_path, run_generation
-from ldm_tools.options import add_adapters, add_model, add_sampling, latent_size, load_model, max_batch
+from ldm.traversal.run_folder import run_generation
+from ldm.traversal.run_images import image_path
+from ldm_tools.options import add_adapters, add_model, add_sampling, latent_size, load_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,10 +40,9 @@ def run(args: argparse.Namespace) -> None:
         spacing=args.spacing,
         eta=args.eta,
     )
-    batch = max_batch(args)
     sd = load_model(args)
     plan = replace(plan, latent_size=latent_size(args.size, sd))
-    record = run_generation(sd, plan, args.out, max_batch=batch)
+    record = run_generation(sd, plan, args.out)
     columns = math.ceil(math.sqrt(len(seeds)))
     images = [load_pixels(image_path(args.out, seed, "image")) for seed in seeds]
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ldm.schedule import SPACINGS
-from ldm.traversal.real_images import FITS, METHODS, Inversion, open_images, run_inversion
-from ldm_tools.options import add_adapters, add_model, latent_size, load_model, max_batch
+from ldm.traversal.real_images import open_images, run_inversion
+from ldm.traversal.round_trip import FITS, METHODS, Inversion
+from ldm_tools.options import add_adapters, add_model, latent_size, load_model
 from ldm_tools.reading import add_pixels, pixels
 
 MEASURED = ("round_trip_error", "psnr_db", "autoencoder_psnr_db")
@@ -75,9 +76,8 @@ def run(args: argparse.Namespace) -> None:
         reading=pixels(args),
     )
     images = open_images(args.image)
-    batch = max_batch(args)
     sd = load_model(args)
-    record = run_inversion(sd, how, images, args.out, latent_size=latent_size(args.size, sd), max_batch=batch)
+    record = run_inversion(sd, how, images, args.out, latent_size=latent_size(args.size, sd))
     for entry in record["images"]:
         print(round_trip(entry))
     print(f"{record['unet_rows_this_run']} U-Net rows, {record['seconds']} s; see {args.out / 'comparison.png'}")

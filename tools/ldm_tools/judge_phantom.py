@@ -14,7 +14,9 @@ from ldm.train import autoencoder, judge
 from ldm.train.phantom_set import PhantomSet
 from ldm.traversal import figures
 from ldm.traversal.plan import Traversal, parse_integers
-from ldm.traversal.run_folder import image_path, run_traversal, swap_name
+from ldm.traversal.run_folder import run_traversal
+from ldm.traversal.run_images import image_path
+from ldm.traversal.sampling import swap_name
 from ldm.traversal.store import load_latents
 
 TRAIN_SEED, TEST_SEED = 2_000_000, 3_000_000  # of the probe's images; the model was trained on seeds from 1,000,000

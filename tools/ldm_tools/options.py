@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -81,7 +82,8 @@ def lora_files(args: argparse.Namespace) -> list[tuple[str | Path, float]]:
 
 
 def load_model(args: argparse.Namespace) -> pipeline.StableDiffusion:
-    """The model that the options of `add_model` name."""
+    """The model that the options of `add_model` name, with --max-batch and --cuda-graph where the command has them."""
+    limit = max_batch(args)
     name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     try:
         device = torch.device(name)
@@ -103,7 +105,7 @@ def load_model(args: argparse.Namespace) -> pipeline.StableDiffusion:
     )
     if getattr(args, "cuda_graph", False):
         fast.install(sd.unet, kernels=args.backend, cuda_graph=True)
-    return sd
+    return replace(sd, max_batch=limit)
 
 
 def named_prompts(styles: list[str]) -> dict[str, str]:
@@ -159,10 +161,11 @@ def add_sampling(parser: argparse.ArgumentParser, guidance: float = 7.5) -> None
 
 
 def max_batch(args: argparse.Namespace) -> int | None:
-    """--max-batch, seen to be a number of rows."""
-    if args.max_batch is not None and args.max_batch < 1:
-        raise ValueError(f"--max-batch: got {args.max_batch}, expected 1 or more")
-    return args.max_batch
+    """--max-batch, seen to be a number of rows; None without."""
+    limit = getattr(args, "max_batch", None)
+    if limit is not None and limit < 1:
+        raise ValueError(f"--max-batch: got {limit}, expected 1 or more")
+    return limit
 
 
 def latent_size(text: str | None, sd: pipeline.StableDiffusion) -> tuple[int, int] | None:

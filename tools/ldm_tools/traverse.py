@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from ldm.traversal.plan import SWAP_STEPS, Traversal, parse_integers
-from ldm.traversal.real_images import FITS, ImageStart, open_images
-from ldm.traversal.run_folder import run_traversal, write_figures
+from ldm.traversal.real_images import ImageStart, open_images
+from ldm.traversal.round_trip import FITS
+from ldm.traversal.run_folder import run_traversal
+from ldm.traversal.run_images import write_figures
 from ldm_tools.invert import round_trip
-from ldm_tools.options import add_adapters, add_model, add_sampling, latent_size, load_model, max_batch, named_prompts
+from ldm_tools.options import add_adapters, add_model, add_sampling, latent_size, load_model, named_prompts
 from ldm_tools.reading import add_pixels, pixels
 
 
@@ -87,11 +89,10 @@ def run(args: argparse.Namespace) -> None:
         bezier_points=args.bezier_points,
         keep=tuple(args.keep.split(",")) if args.keep else (),
     )
-    batch = max_batch(args)
     sd = load_model(args)
     plan = replace(plan, latent_size=latent_size(args.size, sd))
-    start = ImageStart(sd, plan, images, args.inversion, args.fit, batch, pixels(args)) if images else None
-    record = run_traversal(sd, plan, args.out, max_batch=batch, images=not args.no_images, start=start)
+    start = ImageStart(sd, plan, images, args.inversion, args.fit, pixels(args)) if images else None
+    record = run_traversal(sd, plan, args.out, images=not args.no_images, start=start)
     if not args.no_images:
         write_figures(args.out, plan)
     for entry in record.get("images", []):

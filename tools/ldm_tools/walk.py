@@ -20,12 +20,11 @@ from torch import Tensor
 import ldm
 from ldm.config import SD15
 from ldm.files import complete
-from ldm.guidance import guided
 from ldm.images import to_uint8
 from ldm.phantom.prompts import CELLS, GUIDANCE
 from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion
 from ldm.probe.trace import trace_model
-from ldm.samplers import ddim, initial_noise
+from ldm.samplers import initial_noise
 from ldm.schedule import Schedule, leading
 from ldm.study.report.plot_style import COLOURS, GREY, PAGE_WIDTH, new_figure, styled
 from ldm.traversal.prompt_tree import swaps, traverse_tree
@@ -104,9 +103,7 @@ def unet_figure() -> Figure:
 def steps_figure(sd: StableDiffusion, steps: int = STEPS) -> Figure:
     """x_t, eps and x0_pred along a run, as latents by their first three channels; and x0_pred decoded."""
     empty, context = sd.encode_prompts(["", PROMPTS[1]])[:, None]
-    eps_fn = guided(sd.unet, ldm.conditioning.constant(context, steps), GUIDANCE, empty)
-    with torch.no_grad():
-        run = list(ddim(eps_fn, initial_noise([SEED], sd.latent_shape), sd.schedule, steps))
+    run = list(sd.sample(context, [SEED], steps=steps, guidance_scale=GUIDANCE, negative=empty))
     shown = [run[round(i * (steps - 1) / 5)] for i in range(6)]
     rows = {
         "x_t": [as_colours(step.x_t) for step in shown],
@@ -122,9 +119,9 @@ def traversal_figure(sd: StableDiffusion, steps: int = STEPS) -> Figure:
     """One noise under the neutral prompt, swapped at several steps; and the Bezier curve through the swaps."""
     at = [round(share * steps) for share in (0.9, 0.7, 0.5, 0.3, 0.1)]
     empty, neutral, style = sd.encode_prompts(["", *PROMPTS])[:, None]
-    guide = partial(guided, sd.unet, guidance_scale=GUIDANCE, uncond=empty)
+    sample = partial(sd.sample, guidance_scale=GUIDANCE, negative=empty)
     tree = swaps(neutral, {"effusion": style}, at, steps)
-    latents = traverse_tree(guide, initial_noise([SEED], sd.latent_shape), tree, sd.schedule, steps).latents
+    latents = traverse_tree(sample, initial_noise([SEED], sd.latent_shape), tree, [SEED], steps).latents
     swapped = [latents[f"effusion/s{s:02d}"] for s in at]
     curve = ldm.bezier.evaluate(torch.cat([latents["neutral"], *swapped]), torch.linspace(0, 1, 6))
     rows = {

@@ -18,12 +18,10 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning import Contexts, blend, neutral_steps, ramp, side_by_side
-from ldm.guidance import guided
-from ldm.samplers import ddim, initial_noise
 from ldm.study.evaluation.instruments import Instruments
 from ldm.study.evaluation.trajectories import CURVE_POINTS, FRAMES
 from ldm.traversal.plan import Traversal
-from ldm.traversal.run_folder import default_max_batch, latent_shape
+from ldm.traversal.sampling import bounded, latent_shape
 
 SWAP_METHODS = ("linear_direction", "random_direction", "constant_blend", "ramp_blend")  # beside the swaps
 CURVE_METHODS = ("chord",)  # beside the interpolated samples
@@ -48,7 +46,6 @@ def measure_baselines(
     swaps: Tensor,
     directions: tuple[Tensor, int],
     averaged: Sequence[int],
-    max_batch: int | None,
 ) -> dict[str, Tensor]:
     """The classifier's probabilities on every baseline of one seed.
 
@@ -69,7 +66,7 @@ def measure_baselines(
     latents = {
         "linear_direction": neutral + others,
         "random_direction": neutral + random,
-        **blends(instruments, plan, seed, averaged, max_batch),
+        **blends(instruments, plan, seed, averaged),
         "chord": neutral + u * (strongest - neutral)[:, None],
     }
     return {
@@ -78,11 +75,10 @@ def measure_baselines(
     }
 
 
-def blends(
-    instruments: Instruments, plan: Traversal, seed: int, averaged: Sequence[int], max_batch: int | None
-) -> dict[str, Tensor]:
+def blends(instruments: Instruments, plan: Traversal, seed: int, averaged: Sequence[int]) -> dict[str, Tensor]:
     """The final latents of the two blends, (A, M, C, H, W) each."""
-    sd, steps, shape = instruments.sd, plan.steps, latent_shape(instruments.sd, plan)
+    shape, steps = latent_shape(instruments.sd, plan), plan.steps
+    sd = bounded(instruments.sd, shape)
     neutral, *styles = sd.encode_prompts([plan.neutral, *plan.styles.values()])[:, None]
     contexts: dict[str, list[Contexts]] = {"constant_blend": [], "ramp_blend": []}
     for style in styles:
@@ -92,16 +88,11 @@ def blends(
             contexts["ramp_blend"].append(ramp(neutral, style, *ramp_of_mean(share, steps), steps))
     found = {}
     for name, rows in contexts.items():
-        eps_fn = guided(
-            sd.unet,
-            side_by_side(rows),
-            plan.guidance,
-            sd.encode_prompts([plan.negative]),
-            max_batch=max_batch or default_max_batch(shape),
-        )
-        x_T = initial_noise([seed], shape).to(sd.device)
-        with torch.no_grad():
-            *_, last = ddim(eps_fn, x_T.expand(len(rows), *shape).contiguous(), sd.schedule, steps)
+        seeds, negative = [seed] * len(rows), sd.encode_prompts([plan.negative])
+        run = sd.sample(
+            side_by_side(rows), seeds, guidance_scale=plan.guidance, negative=negative, size=plan.latent_size
+        )  # fmt: skip
+        *_, last = run
         found[name] = last.x_prev.cpu().unflatten(0, (len(styles), len(averaged)))
     return found
 

@@ -23,7 +23,8 @@ from ldm.study.report import explorer
 from ldm.study.report.image_figures import FigureImages, LatentMap
 from ldm.study.report.latent_map import tsne
 from ldm.traversal.plan import Traversal
-from ldm.traversal.run_folder import bezier_name, curves, image_path, swap_name
+from ldm.traversal.run_images import bezier_name, image_path
+from ldm.traversal.sampling import curves, swap_name
 from ldm.traversal.store import load_seed
 
 POINTS = 25  # of a curve, enough to be dragged along smoothly

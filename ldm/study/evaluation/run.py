@@ -26,7 +26,7 @@ from ldm.study.evaluation.instruments import Instruments
 from ldm.study.evaluation.trajectories import FRAMES, SampleSeed, check_run, from_run, measure, sampled, stacked
 from ldm.study.evaluation.workers import Worker
 from ldm.traversal.plan import Traversal
-from ldm.traversal.run_folder import latent_shape
+from ldm.traversal.sampling import latent_shape
 from ldm.traversal.store import SeedFolder
 
 Json = dict[str, Any]
@@ -69,7 +69,6 @@ class Workplace:
     instruments: Instruments
     out: Path
     worker: Worker
-    max_batch: int | None = None
 
     def trajectories(self, task: Task) -> SeedFolder:
         """What was measured on every seed. Raises ValueError where it was measured with other settings."""
@@ -143,7 +142,7 @@ def evaluate_cell(place: Workplace, task: Task) -> Json | None:
     votes = summary.Votes(instruments.classifier.attributes, heads, tuple(plan.styles))
 
     trajectories = place.trajectories(task)
-    source: SampleSeed = from_run(task.run) if task.run else sampled(instruments, plan, place.max_batch)
+    source: SampleSeed = from_run(task.run) if task.run else sampled(instruments, plan)
     fill(trajectories, plan.seeds, lambda seed: measure(instruments, plan, source(seed)), place, task)
     found = stack(trajectories, plan.seeds)
     result: Json = summary.summarise(task.cell, votes, plan.swap_steps, task.averaged, found, instruments.lpips)
@@ -170,9 +169,7 @@ def _baselines(
 
     def compare(seed: int) -> Mapping[str, Tensor]:
         latents = read_latents(trajectories, seed)
-        return baselines.measure_baselines(
-            instruments, plan, seed, *latents, directions(), task.averaged, place.max_batch
-        )
+        return baselines.measure_baselines(instruments, plan, seed, *latents, directions(), task.averaged)
 
     fill(folder, seeds, compare, place, task)
     ours = {name: values[: len(seeds)] for name, values in found.items()}
@@ -188,7 +185,7 @@ def _truth(place: Workplace, task: Task, votes: summary.Votes) -> dict[str, Json
     fill(
         folder,
         seeds,
-        lambda seed: truth.measure_truth(instruments, cell, plan, seed, others, place.max_batch),
+        lambda seed: truth.measure_truth(instruments, cell, plan, seed, others),
         place,
         task,
     )

@@ -18,15 +18,8 @@ from ldm.pipeline import StableDiffusion
 from ldm.study.evaluation.instruments import Instruments
 from ldm.study.metrics import directions
 from ldm.traversal.plan import Traversal
-from ldm.traversal.run_folder import (
-    curves,
-    default_max_batch,
-    latent_shape,
-    prompt_tree,
-    read_record,
-    sample,
-    swap_name,
-)
+from ldm.traversal.run_folder import read_record
+from ldm.traversal.sampling import curves, prompt_tree, sample, swap_name
 from ldm.traversal.store import check_seeds, load_seed
 
 SampleSeed = Callable[[int], Mapping[str, Tensor]]
@@ -37,14 +30,13 @@ PATH_FIGURES = tuple(directions.STRAIGHT)
 FRAMES = tuple(range(30, 50))  # the points of the curve that count as interpolated samples   [authors' code]
 
 
-def sampled(instruments: Instruments, plan: Traversal, max_batch: int | None) -> SampleSeed:
+def sampled(instruments: Instruments, plan: Traversal) -> SampleSeed:
     """Latents straight from the prompts."""
     sd = instruments.sd
     tree = prompt_tree(sd, plan)
-    max_batch = max_batch or default_max_batch(latent_shape(sd, plan))
 
     def sample_seed(seed: int) -> Mapping[str, Tensor]:
-        result = sample(sd, plan, tree, [seed], max_batch)
+        result = sample(sd, plan, tree, [seed])
         return {name: rows[0].cpu() for name, rows in result.latents.items()}
 
     return sample_seed

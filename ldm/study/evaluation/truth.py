@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.conditioning import constant
-from ldm.guidance import guided
 from ldm.images import from_uint8
 from ldm.phantom import Phantom, render
 from ldm.phantom.prompts import Cell
@@ -29,7 +28,7 @@ from ldm.study.evaluation.trajectories import stacked
 from ldm.study.metrics import ground_truth
 from ldm.traversal.inversion import ddim_inversion
 from ldm.traversal.plan import Traversal
-from ldm.traversal.run_folder import default_max_batch, latent_shape, prompt_tree, sample
+from ldm.traversal.sampling import latent_shape, prompt_tree, sample
 
 GALLERY_SEEDS = range(200)  # the other patients among whom an edited one must still be recognised
 DILATE_PX = 4  # half of a latent pixel: the autoencoder cannot place an edge more finely
@@ -78,10 +77,10 @@ def retraceable(plan: Traversal, swap_steps: tuple[int, ...], guidance: float) -
     return replace(plan, negative=plan.neutral, eta=0.0, swap_steps=swap_steps, guidance=guidance)
 
 
-def invert(sd: StableDiffusion, plan: Traversal, latents: Tensor, max_batch: int | None = None) -> Tensor:
+def invert(sd: StableDiffusion, plan: Traversal, latents: Tensor) -> Tensor:
     """x_T of some latents (B, C, H, W) under the plan's neutral prompt, at guidance 1."""
     context = sd.encode_prompts([plan.neutral])
-    eps_fn = guided(sd.unet, constant(context, plan.steps), 1.0, max_batch=max_batch)
+    eps_fn = sd.guided(constant(context, plan.steps), 1.0)
     with torch.no_grad():
         *_, last = ddim_inversion(
             eps_fn, latents.float().to(sd.device), sd.schedule, plan.steps, iterations=INVERSION_ITERATIONS
@@ -90,7 +89,7 @@ def invert(sd: StableDiffusion, plan: Traversal, latents: Tensor, max_batch: int
 
 
 def measure_truth(
-    instruments: Instruments, cell: Cell, plan: Traversal, seed: int, others: Tensor, max_batch: int | None
+    instruments: Instruments, cell: Cell, plan: Traversal, seed: int, others: Tensor
 ) -> dict[str, Tensor]:
     """One rendered patient, edited by every attribute at every swap step, against the truth.
 
@@ -108,9 +107,8 @@ def measure_truth(
     original, truths = images[0], images[1:]
     encoded = sd.encode_image(images).float()
 
-    x_T = invert(sd, plan, encoded[:1], max_batch)
-    batch, tree = max_batch or default_max_batch(shape), prompt_tree(sd, plan)
-    result = sample(sd, plan, tree, [seed], batch, x_T=x_T)
+    x_T = invert(sd, plan, encoded[:1])
+    result = sample(sd, plan, prompt_tree(sd, plan), [seed], x_T=x_T)
     latents = {name: rows[0].cpu() for name, rows in result.latents.items()}
     neutral, swaps = latents["neutral"], stacked(latents, plan)
 

@@ -46,9 +46,7 @@ def denoise(
     """
     seeds, count = settings.seeds, len(contexts)
     rows = contexts.repeat_interleave(len(seeds), dim=0)
-    run = sd.sample(
-        rows, seeds * count, steps=settings.steps, guidance_scale=settings.guidance, negative=empty
-    )  # fmt: skip
+    run = sd.sample(rows, seeds * count, steps=settings.steps, guidance_scale=settings.guidance, negative=empty)
     for step in run:
         done(len(step.x_prev))
     return step.x_prev.unflatten(0, (count, len(seeds)))

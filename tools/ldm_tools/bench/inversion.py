@@ -12,7 +12,7 @@ from ldm.data.images import load_image
 from ldm.files import write_json
 from ldm.study.report.plot_style import save_figure
 from ldm.traversal.plan import parse_integers
-from ldm.traversal.real_images import finite
+from ldm.traversal.round_trip import finite
 from ldm_tools.options import add_model, load_model
 
 DTYPES = ("float32", "bfloat16")

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     """Raises ValueError for options that do not fit."""
     comparison = comparison_of(args)
     sd = load_model(args)
-    bench = samplers.Bench(sd, comparison, args.max_batch)
+    bench = samplers.Bench(sd, comparison)
     checks = samplers.check(bench)
     timed = samplers.timings(bench, args.rounds)
     rows, convergence = samplers.compare(bench)
@@ -99,8 +99,8 @@ def run(args: argparse.Namespace) -> None:
 def comparison_of(args: argparse.Namespace) -> samplers.Comparison:
     """What the options ask for, seen to be possible before the weights are read."""
     styles = own_prompts(args)
-    if args.rounds < 1 or (args.max_batch is not None and args.max_batch < 1):
-        raise ValueError(f"--rounds, --max-batch: got {args.rounds}, {args.max_batch}, expected 1 or more")
+    if args.rounds < 1:
+        raise ValueError(f"--rounds: got {args.rounds}, expected 1 or more")
     try:
         guidances = tuple(float(scale) for scale in args.guidance.split(","))
     except ValueError as error:

@@ -6,7 +6,7 @@ import json
 from ldm.bench import harness, traversal
 from ldm.phantom.prompts import CELLS
 from ldm.traversal.plan import SWAP_STEPS, Traversal
-from ldm_tools.options import add_model, load_model, max_batch
+from ldm_tools.options import add_model, load_model
 
 CELL = CELLS["chest"]  # two attributes, as the paper's chest X-rays
 
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
         bezier_points=0,
     )
     sd = load_model(args)
-    found = traversal.tree_against_separate(sd, plan, max_batch(args), args.rounds)
+    found = traversal.tree_against_separate(sd, plan, args.rounds)
     found |= {"peak_memory_mib": round(harness.peak_memory_mib(sd.device)), "environment": harness.environment()}
     if args.json:
         print(json.dumps(found, indent=1))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import ldm
 from ldm.pipeline import PHANTOM_WEIGHTS
-from ldm.traversal.real_images import relative_error
+from ldm.traversal.round_trip import relative_error
 from ldm.unet import UNet, UpBlock, timestep_embedding
 from ldm_tools.examples.measure import greys, sample
 

@@ -16,7 +16,7 @@ import ldm
 from ldm.blocks import Attention
 from ldm.phantom import render, sample_attributes
 from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion
-from ldm.traversal.real_images import relative_error
+from ldm.traversal.round_trip import relative_error
 from ldm_tools.examples.measure import PROMPTS, greys, sample
 
 PLACE = "up_blocks.1.attentions.1.transformer_blocks.0"  # the largest map that the phantom model attends to

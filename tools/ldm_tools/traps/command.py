@@ -25,7 +25,7 @@ from ldm.pipeline import PHANTOM_WEIGHTS
 from ldm.study.report import table_formats
 from ldm.study.report.plot_style import PAGE_WIDTH, SMALL, new_figure, save_figure
 from ldm.traversal.plan import parse_integers
-from ldm.traversal.real_images import relative_error
+from ldm.traversal.round_trip import relative_error
 from ldm_tools.options import add_model, load_model
 from ldm_tools.traps import sampling, text, unet, vae
 from ldm_tools.traps.conventions import Conventions, Job, Trap, decode, draw, encode
