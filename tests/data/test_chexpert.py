@@ -9,7 +9,8 @@ import pytest
 from lookalikes import CHEXPERT_COLUMNS, chexpert, picture, radiograph
 
 from ldm.data import chexpert as reader
-from ldm.phantom.folders import write_chexpert
+from ldm.phantom.folders import write as write_phantoms
+from ldm.phantom.items import Order
 
 FRONTAL = "train/patient00001/study1/view1_frontal.jpg"
 LATERAL = "train/patient00001/study1/view2_lateral.jpg"
@@ -161,7 +162,7 @@ def test_select_keeps_everything_together(tmp_path):
 
 def test_phantoms_read_back(tmp_path):
     """Every label that was drawn comes back, for both files, and every image lies where it is said to."""
-    write_chexpert(tmp_path / "chest", 24, seed0=5, size=32)
+    write_phantoms("chest", tmp_path / "chest", Order(n=24, seed0=5, size=32))
     truth = {row["path"]: row for row in lookalikes.read_rows(tmp_path / "chest/phantom.csv")}
     for csv, count in (("train.csv", 22), ("valid.csv", 2)):
         images = reader.read(tmp_path / "chest", csv=csv)

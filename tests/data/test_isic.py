@@ -9,7 +9,8 @@ from lookalikes import isic, write_csv, write_inferred
 
 from ldm.data import captions
 from ldm.data import isic as reader
-from ldm.phantom.folders import write_isic
+from ldm.phantom.folders import write as write_phantoms
+from ldm.phantom.items import Order
 
 DIAGNOSES = {"ISIC_0000000": "NV", "ISIC_0000001_downsampled": "MEL", "ISIC_0000002": "BCC", "ISIC_0000003": "MEL"}
 LESIONS = {"ISIC_0000000": "BCN_0000001", "ISIC_0000001_downsampled": "HAM_0000007"}
@@ -113,7 +114,7 @@ def test_an_image_folder_nested_in_itself(tmp_path):
 
 def test_phantoms_read_back(tmp_path):
     """Every attribute that was drawn comes back, and images of one lesion are one group."""
-    write_isic(tmp_path / "skin", 24, seed0=3, size=32)
+    write_phantoms("skin", tmp_path / "skin", Order(n=24, seed0=3, size=32))
     images = reader.read(tmp_path / "skin")
     drawn = lookalikes.read_rows(tmp_path / "skin/phantom.csv")
     expected = [[float(row[name]) for name in images.attributes] for row in drawn]

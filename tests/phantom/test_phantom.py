@@ -17,7 +17,9 @@ from PIL import Image
 
 from ldm.phantom import ATTRIBUTES, FREQUENCY, render, sample_attributes
 from ldm.phantom.chest import CTR_RANGE, SEVERITY_RANGE, draw_anatomy
-from ldm.phantom.folders import CHEXPERT_COLUMNS, ISIC_PROBABILITIES, write_chexpert, write_isic
+from ldm.phantom.folders import write as write_phantoms
+from ldm.phantom.items import Order
+from ldm.phantom.label_files import CHEXPERT_COLUMNS, ISIC_PROBABILITIES
 
 DOMAINS = sorted(ATTRIBUTES)
 SIZE = 64  # nothing tested here depends on it
@@ -183,7 +185,7 @@ def test_confounded_attributes_go_together(domain, cause, companion):
 
 
 def test_chexpert_folder(tmp_path):
-    out = write_chexpert(tmp_path / "chest", 60, size=32)
+    out = write_phantoms("chest", tmp_path / "chest", Order(n=60, size=32))
     train, valid = read(out / "CheXpert-v1.0-small/train.csv"), read(out / "CheXpert-v1.0-small/valid.csv")
     assert (len(train), len(valid)) == (54, 6)
     for row in train + valid:
@@ -206,7 +208,7 @@ def test_chexpert_folder(tmp_path):
 
 
 def test_chexpert_ground_truth_can_be_found_again(tmp_path):
-    out = write_chexpert(tmp_path / "chest", 20, seed0=7, size=32)
+    out = write_phantoms("chest", tmp_path / "chest", Order(n=20, seed0=7, size=32))
     labels = {row["Path"]: row for part in ("train", "valid") for row in read(out / f"CheXpert-v1.0-small/{part}.csv")}
     for row in read(out / "phantom.csv"):
         state = {name: row[name] == "1" for name in ATTRIBUTES["chest"]}
@@ -222,7 +224,7 @@ def test_chexpert_ground_truth_can_be_found_again(tmp_path):
 
 
 def test_isic_folder(tmp_path):
-    out = write_isic(tmp_path / "skin", 40, size=32, confounded=True)
+    out = write_phantoms("skin", tmp_path / "skin", Order(n=40, size=32, confounded=True))
     truth, metadata = (read(out / f"ISIC_2019_Training_{name}.csv") for name in ("GroundTruth", "Metadata"))
     artifacts, phantoms = read(out / "isic_inferred_wocarcinoma.csv"), read(out / "phantom.csv")
     assert list(truth[0]) == ["image", "MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK"]
@@ -249,7 +251,7 @@ def test_isic_folder(tmp_path):
 
 
 def test_counterfactuals_are_lossless(tmp_path):
-    out = write_chexpert(tmp_path / "chest", 3, size=32, counterfactuals=True)
+    out = write_phantoms("chest", tmp_path / "chest", Order(n=3, size=32, counterfactuals=True))
     for row in read(out / "phantom.csv"):
         key = "_".join(row["path"].split("/")[2:4])
         base = np.asarray(Image.open(out / f"counterfactuals/{key}_base.png"))
@@ -262,21 +264,22 @@ def test_counterfactuals_are_lossless(tmp_path):
             assert np.array_equal(twin[~mask], base[~mask])
 
 
-@pytest.mark.parametrize("write", [write_chexpert, write_isic])
-def test_workers_do_not_change_the_result(write, tmp_path):
-    one, two = (write(tmp_path / str(workers), 10, size=32, workers=workers) for workers in (1, 2))
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_workers_do_not_change_the_result(domain, tmp_path):
+    order = Order(n=10, size=32)
+    one, two = (write_phantoms(domain, tmp_path / str(workers), order, workers) for workers in (1, 2))
     files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(two) for path in two.rglob("*") if path.is_file())
     assert all((one / path).read_bytes() == (two / path).read_bytes() for path in files)
 
 
-@pytest.mark.parametrize("write", [write_chexpert, write_isic])
-def test_existing_files_are_refused_and_kept(write, tmp_path):
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_existing_files_are_refused_and_kept(domain, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="not an empty folder"):
-        write(tmp_path, 1, size=32)
+        write_phantoms(domain, tmp_path, Order(n=1, size=32))
     with pytest.raises(ValueError, match="not an empty folder"):
-        write(tmp_path / "notes.txt", 1, size=32)
+        write_phantoms(domain, tmp_path / "notes.txt", Order(n=1, size=32))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -285,20 +288,22 @@ def test_an_empty_folder_is_used_and_a_failure_leaves_nothing(tmp_path, monkeypa
     out.mkdir()
     monkeypatch.setattr("ldm.phantom.folders._write_images", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        write_chexpert(out, 1, size=32)
+        write_phantoms("chest", out, Order(n=1, size=32))
     assert [*tmp_path.iterdir()] == [out]
     assert not any(out.iterdir())
     monkeypatch.undo()
-    assert (write_chexpert(out, 1, size=32) / "phantom.csv").is_file()
+    assert (write_phantoms("chest", out, Order(n=1, size=32)) / "phantom.csv").is_file()
 
 
 @pytest.mark.parametrize(
     ("given", "named"),
-    [({"n": 0}, "n: got 0"), ({"workers": 0}, "workers"), ({"size": 8}, "size"), ({"seed0": -1}, "seed")],
+    [({"n": 0}, "n: got 0"), ({"size": 8}, "size"), ({"seed0": -1}, "seed"), ({"extras": ["x"]}, "extras")],
 )
 def test_numbers_out_of_range_are_refused(given, named, tmp_path):
     with pytest.raises(ValueError, match=named):
-        write_isic(tmp_path / "skin", **{"n": 1, **given})
+        write_phantoms("skin", tmp_path / "skin", Order(**{"n": 1, **given}))
+    with pytest.raises(ValueError, match="workers"):
+        write_phantoms("skin", tmp_path / "skin", Order(n=1), workers=0)
     assert not any(tmp_path.iterdir())
 
 

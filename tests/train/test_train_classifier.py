@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from ldm.data import folders, splits
 from ldm.data.labelled import LabelledImages
 from ldm.data.reading import Reading
-from ldm.phantom.folders import write_chexpert, write_isic
+from ldm.phantom.folders import write as write_phantoms
+from ldm.phantom.items import Order
 from ldm.study import classifier
 from ldm.train import augmentation, scores
 from ldm.train import classifier as training
@@ -48,12 +49,12 @@ TINY = Training(
 
 @pytest.fixture(scope="module")
 def chest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chexpert(tmp_path_factory.mktemp("chest") / "data", 80, size=SIZE)
+    return write_phantoms("chest", tmp_path_factory.mktemp("chest") / "data", Order(n=80, size=SIZE))
 
 
 @pytest.fixture(scope="module")
 def skin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_isic(tmp_path_factory.mktemp("skin") / "data", 120, size=SIZE)
+    return write_phantoms("skin", tmp_path_factory.mktemp("skin") / "data", Order(n=120, size=SIZE))
 
 
 @pytest.fixture
@@ -246,7 +247,7 @@ def test_a_loss_that_is_no_number_stops_the_run(parts: tuple[LabelledImages, Lab
 def test_training_learns(tmp_path: Path) -> None:
     """Brightness is an attribute that a few steps must find; the probabilities of unseen images tell the two apart."""
     rng = np.random.default_rng(0)
-    data = folders.read(write_chexpert(tmp_path / "data", 70, size=SIZE))
+    data = folders.read(write_phantoms("chest", tmp_path / "data", Order(n=70, size=SIZE)))
     labels = np.arange(len(data), dtype=np.float32)[:, None] % 2
     for file, (bright,) in zip(data.files, labels, strict=True):
         Image.fromarray(rng.integers(0, 120, (SIZE, SIZE), dtype=np.uint8) + np.uint8(120 * bright)).save(file)

@@ -9,7 +9,8 @@ from ldm_tools import cli
 
 from ldm.data import folders
 from ldm.phantom import ATTRIBUTES, EXTRAS, render, sample_attributes
-from ldm.phantom.folders import write_chexpert
+from ldm.phantom.folders import write as write_phantoms
+from ldm.phantom.items import Order
 
 SIZE = 64  # nothing tested here depends on it
 
@@ -55,8 +56,8 @@ def test_a_larger_heart_changes_no_pixel_outside_its_mask():
 
 
 def test_its_label_is_cheXperts_and_its_caption_follows(tmp_path):
-    write_chexpert(tmp_path / "plain", 40, size=32)
-    write_chexpert(tmp_path / "more", 40, size=32, extras=("cardiomegaly",))
+    write_phantoms("chest", tmp_path / "plain", Order(n=40, size=32))
+    write_phantoms("chest", tmp_path / "more", Order(n=40, size=32, extras=("cardiomegaly",)))
     data = folders.read(tmp_path / "more")
     with (tmp_path / "more" / "phantom.csv").open(newline="") as file:
         truth = {Path(row["path"]).as_posix(): int(row["cardiomegaly"]) for row in csv.DictReader(file)}

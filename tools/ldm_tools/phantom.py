@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ldm.phantom import ATTRIBUTES, EXTRAS, render
-from ldm.phantom.folders import WRITERS
+from ldm.phantom import ATTRIBUTES, EXTRAS, folders, render
+from ldm.phantom.items import Order
 
 SHEET_ROWS = 8
 
@@ -59,17 +59,16 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"out: {args.out} is a file, expected a folder")
         args.out.mkdir(parents=True, exist_ok=True)
     else:
-        WRITERS[args.domain](
-            args.out,
-            args.n,
+        order = Order(
+            n=args.n,
             seed0=args.seed,
             size=args.size,
             confounded=args.confounded,
             counterfactuals=args.counterfactuals,
             tied=not args.free,
-            workers=args.workers,
             extras=args.extra,
         )
+        folders.write(args.domain, args.out, order, args.workers)
     sheet.save(args.out / "contact_sheet.png")
 
 
