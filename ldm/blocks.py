@@ -11,8 +11,6 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.probe.taps import MultiHead
-
 
 class ResnetBlock(nn.Module):
     """norm, SiLU, conv - (+ time) - norm, SiLU, conv, added to the input.
@@ -92,18 +90,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) ->
     return rearrange(out, "b h n d -> b n (h d)")
 
 
-class Attention(MultiHead):
+class Attention(nn.Module):
     """Multi-head attention from x to a context; to itself when no context is given.
 
     `bias` says whether the query, key and value projections have one: the U-Net's do not, the autoencoder's do.
     """
 
-    projections = ("to_q", "to_k", "to_v", "to_out")
-
     def __init__(self, width: int, heads: int, context_width: int | None = None, bias: bool = False) -> None:
         super().__init__()
         self.heads = heads
-        self.cross = context_width is not None
+        self.cross = context_width is not None  # it may look at something else than itself
         self.to_q = nn.Linear(width, width, bias=bias)
         self.to_k = nn.Linear(context_width or width, width, bias=bias)
         self.to_v = nn.Linear(context_width or width, width, bias=bias)

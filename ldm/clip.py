@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ldm.blocks import attend
 from ldm.config import CLIPConfig
-from ldm.probe.taps import MultiHead, Tapped
 
 
 class Embeddings(nn.Module):
@@ -26,11 +25,8 @@ class Embeddings(nn.Module):
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
 
 
-class SelfAttention(MultiHead):
+class SelfAttention(nn.Module):
     """Causal multi-head self-attention: a token sees itself and those before."""
-
-    projections = ("q_proj", "k_proj", "v_proj", "out_proj")
-    causal = True
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
@@ -97,7 +93,7 @@ class TextTransformer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.width, config.norm_eps)
 
 
-class CLIPTextEncoder(Tapped):
+class CLIPTextEncoder(nn.Module):
     """Token ids to context: `clip(ids)`."""
 
     def __init__(self, config: CLIPConfig) -> None:

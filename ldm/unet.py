@@ -25,7 +25,6 @@ from ldm.blocks import (
     run_each,
 )
 from ldm.config import UNetConfig
-from ldm.probe.taps import Tapped
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
@@ -169,7 +168,7 @@ class UpBlock(nn.Module):
         blocks: UNetBlocks,
     ) -> None:
         super().__init__()
-        self.skips = nn.ModuleList([nn.Identity() for _ in skip_channels])  # a name for each, see ldm/probe/taps
+        self.skips = nn.ModuleList([nn.Identity() for _ in skip_channels])  # a name for each, see ldm/probe
         inputs = [in_channels] + [channels] * (len(skip_channels) - 1)
         self.resnets = nn.ModuleList(
             [_resnet(a + skip, channels, config, blocks) for a, skip in zip(inputs, skip_channels, strict=True)]
@@ -186,7 +185,7 @@ class UpBlock(nn.Module):
         return run_each(self.upsamplers, x)
 
 
-class UNet(Tapped):
+class UNet(nn.Module):
     """eps = unet(x_t, t, context)."""
 
     def __init__(self, config: UNetConfig, blocks: UNetBlocks = STANDARD_BLOCKS) -> None:

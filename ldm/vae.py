@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from ldm.blocks import Downsample, ResnetBlock, SpatialAttention, Upsample, require_shape, run_each
 from ldm.config import VAEConfig
-from ldm.probe.taps import Tapped
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
 
-class AutoencoderKL(Tapped):
+class AutoencoderKL(nn.Module):
     """Encodes an image to the posterior of its latent, decodes a latent to an image."""
 
     def __init__(self, config: VAEConfig) -> None:

@@ -78,7 +78,7 @@ class Graph:
 class GraphedUNet:
     """A U-Net's forward that replays its CUDA graphs where it can, and is the forward it replaces where it cannot:
 
-    - while something watches or edits its activations (ldm/probe/taps), gradients are on, or autocast is;
+    - while something watches or edits its activations (ldm/probe), gradients are on, or autocast is;
     - for good, where there is no CUDA, or a recording fails or computes something else than the network.
 
     Each reason is logged once, taps are not. Weights changed in place are read where they lie; where they were

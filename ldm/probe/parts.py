@@ -7,8 +7,12 @@ its resampling and the resnets' shortcuts, without which shapes would not fit, s
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
+from torch import nn
+
 from ldm.blocks import BasicTransformerBlock, ResnetBlock, SpatialTransformer
-from ldm.probe.taps import Edit, MultiHead, zero
+from ldm.probe.attentions import inside
+from ldm.probe.edits import Edit, zero
+from ldm.probe.taps import places
 from ldm.unet import DownBlock, MidBlock, UNet, UpBlock
 
 HEAD = "cross-attention head"
@@ -38,7 +42,7 @@ def parts(unet: UNet, kinds: Collection[str] = KINDS) -> list[Part]:
         raise ValueError(f"kinds: got {unknown[0]!r}, expected some of {', '.join(KINDS)}")
     found = [
         *(Part("block", name, _branches(unet, name)) for name, _ in _of(unet, DownBlock, MidBlock, UpBlock)),
-        *(Part("skip", name, {name: zero()}) for name in unet.places() if ".skips." in name),
+        *(Part("skip", name, {name: zero()}) for name in places(unet) if ".skips." in name),
         *(Part("resnet", name, {f"{name}.conv2": zero()}) for name, _ in _of(unet, ResnetBlock)),
         *_transformer_parts(unet, "self-attention", "attn1"),
         *_transformer_parts(unet, "cross-attention", "attn2"),
@@ -50,7 +54,7 @@ def parts(unet: UNet, kinds: Collection[str] = KINDS) -> list[Part]:
 
 def cross_attentions(unet: UNet) -> list[str]:
     """The names of the cross-attentions, in the order of execution: the depth at which a prompt comes in."""
-    return [name for name, module in _of(unet, MultiHead) if module.cross]
+    return [name for name, module in unet.named_modules() if "context" in inside(module)]
 
 
 def short(name: str) -> str:
@@ -60,17 +64,15 @@ def short(name: str) -> str:
     return " ".join([side, ".".join(numbers[: 1 if side == "mid" else 2])]).strip()
 
 
-def _of(unet: UNet, *kinds: type) -> Iterator[tuple[str, MultiHead]]:
-    for name, module in unet.named_modules():
-        if isinstance(module, kinds):
-            yield name, module  # type: ignore[misc]  # only those that ask for attentions look inside
+def _of(unet: UNet, *kinds: type[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, module) for name, module in unet.named_modules() if isinstance(module, kinds))
 
 
 def _branches(unet: UNet, block: str) -> dict[str, Edit]:
     """What removes every residual branch of a block."""
-    inside = f"{block}."
-    resnets = {f"{name}.conv2": zero() for name, _ in _of(unet, ResnetBlock) if name.startswith(inside)}
-    transformers = {f"{name}.proj_out": zero() for name, _ in _of(unet, SpatialTransformer) if name.startswith(inside)}
+    under = f"{block}."
+    resnets = {f"{name}.conv2": zero() for name, _ in _of(unet, ResnetBlock) if name.startswith(under)}
+    transformers = {f"{name}.proj_out": zero() for name, _ in _of(unet, SpatialTransformer) if name.startswith(under)}
     return resnets | transformers
 
 
@@ -82,7 +84,6 @@ def _transformer_parts(unet: UNet, kind: str, branch: str) -> list[Part]:
 def _heads(unet: UNet) -> list[Part]:
     return [
         Part(HEAD, f"{name}.{head}", {f"{name}.heads": zero().only(heads=[head])})
-        for name, attention in _of(unet, MultiHead)
-        if attention.cross
-        for head in range(attention.heads)
+        for name in cross_attentions(unet)
+        for head in range(unet.get_submodule(name).heads)  # type: ignore[arg-type]
     ]

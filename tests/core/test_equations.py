@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.blocks import attend
-from ldm.probe.taps import attention_probabilities
+from ldm.probe import attention_probabilities
 from ldm.samplers import ddim, ddpm, euler, plms, unipc
 from ldm.samplers.driver import Level
 from ldm.samplers.multistep import _correct, _transfer

@@ -19,13 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ldm
-from ldm import fast
+from ldm import fast, probe
 from ldm.conditioning import constant
 from ldm.fast import cuda_graph
 from ldm.fast.cuda_graph import CudaCapture, GraphedUNet, bucket
 from ldm.guidance import guided
 from ldm.pipeline import PHANTOM_WEIGHTS
-from ldm.probe.taps import zero
+from ldm.probe import zero
 from ldm.samplers import ddim
 from ldm.schedule import Schedule
 from ldm.traversal.plan import Traversal
@@ -240,15 +240,15 @@ def test_under_autocast_the_network_is_called(caplog):
 
 def test_taps_are_seen_and_edits_act_while_they_are_open(caplog):
     network, call = copy.deepcopy(small("unet")), args(2)
-    with network.edit({"mid_block": zero()}):
+    with probe.edit(network, {"mid_block": zero()}):
         expected = network(*call)
     network.forward = graphed = GraphedUNet(network, Recorder())
     plain = network(*call)
     assert graphed.used
-    with network.capture("mid_block", "*.attn2.probabilities") as seen:
+    with probe.capture(network, "mid_block", "*.attn2.probabilities") as seen:
         assert torch.equal(network(*call), plain)
     assert len(seen.timesteps) == len(seen.runs["mid_block"]) == 1
-    with network.edit({"mid_block": zero()}):
+    with probe.edit(network, {"mid_block": zero()}):
         assert torch.equal(network(*call), expected)
     assert not torch.allclose(expected, plain)
     assert torch.equal(network(*call), plain)

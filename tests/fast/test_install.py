@@ -8,7 +8,7 @@ import torch
 from networks import small
 from torch import nn
 
-from ldm import fast
+from ldm import fast, probe
 from ldm.blocks import ResnetBlock
 from ldm.config import SD15
 from ldm.fast.installing import Installed
@@ -74,7 +74,7 @@ def test_names_classes_and_weights_stay():
     )
     kinds = [[(name, type(module)) for name, module in of.named_modules()] for of in (network, plain)]
     assert kinds[0] == kinds[1]
-    assert network.places() == plain.places()
+    assert probe.places(network) == probe.places(plain)
 
 
 def test_undone_it_is_bit_for_bit_what_it_was():
@@ -106,7 +106,10 @@ def test_installed_again_the_last_call_says_what_holds():
 def test_every_place_is_seen_with_the_plain_networks_values():
     plain, network = unet(), unet()
     fast.install(network, kernels="triton", packed=True)
-    with plain.capture(*plain.places()) as expected, network.capture(*network.places()) as found:
+    with (
+        probe.capture(plain, *probe.places(plain)) as expected,
+        probe.capture(network, *probe.places(network)) as found,
+    ):
         torch.testing.assert_close(network(*CALL), plain(*CALL), **CLOSE)
     for place, (activation,) in expected.runs.items():
         torch.testing.assert_close(found[place], activation, **CLOSE, msg=lambda m, place=place: f"{place}: {m}")

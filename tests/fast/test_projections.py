@@ -9,11 +9,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import ldm
-from ldm import fast
+from ldm import fast, probe
 from ldm.blocks import Attention
 from ldm.fast import installing, projections
 from ldm.pipeline import PHANTOM_WEIGHTS
-from ldm.probe.taps import scale
+from ldm.probe import scale
 
 
 class Products(TorchFunctionMode):
@@ -148,10 +148,10 @@ def test_packed_projections_can_be_watched(unet):
     call = randn(1, 4, 8, 8), 500, randn(1, 77, 64, seed=1)
     expected = unet(*call)
     packed(unet)
-    with unet.capture("*.to_k", "*.attn1.probabilities") as seen:
+    with probe.capture(unet, "*.to_k", "*.attn1.probabilities") as seen:
         unet(*call)
     assert all(len(runs) == 1 for runs in seen.runs.values())
-    with unet.edit({"*.to_v": scale(1.0)}):
+    with probe.edit(unet, {"*.to_v": scale(1.0)}):
         assert torch.equal(unet(*call), expected), "one by one while watched: bit for bit"
 
 

@@ -9,12 +9,12 @@ from reference import FORWARD, golden, image, noise
 from small_networks import reference_run_inputs
 from torch import Tensor, nn
 
+from ldm import probe
 from ldm.blocks import Attention
 from ldm.clip import CLIPTextEncoder
 from ldm.conditioning import constant, swap
 from ldm.guidance import guided
-from ldm.probe import taps
-from ldm.probe.taps import Taps, add, apply, put, scale, swap_in, zero
+from ldm.probe import Taps, add, apply, put, scale, swap_in, zero
 from ldm.samplers import ddim
 from ldm.schedule import Schedule, leading
 from ldm.traversal.prompt_tree import swaps, traverse_tree
@@ -50,13 +50,13 @@ def plain(unet, x, context) -> Tensor:
 
 
 def capture(unet: UNet, x: Tensor, context: Tensor, *names: str, t: int = 500) -> Taps:
-    with unet.capture(*names) as seen:
+    with probe.capture(unet, *names) as seen:
         unet(x, t, context)
     return seen
 
 
 def edited(unet: UNet, x: Tensor, context: Tensor, edits: dict, t: int = 500) -> Tensor:
-    with unet.edit(edits):
+    with probe.edit(unet, edits):
         return unet(x, t, context)
 
 
@@ -79,7 +79,7 @@ def test_names_mean_what_the_reference_calls_so(unet, x, context):
 
 
 def test_every_place_runs_and_has_one_name(unet, x, context):
-    names = unet.places()
+    names = probe.places(unet)
     assert len(set(names)) == len(names)
     seen = capture(unet, x, context, *names)
     # `up_blocks` and the like are lists, which hold no activation; the identity in a feed-forward runs like the rest.
@@ -109,11 +109,17 @@ def test_a_skip_is_what_the_way_down_left(unet, x, context):
         ("up_blocks.1.skip.0", "did you mean 'up_blocks.1.skips.0'"),
         (f"{SELF}.context", f"did you mean '{SELF.replace('attn1', 'attn2')}.context'"),  # it looks at itself
         ("*.nothing", "has no"),
-        ("up_blocks", "has no 'up_blocks'"),
+        ("up_blocks", "has no 'up_blocks'; it is a list: name one of up_blocks.0, up_blocks.1,"),
+        (  # not a skip of the way up, which is another thing
+            "down_blocks.0.skips.0",
+            "'down_blocks.0' has resnets, attentions, downsamplers; 'skips' is in up_blocks.*",
+        ),
+        ("down_blocks.7", "'down_blocks' has 0, 1, 2, 3"),
+        ("mid_block.atentions.0.proj_out", "did you mean 'mid_block.attentions.0.proj_out'?"),
     ],
 )
 def test_unknown_names_are_refused_with_the_nearest(unet, name, message):
-    for opened in (unet.capture(name), unet.edit({name: zero()})):
+    for opened in (probe.capture(unet, name), probe.edit(unet, {name: zero()})):
         with pytest.raises(ValueError, match="place: ") as error, opened:
             pass
         assert message in str(error.value)
@@ -139,20 +145,20 @@ def test_probabilities_by_hand():
     for name in ("to_q", "to_k", "to_v"):
         getattr(attention, name).weight.copy_(torch.eye(2))
     q = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
-    both = taps.attention_probabilities(q[:, None], q[:, None])
+    both = probe.attention_probabilities(q[:, None], q[:, None])
     high = torch.exp(torch.tensor(2**-0.5))  # scores of the first row: 1 / sqrt(2), 0
     torch.testing.assert_close(both[0, 0], torch.tensor([[high / (1 + high), 1 / (1 + high)], [0.5, 0.5]]))
-    causal = taps.attention_probabilities(q[:, None], q[:, None], causal=True)
+    causal = probe.attention_probabilities(q[:, None], q[:, None], causal=True)
     torch.testing.assert_close(causal[0, 0], torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
 
 
 def test_capturing_changes_no_bit(unet, x, context, plain):
-    with unet.capture(*unet.places()):
+    with probe.capture(unet, *probe.places(unet)):
         assert torch.equal(unet(x, 500, context), plain)
 
 
 def test_every_call_is_recorded_with_its_timesteps(unet, x, context):
-    with unet.capture("mid_block") as seen:
+    with probe.capture(unet, "mid_block") as seen:
         unet(x, 981, context)
         unet(x, torch.tensor([500, 1]), context)
     assert [t.tolist() for t in seen.timesteps] == [[981, 981], [500, 1]]
@@ -166,19 +172,54 @@ def test_every_call_is_recorded_with_its_timesteps(unet, x, context):
 
 
 def test_keep_says_what_is_kept(unet, x, context):
-    with unet.capture("mid_block", keep=lambda a: a.mean(dim=(2, 3))) as seen:
+    with probe.capture(unet, "mid_block", keep=lambda a: a.mean(dim=(2, 3))) as seen:
         unet(x, 500, context)
     assert seen["mid_block"].shape == (2, 128)
 
 
 def test_nothing_is_left_when_the_with_ends(unet, x, context, plain):
     before = hooks_of(unet)
-    with unet.capture(*unet.places()), unet.edit({f"{CROSS}.probabilities": zero(), "mid_block": scale(2)}):
+    with (
+        probe.capture(unet, *probe.places(unet)),
+        probe.edit(unet, {f"{CROSS}.probabilities": zero(), "mid_block": scale(2)}),
+    ):
         assert hooks_of(unet) > before
-    with pytest.raises(RuntimeError, match="in the midst"), unet.edit({"mid_block": zero()}):
+    with pytest.raises(RuntimeError, match="in the midst"), probe.edit(unet, {"mid_block": zero()}):
         raise RuntimeError("in the midst")
     assert hooks_of(unet) == before == 0
     assert torch.equal(unet(x, 500, context), plain)
+
+
+def test_what_was_captured_by_a_pattern_is_found_by_it(unet, x, context):
+    seen = capture(unet, x, context, f"{CROSS[:-1]}*.probabilities", "mid_block.resnets.*")
+    assert seen["*.resnets.1"] is seen["mid_block.resnets.1"]
+    with pytest.raises(ValueError, match=r"'\*.probabilities' is 2 places, expected one: up_blocks.1.*attn1.*attn2"):
+        seen["*.probabilities"]
+    with pytest.raises(ValueError, match=r"'\*.heads' was not captured"):
+        seen["*.heads"]
+
+
+class Mixer(nn.Module):
+    """An attention with names of its own inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = 2
+        self.query, self.key, self.value, self.mix = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x):
+        split = [layer(x).unflatten(-1, (2, 2)).transpose(1, 2) for layer in (self.query, self.key, self.value)]
+        return self.mix(nn.functional.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2))
+
+
+def test_an_attention_of_ones_own_has_places_once_it_is_named(monkeypatch):
+    network, x = nn.Sequential(Mixer()), noise("mixer", (1, 3, 4))
+    assert probe.places(network) == ("0", "0.query", "0.key", "0.value", "0.mix")
+    monkeypatch.setitem(probe.ATTENTIONS, Mixer, probe.AttentionKind("query", "key", "value", "mix"))
+    plain = network(x)
+    with probe.capture(network, "*.probabilities") as seen, probe.edit(network, {"0.heads": zero().only(heads=[1])}):
+        assert not torch.allclose(network(x), plain)
+    assert seen["*.probabilities"].shape == (1, 2, 3, 3)
 
 
 # ---- edits -----------------------------------------------------------------------------------------
@@ -194,16 +235,18 @@ def test_zero_scale_add_and_put_are_arithmetic(unet, x, context):
         (add(direction, 2.0), before + 2.0 * direction),
         (put(direction), direction.expand_as(before)),
         (apply(torch.tanh), before.tanh()),
+        (torch.tanh, before.tanh()),  # any function of the activation
+        ([torch.tanh, scale(2.0)], 2.0 * before.tanh()),
         ([scale(2.0), add(direction)], 2.0 * before + direction),
     ]:
-        with unet.edit({place: edit}), unet.capture(place, f"{place}.resnets.1") as seen:
+        with probe.edit(unet, {place: edit}), probe.capture(unet, place, f"{place}.resnets.1") as seen:
             unet(x, 500, context)
         assert torch.equal(seen[place], expected)
         assert torch.equal(seen[f"{place}.resnets.1"], before)  # what lies before the place is as it was
 
 
 def test_scaling_by_one_changes_no_bit(unet, x, context, plain):
-    modules = [name for name in unet.places() if not name.endswith(".probabilities")]
+    modules = [name for name in probe.places(unet) if not name.endswith(".probabilities")]
     assert torch.equal(edited(unet, x, context, {name: scale(1.0) for name in modules}), plain)
 
 
@@ -214,16 +257,19 @@ def test_probabilities_left_as_they_are_give_the_fused_result(unet, x, context, 
 
 def test_a_residual_branch_is_removed_by_zeroing_its_last_layer(unet, x, context):
     edits = {"mid_block.resnets.*.conv2": zero(), "mid_block.attentions.0.proj_out": zero()}
-    with unet.edit(edits), unet.capture("down_blocks.3", "mid_block") as seen:
+    with probe.edit(unet, edits), probe.capture(unet, "down_blocks.3", "mid_block") as seen:
         unet(x, 500, context)
     assert torch.equal(seen["mid_block"], seen["down_blocks.3"])  # nothing is left but the way past it
 
 
 def test_a_removed_skip_is_a_concatenation_with_zeros(unet, x, context):
-    with unet.edit({"up_blocks.1.skips.2": zero()}), unet.capture("up_blocks.1.resnets.2.conv_shortcut") as seen:
+    with (
+        probe.edit(unet, {"up_blocks.1.skips.2": zero()}),
+        probe.capture(unet, "up_blocks.1.resnets.2.conv_shortcut") as seen,
+    ):
         unet(x, 500, context)
     shortcut = unet.up_blocks[1].resnets[2].conv_shortcut
-    with unet.edit({"up_blocks.1.skips.2": zero()}), unet.capture("up_blocks.1.attentions.1") as main:
+    with probe.edit(unet, {"up_blocks.1.skips.2": zero()}), probe.capture(unet, "up_blocks.1.attentions.1") as main:
         unet(x, 500, context)
     alone = nn.functional.conv2d(main["up_blocks.1.attentions.1"], shortcut.weight[:, :128], shortcut.bias)
     torch.testing.assert_close(seen["up_blocks.1.resnets.2.conv_shortcut"], alone, rtol=1e-5, atol=1e-5)
@@ -232,7 +278,7 @@ def test_a_removed_skip_is_a_concatenation_with_zeros(unet, x, context):
 def test_one_head(unet, x, context):
     attention = unet.get_submodule(CROSS)
     found = capture(unet, x, context, f"{CROSS}.heads")[f"{CROSS}.heads"]
-    with unet.edit({f"{CROSS}.heads": zero().only(heads=[3])}), unet.capture(CROSS) as seen:
+    with probe.edit(unet, {f"{CROSS}.heads": zero().only(heads=[3])}), probe.capture(unet, CROSS) as seen:
         unet(x, 500, context)
     without = found.clone()
     without[:, 3] = 0
@@ -245,7 +291,7 @@ def test_one_token_of_the_probabilities(unet, x, context):
     seen = capture(unet, x, context, *names)
     probabilities, v = seen[names[0]].clone(), seen[names[1]].unflatten(-1, (8, -1)).transpose(1, 2)
     probabilities[..., 5] *= 2
-    with unet.edit({names[0]: scale(2.0).only(tokens=[5])}), unet.capture(names[2]) as after:
+    with probe.edit(unet, {names[0]: scale(2.0).only(tokens=[5])}), probe.capture(unet, names[2]) as after:
         unet(x, 500, context)
     torch.testing.assert_close(after[names[2]], probabilities @ v, rtol=1e-5, atol=1e-6)
 
@@ -253,7 +299,7 @@ def test_one_token_of_the_probabilities(unet, x, context):
 def test_probabilities_then_heads_whatever_the_order_of_the_edits(unet, x, context):
     both = {f"{CROSS}.heads": zero().only(heads=[0]), f"{CROSS}.probabilities": scale(0.5)}
     for edits in (both, dict(reversed(both.items()))):
-        with unet.edit(edits), unet.capture(f"{CROSS}.heads") as seen:
+        with probe.edit(unet, edits), probe.capture(unet, f"{CROSS}.heads") as seen:
             unet(x, 500, context)
         heads = seen[f"{CROSS}.heads"]
         assert not heads[:, 0].any()
@@ -263,7 +309,7 @@ def test_probabilities_then_heads_whatever_the_order_of_the_edits(unet, x, conte
 
 def test_tokens_of_a_sequence(unet, x, context):
     before = capture(unet, x, context, f"{CROSS}.to_v")[f"{CROSS}.to_v"]
-    with unet.edit({f"{CROSS}.to_v": zero().only(tokens=[0, 76])}), unet.capture(f"{CROSS}.to_v") as seen:
+    with probe.edit(unet, {f"{CROSS}.to_v": zero().only(tokens=[0, 76])}), probe.capture(unet, f"{CROSS}.to_v") as seen:
         unet(x, 500, context)
     after = seen[f"{CROSS}.to_v"]
     assert not after[:, [0, 76]].any()
@@ -274,19 +320,19 @@ def test_rows_and_timesteps_select_rows(unet, x, context):
     t = torch.tensor([981, 21])
     plain = unet(x, t, context)
     for only in ({"rows": [1]}, {"timesteps": [21]}, {"rows": "cond"}):
-        with unet.edit({"mid_block": zero().only(**only)}):
+        with probe.edit(unet, {"mid_block": zero().only(**only)}):
             out = unet(x, t, context)
         # The other row passes through the same calls of the same size: the same bits.
         assert torch.equal(out[0], plain[0])
         assert not torch.allclose(out[1], plain[1])
     for only in ({"rows": []}, {"timesteps": [500]}, {"rows": "uncond", "timesteps": [21]}):
-        with unet.edit({"mid_block": zero().only(**only)}):
+        with probe.edit(unet, {"mid_block": zero().only(**only)}):
             assert torch.equal(unet(x, t, context), plain)
 
 
 def test_selections_add_up():
     edit = zero().only(heads=[1]).only(rows=[0])
-    out = edit(torch.ones(2, 3, 4, 5), taps.Moment("a.heads", None))
+    out = edit(torch.ones(2, 3, 4, 5), probe.Moment("a.heads", None))
     assert out.sum() == 2 * 3 * 4 * 5 - 4 * 5
 
 
@@ -297,7 +343,7 @@ def test_a_context_for_one_layer(unet, x, context, plain):
     one = edited(unet, x, context, {f"{CROSS}.context": put(other)})
     assert not torch.allclose(one, plain)
     assert not torch.allclose(one, whole)
-    with unet.edit({f"{CROSS}.context": put(other)}), unet.capture("*.attn2.context") as seen:
+    with probe.edit(unet, {f"{CROSS}.context": put(other)}), probe.capture(unet, "*.attn2.context") as seen:
         unet(x, 500, context)
     changed = [name for name, of in seen.runs.items() if not torch.equal(of[0], context)]
     assert changed == [f"{CROSS}.context"]
@@ -307,7 +353,7 @@ def test_another_runs_activation(unet, x, context, plain):
     """All skips and the middle of another run, and all of its times: what comes out is the other run."""
     other_x, other = noise("other x", (2, 4, 16, 16)), noise("other context", (2, 77, 64))
     everything_below = ("up_blocks.3.attentions.2", "mid_block")
-    with unet.capture(*everything_below) as donor:
+    with probe.capture(unet, *everything_below) as donor:
         unet(other_x, 981, other)
         expected = unet(other_x, 500, other)
     assert torch.equal(edited(unet, x, context, {"up_blocks.3.attentions.2": swap_in(donor)}), expected)
@@ -336,15 +382,32 @@ def test_edits_that_do_not_fit_are_refused(unet, x, context, edits, message):
         edited(unet, x, context, edits)
 
 
+def test_what_is_no_edit_is_refused(unet):
+    with (
+        pytest.raises(ValueError, match=r"edits: 'mid_block' is given 0\.5, expected an edit such as zero"),
+        probe.edit(unet, {"mid_block": 0.5}),
+    ):
+        pass
+
+
+def test_an_edit_whose_timesteps_never_come_is_said(unet, x, context, caplog):
+    never, some = zero().only(timesteps=[999, 981, 3, 2]), zero().only(timesteps=[500, 3])
+    with probe.edit(unet, {"mid_block": [never, some], "conv_in": scale(1.0)}):
+        unet(x, 500, context)
+    assert [record.getMessage() for record in caplog.records] == [
+        "edit of 'mid_block' never acted: the network was not called at any of its timesteps, 999, 981, 3, ..."
+    ]
+
+
 def test_one_place_is_edited_once(unet):
-    opened = unet.edit({f"{CROSS}.heads": scale(2.0), "mid_block": zero()})
+    opened = probe.edit(unet, {f"{CROSS}.heads": scale(2.0), "mid_block": zero()})
     with opened:
         for again in ("mid_block", f"{CROSS}.probabilities"):
-            with pytest.raises(ValueError, match="is edited already"), unet.edit({again: zero()}):
+            with pytest.raises(ValueError, match="is edited already"), probe.edit(unet, {again: zero()}):
                 pass
-        with unet.edit({"conv_in": scale(1.0)}):
+        with probe.edit(unet, {"conv_in": scale(1.0)}):
             pass
-    with unet.edit({"mid_block": zero()}):  # free again
+    with probe.edit(unet, {"mid_block": zero()}):  # free again
         pass
 
 
@@ -362,14 +425,14 @@ def test_injecting_into_all_layers_is_the_embedding_schedule(unet):
     """Layer by layer and step by step are two ways to say one thing, where both are asked for everything."""
     _, (neutral, style, _), _ = reference_run_inputs()
     late = put(style).only(rows="cond", timesteps=leading(STEPS)[2:])
-    with unet.edit({"*.attn2.context": late}):
+    with probe.edit(unet, {"*.attn2.context": late}):
         injected = run(unet, constant(neutral, STEPS))
     assert torch.equal(injected, run(unet, swap(neutral, style, at=2, steps=STEPS)))
 
 
 def test_halves_are_the_same_rows_however_the_batch_is_split(unet):
     _, (neutral, style, _), _ = reference_run_inputs()
-    with unet.edit({f"{CROSS}.context": put(style).only(rows="cond")}):
+    with probe.edit(unet, {f"{CROSS}.context": put(style).only(rows="cond")}):
         whole, split = (run(unet, constant(neutral, STEPS), max_batch=size) for size in (None, 1))
     torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-4)  # as far as batches of other sizes agree
 
@@ -377,7 +440,7 @@ def test_halves_are_the_same_rows_however_the_batch_is_split(unet):
 def test_a_tree_is_edited_like_its_branches(unet):
     x_T, (neutral, style, _), uncond = reference_run_inputs()
     guide = partial(guided, unet, guidance_scale=3.0, uncond=uncond, max_batch=1)
-    with unet.edit({"up_blocks.2.skips.0": scale(0.5).only(timesteps=leading(STEPS)[1:])}):
+    with probe.edit(unet, {"up_blocks.2.skips.0": scale(0.5).only(timesteps=leading(STEPS)[1:])}):
         tree = traverse_tree(guide, x_T, swaps(neutral, {"style": style}, [2], STEPS), Schedule.sd15(), STEPS)
         alone = run(unet, swap(neutral, style, at=2, steps=STEPS), max_batch=1, rows=1)
     assert torch.equal(tree.latents["style/s02"], alone)
@@ -386,9 +449,9 @@ def test_a_tree_is_edited_like_its_branches(unet):
 def test_a_whole_trajectory_swapped_in_is_that_trajectory(unet):
     """Activations of one run put into another, step by step, each at its own time."""
     _, (neutral, style, _), _ = reference_run_inputs()
-    with unet.capture("conv_out") as donor:
+    with probe.capture(unet, "conv_out") as donor:
         expected = run(unet, constant(style, STEPS))
-    with unet.edit({"conv_out": swap_in(donor)}):
+    with probe.edit(unet, {"conv_out": swap_in(donor)}):
         assert torch.equal(run(unet, constant(neutral, STEPS)), expected)
 
 
@@ -399,18 +462,18 @@ def test_the_autoencoder(x):
     vae: AutoencoderKL = small("vae")
     pictures = image("small.image", 64, 64)
     attention = "encoder.mid_block.attentions.0"
-    with vae.capture(f"{attention}.probabilities", "decoder.up_blocks.1", "encoder.conv_out") as seen:
+    with probe.capture(vae, f"{attention}.probabilities", "decoder.up_blocks.1", "encoder.conv_out") as seen:
         moments = vae.moments(pictures)
         plain = vae.decode(x)
     assert seen[f"{attention}.probabilities"].shape == (1, 1, 64, 64)
     assert torch.equal(vae.quant_conv(seen["encoder.conv_out"]), moments)
-    with vae.edit({"decoder.mid_block.attentions.0.to_out": zero()}):
+    with probe.edit(vae, {"decoder.mid_block.attentions.0.to_out": zero()}):
         assert not torch.allclose(vae.decode(x), plain)
-    with vae.edit({"decoder.up_blocks.1": swap_in(seen)}):
+    with probe.edit(vae, {"decoder.up_blocks.1": swap_in(seen)}):
         assert torch.equal(vae.decode(-x), plain)
     with (
         pytest.raises(ValueError, match="outside a U-Net's call"),
-        vae.edit({"decoder.conv_in": zero().only(timesteps=[1])}),
+        probe.edit(vae, {"decoder.conv_in": zero().only(timesteps=[1])}),
     ):
         vae.decode(x)
 
@@ -421,12 +484,12 @@ def test_the_text_encoder():
     states = clip.hidden_states(ids)
     attention = "text_model.encoder.layers.1.self_attn"
     names = [f"{attention}.probabilities", f"{attention}.heads", f"{attention}.v_proj", "text_model.encoder.layers.0"]
-    with clip.capture(*names) as seen:
+    with probe.capture(clip, *names) as seen:
         clip(ids)
     probabilities, heads, v = (seen[name] for name in names[:3])
     assert torch.equal(seen[names[3]], states[1])
     assert not probabilities.triu(1).any()  # a token sees none that come after
     torch.testing.assert_close(probabilities @ v.unflatten(-1, (4, -1)).transpose(1, 2), heads, rtol=1e-5, atol=1e-6)
-    with clip.edit({f"{attention}.heads": zero().only(tokens=[5])}):
+    with probe.edit(clip, {f"{attention}.heads": zero().only(tokens=[5])}):
         changed = clip.hidden_states(ids)[2] != states[2]
     assert changed.any(dim=(0, 2)).tolist() == [i == 5 for i in range(77)]

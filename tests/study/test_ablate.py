@@ -12,6 +12,7 @@ from networks import small
 from reference import noise
 
 import ldm
+from ldm import probe
 from ldm.phantom.prompts import DOMAINS
 from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion
 from ldm.probe.parts import cross_attentions, parts, short
@@ -53,7 +54,7 @@ def test_every_part_can_be_taken_out_and_leaves_a_mark():
         plain = unet(x, 500, context)
         one_of_each_kind = {part.kind: part for part in parts(unet)}
         for part in one_of_each_kind.values():
-            with unet.edit(part.edits):
+            with probe.edit(unet, part.edits):
                 assert not torch.equal(unet(x, 500, context), plain), part
 
 
@@ -65,7 +66,7 @@ def test_a_block_without_its_branches_passes_its_input_on():
         "mid_block.resnets.0.conv2",
         "mid_block.resnets.1.conv2",
     ]
-    with torch.no_grad(), unet.edit(block.edits), unet.capture("mid_block", "down_blocks.3") as seen:
+    with torch.no_grad(), probe.edit(unet, block.edits), probe.capture(unet, "mid_block", "down_blocks.3") as seen:
         unet(noise("small.latent", (1, 4, 8, 8)), 500, noise("small.context", (1, 77, 64)))
     assert torch.equal(seen["mid_block"], seen["down_blocks.3"])
 
@@ -73,7 +74,7 @@ def test_a_block_without_its_branches_passes_its_input_on():
 def test_depth_is_the_order_of_execution():
     unet = small("unet")
     layers = cross_attentions(unet)
-    with torch.no_grad(), unet.capture(*layers) as seen:
+    with torch.no_grad(), probe.capture(unet, *layers) as seen:
         order = []
         for name in layers:
             unet.get_submodule(name).register_forward_hook(lambda m, args, out, name=name: order.append(name))
@@ -125,13 +126,13 @@ def test_all_layers_at_all_times_is_the_style_itself(sd, guidance):
     settings, prompts = Settings((0, 1), 2, guidance), Prompts.of(sd, DOMAINS["chest"])
     everything = injection(prompts, settings, cross_attentions(sd.unet), leading(2))
     neutral = prompts.neutral.expand_as(prompts.styles)
-    with sd.unet.edit(everything):
+    with probe.edit(sd.unet, everything):
         injected = denoise(sd, neutral, prompts.empty, settings, lambda rows: None)
     plain = denoise(sd, prompts.styles, prompts.empty, settings, lambda rows: None)
     assert torch.equal(injected, plain)
     assert not torch.allclose(plain[0], plain[1])  # two attributes, two trajectories
     never = injection(prompts, settings, cross_attentions(sd.unet), [])
-    with sd.unet.edit(never):
+    with probe.edit(sd.unet, never):
         left = denoise(sd, neutral, prompts.empty, settings, lambda rows: None)
     assert torch.equal(left, denoise(sd, neutral, prompts.empty, settings, lambda rows: None))
 

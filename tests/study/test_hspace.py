@@ -8,6 +8,7 @@ import torch
 from ldm_tools.cli import main
 
 import ldm
+from ldm import probe
 from ldm.conditioning import swap
 from ldm.phantom.prompts import DOMAINS
 from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion
@@ -43,7 +44,7 @@ def test_a_row_is_the_trajectory_that_it_is_called(sd):
         spaces["x_t, all steps"][row], torch.stack([step.x_prev[0] for step in run]), rtol=1e-4, atol=1e-4
     )
     # The rows with the prompt, not those without: eps of the prompt alone, by the last call's second half.
-    with sd.unet.capture("conv_out") as seen:
+    with probe.capture(sd.unet, "conv_out") as seen:
         sd.unet(run[-1].x_t, run[-1].t, prompts.styles[1:2])
     torch.testing.assert_close(spaces["conv_out, last step"][row], seen["conv_out"][0], rtol=1e-3, atol=1e-3)
     assert spaces["mid_block, all steps"].shape == (5, steps, 128, 4, 4)

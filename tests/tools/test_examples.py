@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import ldm
+from ldm import probe
 from ldm.blocks import Attention
 from ldm.config import PHANTOM
 from ldm.guidance import guided
@@ -77,7 +78,7 @@ def test_a_cache_that_is_fresh_is_exact(config):
     eps = cached(x, 500, context)
     assert torch.equal(eps, unet(x, 500, context))
     # The same time and input again: from the kept features comes the same result, without the deep layers.
-    with unet.capture("mid_block") as taps:
+    with probe.capture(unet, "mid_block") as taps:
         again = cached(x, 500, context)
     assert not taps.runs["mid_block"]
     assert torch.equal(again, eps)
@@ -88,7 +89,7 @@ def test_a_cache_that_is_fresh_is_exact(config):
 def test_deep_features_are_computed_at_every_nth_step(sd):
     plain = measure.sample(sd, sd.unet, seeds=(0,), steps=6)
     cached = deep_cache.DeepCached(sd.unet, interval=3)
-    with sd.unet.capture("mid_block") as taps:
+    with probe.capture(sd.unet, "mid_block") as taps:
         drawn = measure.sample(sd, cached, seeds=(0,), steps=6)
     assert len(taps.runs["mid_block"]) == 2
     assert 0 < relative_error(drawn, plain) < 0.5

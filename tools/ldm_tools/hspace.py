@@ -1,7 +1,7 @@
 """`ldm hspace`: are directions straighter at the network's bottleneck than in the latents?
 
 ldm hspace --out out/hspace                            the middle block, both domains
-ldm hspace --places mid_block,up_blocks.1 --steps 50   any places; see ldm/probe/taps
+ldm hspace --places mid_block,up_blocks.1 --steps 50   any places; see ldm/probe
 ldm hspace --weights FILE --neutral "a man" --style glasses="a man with glasses"
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ldm import pipeline
+from ldm import pipeline, probe
 from ldm.files import write_json
 from ldm.phantom.prompts import DOMAINS, GUIDANCE, Cell
 from ldm.study.report.plot_style import save_figure
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--steps: got {args.steps}, expected 10 or more: nine swaps want steps of their own")
     swap_steps = bottleneck.scaled_swap_steps(args.steps)
     sd = load_model(args)
-    places = sd.unet.find_places(*args.places.split(","))
+    places = probe.find_places(sd.unet, *args.places.split(","))
     rows = sum(1 + len(cell.styles) * len(swap_steps) for cell in cells.values())
     attributes: dict[str, Any] = {}
     with tqdm(total=rows * len(seeds) * args.steps, desc="U-Net rows", unit="row", mininterval=1) as bar:

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm import probe
 from ldm.phantom.prompts import Cell
 from ldm.pipeline import StableDiffusion
+from ldm.probe import Edit, put
 from ldm.probe.parts import Part, cross_attentions
-from ldm.probe.taps import Edit, put
 from ldm.schedule import leading
 from ldm.study.classifier import Classifier, columns
 from ldm.study.metrics.ground_truth import dilated
@@ -90,7 +91,7 @@ class Ablation:
 
     def remove(self, part: Part, intact: Intact) -> Removed:
         """The network without one part."""
-        with self.sd.unet.edit(part.edits):
+        with probe.edit(self.sd.unet, part.edits):
             images = self.draw()
         neutral = GREY * (images[0] - intact.images[0]).square().mean(dim=(1, 2, 3)).sqrt()
         identity = outside_error(images, intact.regions)
@@ -99,7 +100,7 @@ class Ablation:
     def inject(self, layers: Sequence[str], timesteps: Collection[float]) -> Tensor:
         """(A, B): how surely an image shows the attribute when only some layers see it asked for, at some times."""
         contexts = self.prompts.neutral.expand_as(self.prompts.styles)
-        with self.sd.unet.edit(injection(self.prompts, self.settings, layers, timesteps)):
+        with probe.edit(self.sd.unet, injection(self.prompts, self.settings, layers, timesteps)):
             latents = denoise(self.sd, contexts, self.prompts.empty, self.settings, self.done)
         return self.probabilities(decoded(self.sd, latents)).diagonal(dim1=0, dim2=2).T
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldm import probe
 from ldm.conditioning import constant
 from ldm.images import from_uint8
 from ldm.phantom import render
@@ -84,7 +85,7 @@ def look(
     """
     layers = cross_attentions(sd.unet)
     names = [f"{layer}.probabilities" for layer in layers]
-    with sd.unet.capture(*names, keep=lambda p: of_words(p.mean(dim=1), words)) as seen:
+    with probe.capture(sd.unet, *names, keep=lambda p: of_words(p.mean(dim=1), words)) as seen:
         for step in sd.sample(context, range(len(x_T)), steps=steps, guidance_scale=1, x_T=x_T):
             done(len(step.x_prev))
     height, width = x_T.shape[-2:]

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ldm import probe
 from ldm.conditioning import constant, side_by_side, swap
 from ldm.phantom.prompts import Cell
 from ldm.pipeline import StableDiffusion
@@ -57,7 +58,7 @@ def trajectories(
     run = sd.sample(side_by_side(rows), [seed] * len(rows), guidance_scale=guidance, negative=prompts.empty)
     latents = []
     # Of a guided call the second half are the rows with the prompt.
-    with sd.unet.capture(*places, keep=lambda x: x[-len(rows) :].float().cpu()) as seen:
+    with probe.capture(sd.unet, *places, keep=lambda x: x[-len(rows) :].float().cpu()) as seen:
         for step in run:
             latents.append(step.x_prev.cpu())
             done(len(rows))

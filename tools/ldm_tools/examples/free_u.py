@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import ldm
+from ldm import probe
 from ldm.pipeline import PHANTOM_WEIGHTS
-from ldm.probe.taps import apply
 from ldm.unet import UNet, UpBlock
 from ldm_tools.examples.measure import greys, sample
 
@@ -51,9 +51,9 @@ def free_u(unet: UNet, stages: Mapping[int, tuple[float, float]] = SD15_STAGES) 
         below = "mid_block" if i == 0 else f"up_blocks.{i - 1}"
         for j in range(len(block.resnets)):
             backbone = f"up_blocks.{i}.{kind}.{j - 1}" if j else below
-            edits[backbone] = apply(partial(louder, b=b))
-            edits[f"up_blocks.{i}.skips.{j}"] = apply(partial(quieter, s=s))
-    return unet.edit(edits)
+            edits[backbone] = probe.apply(partial(louder, b=b))
+            edits[f"up_blocks.{i}.skips.{j}"] = probe.apply(partial(quieter, s=s))
+    return probe.edit(unet, edits)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import ldm
+from ldm import probe
 from ldm.blocks import Attention
 from ldm.phantom import render, sample_attributes
 from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion
@@ -57,7 +58,7 @@ def lessons(sd: StableDiffusion, count: int, seed: int = 0) -> Tensor:
         x_0 = sd.encode_image(2 * torch.stack([torch.from_numpy(image) for image in images]).permute(0, 3, 1, 2) - 1)
         t = torch.randint(len(sd.schedule), (2,), generator=generator)
         x_t = sd.schedule.add_noise(x_0, torch.randn(x_0.shape, generator=generator), t)
-        with sd.unet.capture(f"{PLACE}.norm1") as taps:
+        with probe.capture(sd.unet, f"{PLACE}.norm1") as taps:
             sd.unet(x_t, t, contexts)
         shown.append(taps[f"{PLACE}.norm1"])
     return torch.cat(shown)

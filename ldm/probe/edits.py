@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
@@ -36,11 +37,22 @@ class Taps:
     timesteps: list[Tensor] = field(default_factory=list)
 
     def __getitem__(self, place: str) -> Tensor:
-        """The activation of the latest call. Raises ValueError where the place was not captured or did not run."""
-        if not self.runs.get(place):
-            missing = "never ran" if place in self.runs else "was not captured" + nearest(place, list(self.runs))
-            raise ValueError(f"place: {place!r} {missing}")
+        """The activation of the latest call; place: its name, or a pattern that was captured and means one place.
+
+        Raises:  ValueError: the place was not captured or did not run, or the pattern means several.
+        """
+        place = self._one(place)
+        if not self.runs[place]:
+            raise ValueError(f"place: {place!r} never ran")
         return self.runs[place][-1]
+
+    def _one(self, name: str) -> str:
+        matches = [place for place in self.runs if place == name or ("*" in name and fnmatchcase(place, name))]
+        if not matches:
+            raise ValueError(f"place: {name!r} was not captured{nearest(name, list(self.runs))}")
+        if len(matches) > 1:
+            raise ValueError(f"place: {name!r} is {len(matches)} places, expected one: {', '.join(matches)}")
+        return matches[0]
 
     def at(self, place: str, t: Tensor) -> Tensor:
         """The activation of the one call that had these timesteps, (B,).
@@ -173,11 +185,27 @@ def apply(function: Callable[[Tensor], Tensor]) -> Edit:
     return Edit(lambda x, moment: _fitted(function(x), x, moment.place))
 
 
-def in_turn(edits: Edit | Sequence[Edit]) -> Callable[[Tensor, Moment], Tensor]:
+Change = Edit | Callable[[Tensor], Tensor] | Sequence[Edit | Callable[[Tensor], Tensor]]
+"""What `ldm.probe.edit` takes for a place: an edit, a function of the activation, or several of them."""
+
+
+def as_edits(place: str, change: Change) -> list[Edit]:
+    """What is done to a place, one after the other. Raises ValueError for what is no edit."""
+    several = list(change) if isinstance(change, Sequence) and not isinstance(change, str) else [change]
+    for one in several:
+        if not callable(one):
+            raise ValueError(
+                f"edits: {place!r} is given {one!r}, expected an edit such as zero(), a function of the activation, or "
+                "a list of them"
+            )
+    return [one if isinstance(one, Edit) else apply(one) for one in several]  # type: ignore[arg-type]
+
+
+def in_turn(edits: Sequence[Edit]) -> Callable[[Tensor, Moment], Tensor]:
     """Several edits as one."""
 
     def see(x: Tensor, moment: Moment) -> Tensor:
-        for edit in [edits] if isinstance(edits, Edit) else edits:
+        for edit in edits:
             x = edit(x, moment)
         return x
 
