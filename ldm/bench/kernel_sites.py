@@ -62,14 +62,14 @@ class Site:
 @cache
 def sites(config: UNetConfig = SD15.unet) -> tuple[Site, ...]:
     """Every site of one step, found by running the network without numbers; the most costly shapes first."""
-    found: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    counts: Counter[tuple[str, tuple[int, ...]]] = Counter()
     with torch.device("meta"):
         unet = UNet(config)
         for name, module in unet.named_modules():
             if watch := _watcher(name, module):
-                module.register_forward_pre_hook(lambda m, args, watch=watch: found.update(watch(args)))
+                module.register_forward_pre_hook(lambda m, args, watch=watch: counts.update(watch(args)))
     _run_without_numbers(unet)
-    all_sites = [Site(op, sizes, count) for (op, sizes), count in found.items()]
+    all_sites = [Site(op, sizes, count) for (op, sizes), count in counts.items()]
     return tuple(sorted(all_sites, key=lambda site: (-site.flops(1), -site.bytes(1), site.name)))
 
 

@@ -120,14 +120,14 @@ def _measure_site(
     return [
         {
             **{"site": site.name, "a_step": site.count, "batch": batch, "backward": backward, "by": name},
-            **dict(zip(("p20_us", "median_us", "p80_us"), found, strict=True)),
-            "tflops": flops / found[1] / 1e6,
-            "times_ours": found[1] / ours[1] if ours else None,
-            "times_floor": found[1] / floor_us,
+            **dict(zip(("p20_us", "median_us", "p80_us"), measured, strict=True)),
+            "tflops": flops / measured[1] / 1e6,
+            "times_ours": measured[1] / ours[1] if ours else None,
+            "times_floor": measured[1] / floor_us,
             "error": errors["triton" if name == "triton" else "torch"],
         }
-        for name, found in times.items()
-        if found is not None
+        for name, measured in times.items()
+        if measured is not None
     ]
 
 
@@ -146,7 +146,7 @@ def _times(work: Callable[[], object], sdpa: SDPBackend | None, rounds: int) -> 
             raise
         return None  # this form of attention has no kernel for the head's width on this GPU
     flush = torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda")
-    found = []
+    times = []
     for _ in range(rounds):
         flush.zero_()
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -154,9 +154,9 @@ def _times(work: Callable[[], object], sdpa: SDPBackend | None, rounds: int) -> 
         replay()
         ended.record()
         ended.synchronize()
-        found.append(1e3 * began.elapsed_time(ended))
-    p20, _, _, p80 = statistics.quantiles(found, n=5)
-    return p20, statistics.median(found), p80
+        times.append(1e3 * began.elapsed_time(ended))
+    p20, _, _, p80 = statistics.quantiles(times, n=5)
+    return p20, statistics.median(times), p80
 
 
 def _copy_rate() -> float:

@@ -285,8 +285,8 @@ def train(
     order = (draw(training.seed, step, count, batch).tolist() for step in range(start, steps))
     folder = out.with_name(f"{out.stem}.decoded")
     seen, held = (
-        Decoded(of, training.size, keep_decoded(of, training.size, folder, max(1, workers)) if cached else None)
-        for of in (training_images, validation_images)
+        Decoded(images, training.size, keep_decoded(images, training.size, folder, max(1, workers)) if cached else None)
+        for images in (training_images, validation_images)
     )
     loader = DataLoader(seen, batch_sampler=order, num_workers=workers)
     unseen = DataLoader(held, batch_size=batch, num_workers=workers)

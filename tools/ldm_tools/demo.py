@@ -83,7 +83,7 @@ def page(sd: pipeline.StableDiffusion, cell: Cell, plan: Traversal, run: Path) -
     shown = [pictures.read(run, plan, seed) for seed in plan.seeds]
     latents = {seed: load_seed(run / "latents.safetensors", seed) for seed in plan.seeds}
     at = pictures.latent_map(
-        plan, {seed: (of["neutral"], stacked(of, plan)) for seed, of in latents.items()}, MAP_STEPS, shown
+        plan, {seed: (named["neutral"], stacked(named, plan)) for seed, named in latents.items()}, MAP_STEPS, shown
     )
-    patients = [pictures.generated_patient(instruments, cell, plan, of) for of in shown]
+    patients = [pictures.generated_patient(instruments, cell, plan, one) for one in shown]
     return pictures.domain(instruments, cell, plan, patients, at)

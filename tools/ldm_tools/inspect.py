@@ -89,10 +89,10 @@ def run(args: argparse.Namespace) -> None:
 
 def describe_adapters(args: argparse.Namespace) -> list[str]:
     """A line for each LoRA and embedding that was given."""
-    found = [f"{path}: {read_lora(path).describe()}, at weight {weight:g}" for path, weight in lora_files(args)]
+    lines = [f"{path}: {read_lora(path).describe()}, at weight {weight:g}" for path, weight in lora_files(args)]
     for path in args.embeddings:
-        found += [f"{path}: the word {e.word!r}, {e.rows} tokens" for e in read_embedding(path)]
-    return found
+        lines += [f"{path}: the word {e.word!r}, {e.rows} tokens" for e in read_embedding(path)]
+    return lines
 
 
 def describe(examined: Examined, with_hashes: bool) -> dict[str, Any]:

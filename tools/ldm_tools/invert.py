@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
 
 def round_trip(entry: Mapping[str, Any]) -> str:
     """What run.json says of an image, in a line."""
-    number = {name: "lost" if of is None else f"{of:.4g}" for name, of in entry.items() if name in MEASURED}
+    number = {name: "lost" if value is None else f"{value:.4g}" for name, value in entry.items() if name in MEASURED}
     line = f"{entry['file']} (seed{entry['seed']:04d}): relative error of the latent {number['round_trip_error']}"
     if "psnr_db" not in entry:
         return line

@@ -65,11 +65,11 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
 
 def lora_files(args: argparse.Namespace) -> list[tuple[str | Path, float]]:
     """What --lora was given: files and weights. Raises ValueError for a weight that is no number."""
-    found: list[tuple[str | Path, float]] = []
+    files: list[tuple[str | Path, float]] = []
     for text in args.loras:
         file, colon, weight = text.rpartition(":")
         if not colon or Path(text).exists():
-            found.append((Path(text), 1.0))
+            files.append((Path(text), 1.0))
             continue
         try:
             value = float(weight)
@@ -77,8 +77,8 @@ def lora_files(args: argparse.Namespace) -> list[tuple[str | Path, float]]:
             raise ValueError(f"--lora: got {text!r}, expected FILE or FILE:WEIGHT such as {file}:0.8") from error
         if not math.isfinite(value):
             raise ValueError(f"--lora: got weight {weight}, expected a number")
-        found.append((Path(file), value))
-    return found
+        files.append((Path(file), value))
+    return files
 
 
 def load_model(args: argparse.Namespace) -> pipeline.StableDiffusion:

@@ -50,7 +50,9 @@ def decode(instruments: Instruments, plan: Traversal, seed: int, neutral: Tensor
         for i, s in enumerate(plan.swap_steps)
     }
     drawn = curves(named, replace(plan, bezier_points=points))
-    images = instruments.pixels(torch.cat([neutral[None], swaps.flatten(0, 1), *(of[0] for of in drawn.values())]))
+    images = instruments.pixels(
+        torch.cat([neutral[None], swaps.flatten(0, 1), *(points[0] for points in drawn.values())])
+    )
     a, s = swaps.shape[:2]
     first, swapped, along = np.split(images, [1, 1 + a * s])
     return Shown(
@@ -58,7 +60,7 @@ def decode(instruments: Instruments, plan: Traversal, seed: int, neutral: Tensor
         neutral=first[0],
         swaps=swapped.reshape(a, s, *first[0].shape),
         curve=along.reshape(a, points, *first[0].shape),
-        cosines=np.stack([cosine_matrix(neutral.numpy(), of.numpy()) for of in swaps]),
+        cosines=np.stack([cosine_matrix(neutral.numpy(), swapped.numpy()) for swapped in swaps]),
     )
 
 
@@ -75,7 +77,9 @@ def read(run: Path, plan: Traversal, seed: int) -> Shown:
         neutral=image("neutral"),
         swaps=np.stack([[image(swap_name(style, s)) for s in plan.swap_steps] for style in plan.styles]),
         curve=np.stack([[image(bezier_name(style, i, len(points))) for i in points] for style in plan.styles]),
-        cosines=np.stack([cosine_matrix(latents["neutral"].numpy(), of.numpy()) for of in stacked(latents, plan)]),
+        cosines=np.stack(
+            [cosine_matrix(latents["neutral"].numpy(), swapped.numpy()) for swapped in stacked(latents, plan)]
+        ),
     )
 
 
@@ -88,12 +92,13 @@ def material(
     """What the paper's figures show: cell -> seeds."""
     rows = {
         cell: {
-            of.seed: {name: swap_strip(of, plans[cell], a) for a, name in enumerate(plans[cell].styles)} for of in seeds
+            one.seed: {name: swap_strip(one, plans[cell], a) for a, name in enumerate(plans[cell].styles)}
+            for one in seeds
         }
         for cell, seeds in shown.items()
     }
     along = {
-        cell: {of.seed: {name: curve_strip(of, a) for a, name in enumerate(plans[cell].styles)} for of in seeds}
+        cell: {one.seed: {name: curve_strip(one, a) for a, name in enumerate(plans[cell].styles)} for one in seeds}
         for cell, seeds in shown.items()
     }
     return FigureImages(rows, along, maps)
@@ -125,7 +130,7 @@ def latent_map(
         points += [(seed, name, plan.swap_steps[i], swaps[a, i]) for a, name in enumerate(plan.styles) for i in columns]
     if len(points) < FEWEST_ON_MAP:
         return None
-    pictures = {of.seed: of for of in shown}
+    pictures = {one.seed: one for one in shown}
     strongest, names = min(steps), list(plan.styles)
     thumbnails = {}
     for i, (seed, name, step, _) in enumerate(points):

@@ -144,10 +144,10 @@ def evaluate_cell(place: Workplace, task: Task) -> Json | None:
     trajectories = place.trajectories(task)
     source: SampleSeed = from_run(task.run) if task.run else sampled(instruments, plan)
     fill(trajectories, plan.seeds, lambda seed: measure(instruments, plan, source(seed)), place, task)
-    found = stack(trajectories, plan.seeds)
-    result: Json = summary.summarise(task.cell, votes, plan.swap_steps, task.averaged, found, instruments.lpips)
+    measured = stack(trajectories, plan.seeds)
+    result: Json = summary.summarise(task.cell, votes, plan.swap_steps, task.averaged, measured, instruments.lpips)
     if task.baseline_seeds:
-        for name, reports in _baselines(place, task, votes, trajectories, found).items():
+        for name, reports in _baselines(place, task, votes, trajectories, measured).items():
             result["attributes"][name]["baselines"] = reports
     if task.truth_seeds:
         for name, report in _truth(place, task, votes).items():
@@ -156,7 +156,7 @@ def evaluate_cell(place: Workplace, task: Task) -> Json | None:
 
 
 def _baselines(
-    place: Workplace, task: Task, votes: summary.Votes, trajectories: SeedFolder, found: summary.Arrays
+    place: Workplace, task: Task, votes: summary.Votes, trajectories: SeedFolder, measured: summary.Arrays
 ) -> dict[str, Json]:
     """See `summary.compare_baselines`."""
     instruments, plan = place.instruments, task.plan
@@ -172,7 +172,7 @@ def _baselines(
         return baselines.measure_baselines(instruments, plan, seed, *latents, directions(), task.averaged)
 
     fill(folder, seeds, compare, place, task)
-    ours = {name: values[: len(seeds)] for name, values in found.items()}
+    ours = {name: values[: len(seeds)] for name, values in measured.items()}
     return summary.compare_baselines(votes, plan.swap_steps, task.averaged, ours, stack(folder, seeds))
 
 

@@ -77,22 +77,22 @@ def measure(instruments: Instruments, plan: Traversal, latents: Mapping[str, Ten
     curve = torch.stack([drawn[f"{attribute}/bezier"][0, list(FRAMES)] for attribute in plan.styles])
 
     base = instruments.pixels(neutral[None])
-    found = {"latents.neutral": neutral, "latents.swaps": swaps}
-    found["probabilities.neutral"] = instruments.probabilities(base)[0]
-    for name, of in (("swaps", swaps), ("curve", curve)):
-        pixels = instruments.pixels(of.flatten(0, 1))
-        shape = of.shape[:2]
-        found[f"probabilities.{name}"] = instruments.probabilities(pixels).unflatten(0, shape)
-        found[f"ssim.{name}"] = instruments.ssim(pixels, base[0]).unflatten(0, shape)
-        found[f"lpips.{name}"] = instruments.lpips_to(pixels, base[0]).unflatten(0, shape)
+    measured = {"latents.neutral": neutral, "latents.swaps": swaps}
+    measured["probabilities.neutral"] = instruments.probabilities(base)[0]
+    for name, frames in (("swaps", swaps), ("curve", curve)):
+        pixels = instruments.pixels(frames.flatten(0, 1))
+        shape = frames.shape[:2]
+        measured[f"probabilities.{name}"] = instruments.probabilities(pixels).unflatten(0, shape)
+        measured[f"ssim.{name}"] = instruments.ssim(pixels, base[0]).unflatten(0, shape)
+        measured[f"lpips.{name}"] = instruments.lpips_to(pixels, base[0]).unflatten(0, shape)
 
     late_to_early = [plan.swap_steps.index(s) for s in sorted(plan.swap_steps, reverse=True)]
     points = torch.cat([neutral.expand(len(swaps), 1, *neutral.shape), swaps[:, late_to_early]], dim=1)
-    cosines = [directions.cosine_matrix(neutral.numpy(), of.numpy()) for of in swaps]
-    geometry = [directions.path_geometry(of.numpy()) for of in points]
-    found["cosines"] = torch.from_numpy(np.stack(cosines))
-    found["path"] = torch.tensor([[of[name] for name in PATH_FIGURES] for of in geometry], dtype=torch.float64)
-    return found
+    cosines = [directions.cosine_matrix(neutral.numpy(), swapped.numpy()) for swapped in swaps]
+    geometry = [directions.path_geometry(path.numpy()) for path in points]
+    measured["cosines"] = torch.from_numpy(np.stack(cosines))
+    measured["path"] = torch.tensor([[path[name] for name in PATH_FIGURES] for path in geometry], dtype=torch.float64)
+    return measured
 
 
 def stacked(latents: Mapping[str, Tensor], plan: Traversal) -> Tensor:

@@ -58,11 +58,11 @@ class Patient:
 
     def images(self) -> Tensor:
         """The original, then the counterfactuals: (1 + A, 3, h, w) in [-1, 1]."""
-        return from_uint8(np.stack([of.to_uint8() for of in (self.original, *self.counterfactuals)]))
+        return from_uint8(np.stack([phantom.to_uint8() for phantom in (self.original, *self.counterfactuals)]))
 
     def masks(self, attributes: Sequence[str]) -> Tensor:
         """Where each attribute may change the image: (A, h, w) bool."""
-        masks = [of.masks[name] for of, name in zip(self.counterfactuals, attributes, strict=True)]
+        masks = [phantom.masks[name] for phantom, name in zip(self.counterfactuals, attributes, strict=True)]
         return torch.from_numpy(np.stack(masks))
 
 
@@ -118,7 +118,7 @@ def measure_truth(
     others = others[[g for g in range(len(others)) if GALLERY_SEEDS[g] != seed]]
     autoencoded = from_uint8(instruments.pixels(encoded))
 
-    found = {
+    numbers = {
         "latents.neutral": neutral,
         "latents.swaps": swaps,
         "probabilities.original": instruments.classifier.probabilities(images)[0],
@@ -150,8 +150,8 @@ def measure_truth(
         ],
     }
     for name, rows in measured.items():
-        found[name] = torch.from_numpy(np.stack(rows).astype(np.float64))
-    return found
+        numbers[name] = torch.from_numpy(np.stack(rows).astype(np.float64))
+    return numbers
 
 
 def psnr_db(image: Tensor, reference: Tensor) -> Tensor:

@@ -60,11 +60,15 @@ def run(args: argparse.Namespace) -> None:
     target = inversion.target_of(rows)
     args.out.mkdir(parents=True, exist_ok=True)
     result = {
-        "rows": [{name: finite(of) if isinstance(of, float) else of for name, of in row.items()} for row in rows],
+        "rows": [
+            {name: finite(value) if isinstance(value, float) else value for name, value in row.items()} for row in rows
+        ],
         "target": target,
-        "autoencoder_psnr_db": {name: finite(of) for name, of in floor.items()},
+        "autoencoder_psnr_db": {name: finite(psnr) for name, psnr in floor.items()},
         "timing_steps": min(steps),
-        "timings": {dtype: {name: asdict(of) for name, of in found.items()} for dtype, found in timings.items()},
+        "timings": {
+            dtype: {name: asdict(timing) for name, timing in by_method.items()} for dtype, by_method in timings.items()
+        },
         "weights_sha256": sd.weights_sha256(),
         "environment": harness.environment(),
     }
@@ -72,9 +76,11 @@ def run(args: argparse.Namespace) -> None:
     save_figure(inversion.figure(rows), args.out / "inversion")
     print(inversion.table(rows))
     print("* with the prompt as the negative one.  The autoencoder alone, dB: ", end="")
-    print(", ".join(f"{name} {of:.2f}" for name, of in floor.items()))
-    for dtype, found in timings.items():
-        spent = ", ".join(f"{name} {of.median_ms:.0f} ms ({of.ratio:.2f} x)" for name, of in found.items())
+    print(", ".join(f"{name} {psnr:.2f}" for name, psnr in floor.items()))
+    for dtype, by_method in timings.items():
+        spent = ", ".join(
+            f"{name} {timing.median_ms:.0f} ms ({timing.ratio:.2f} x)" for name, timing in by_method.items()
+        )
         print(f"{min(steps)} steps up, {dtype}: {spent}")
     errors = ", ".join(f"{name} {error:.1e}" for name, error in target["errors"].items())
     print(f"within {target['limit']:g} at guidance 1, {max(steps)} steps, float32: {target['reached']} ({errors})")

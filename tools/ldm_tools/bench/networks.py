@@ -45,7 +45,7 @@ def run_unet(args: argparse.Namespace) -> None:
     context = torch.randn(args.batch, CONTEXT_TOKENS, config.unet.context_width, generator=generator).to(device, dtype)
     blocks = {f"{part}.{i}": block for part in ("down_blocks", "up_blocks") for i, block in parts(network, part)}
     blocks["mid_block"] = network.get_submodule("mid_block")
-    report(args, "unet", network, blocks, lambda of, x: of(x, 500, context), x_t)
+    report(args, "unet", network, blocks, lambda unet, x: unet(x, 500, context), x_t)
 
 
 def run_vae(args: argparse.Namespace) -> None:
@@ -55,7 +55,7 @@ def run_vae(args: argparse.Namespace) -> None:
     z = torch.randn(args.batch, config.vae.latent_channels, size, size, generator=torch.Generator().manual_seed(0))
     blocks = {f"decoder.up_blocks.{i}": block for i, block in parts(network, "decoder.up_blocks")}
     blocks["decoder.mid_block"] = network.get_submodule("decoder.mid_block")
-    report(args, "vae", network, blocks, lambda of, x: of.decode(x), z.to(device, dtype))
+    report(args, "vae", network, blocks, lambda vae, x: vae.decode(x), z.to(device, dtype))
 
 
 def network_of(args: argparse.Namespace, part: str) -> tuple[nn.Module, Config, torch.device, torch.dtype]:
@@ -108,31 +108,31 @@ def report(
         if isinstance(compiled, AutoencoderKL):
             compiled.decode = torch.compile(compiled.decode)  # type: ignore[method-assign]
         ways["compiled"] = partial(call, compiled, x)
-    found = networks.measure(ways, x.dtype, x.device.type, args.rounds, subject)
-    found["blocks"] = networks.by_block(blocks, ways["eager"])
-    found |= {
+    result = networks.measure(ways, x.dtype, x.device.type, args.rounds, subject)
+    result["blocks"] = networks.by_block(blocks, ways["eager"])
+    result |= {
         "subject": subject,
         "shape": list(x.shape),
         "dtype": str(x.dtype).removeprefix("torch."),
         "peak_memory_mib": round(harness.peak_memory_mib(x.device)),
         "environment": harness.environment(),
     }
-    print(json.dumps(found, indent=1) if args.json else table(found))
+    print(json.dumps(result, indent=1) if args.json else table(result))
 
 
-def table(found: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """The measurement for reading."""
     lines = [
-        f"{found['subject']}, {found['dtype']}, {found['shape']}: {found['gflop']:.1f} GFLOP a call; a matrix product "
-        f"reaches {found['matmul_gflops']:.0f} GFLOP/s here, so at least {found['floor_ms']:.0f} ms",
+        f"{result['subject']}, {result['dtype']}, {result['shape']}: {result['gflop']:.1f} GFLOP a call; a matrix "
+        f"product reaches {result['matmul_gflops']:.0f} GFLOP/s here, so at least {result['floor_ms']:.0f} ms",
         f"{'':16}{'median ms':>11}{'p20':>9}{'p80':>9}{'GFLOP/s':>9}{'of matmul':>11}{'ratio':>7}",
     ]
-    for name, way in found["ways"].items():
+    for name, way in result["ways"].items():
         lines.append(
             f"{name:16}{way['median_ms']:11.1f}{way['p20_ms']:9.1f}{way['p80_ms']:9.1f}{way['gflops']:9.0f}"
             f"{way['share_of_matmul']:11.0%}{way['ratio']:7.2f}"
         )
     for title in ("profile", "blocks"):
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in found[title].items())
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in result[title].items())
         lines += [f"{title}: {shares}"] if shares else []
     return "\n".join(lines)

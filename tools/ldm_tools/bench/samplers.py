@@ -81,15 +81,15 @@ def run(args: argparse.Namespace) -> None:
     (args.out / "samplers.csv").write_text(samplers_report.as_csv(rows))
     save_figure(samplers_report.figure(rows, orders), args.out / "samplers")
     print(samplers_report.table(rows, orders, timed))
-    for of in convergence:
+    for row in convergence:
         print(
-            f"reference at guidance {of['guidance']:g}: {of['steps']} steps; one of half as many is "
-            f"{of['half_steps_error']:.1e} away, {of['half_steps_swap_error']:.1e} when swapped"
+            f"reference at guidance {row['guidance']:g}: {row['steps']} steps; one of half as many is "
+            f"{row['half_steps_error']:.1e} away, {row['half_steps_swap_error']:.1e} when swapped"
         )
     if flips:
         print("\n" + samplers_report.flip_table(flips))
-    moved = max(of["batch_error"] for of in checks)
-    invariant = all(of["batch_invariant"] for of in checks)
+    moved = max(row["batch_error"] for row in checks)
+    invariant = all(row["batch_invariant"] for row in checks)
     print(
         f"\nall the same twice; independent of the batch with one latent a call: {invariant} (else within {moved:.0e})"
         f"; {result['peak_memory_mib']} MiB at most; see {args.out}"

@@ -39,15 +39,15 @@ def run(args: argparse.Namespace) -> None:
         bezier_points=0,
     )
     sd = load_model(args)
-    found = traversal.tree_against_separate(sd, plan, args.rounds)
-    found |= {"peak_memory_mib": round(harness.peak_memory_mib(sd.device)), "environment": harness.environment()}
+    result = traversal.tree_against_separate(sd, plan, args.rounds)
+    result |= {"peak_memory_mib": round(harness.peak_memory_mib(sd.device)), "environment": harness.environment()}
     if args.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(result, indent=1))
         return
-    for name, timing in found["timings"].items():
+    for name, timing in result["timings"].items():
         low, median, high = (timing[key] / 1000 for key in ("p20_ms", "median_ms", "p80_ms"))
         print(f"{name:14} {median:8.2f} s ({low:.2f}-{high:.2f})  {timing['ratio']:.2f} x")
     print(
-        f"{found['unet_rows']} rows against {found['unet_rows_separate']}, {found['rows_ratio']:.2f} x fewer; "
-        f"{found['peak_memory_mib']} MiB at most"
+        f"{result['unet_rows']} rows against {result['unet_rows_separate']}, {result['rows_ratio']:.2f} x fewer; "
+        f"{result['peak_memory_mib']} MiB at most"
     )

@@ -230,7 +230,8 @@ def mean(drifts: Mapping[str, Drift]) -> Drift:
 def drift_table(drifts: Mapping[str, Mapping[str, Drift]]) -> table_formats.Table:
     """A row for each mistake, the mean over the jobs, the worst first."""
     means = sorted(
-        ((name, mean(of)) for name, of in drifts.items()), key=lambda pair: -max(pair[1].image, pair[1].returned)
+        ((name, mean(by_job)) for name, by_job in drifts.items()),
+        key=lambda pair: -max(pair[1].image, pair[1].returned),
     )
     return table_formats.Table(
         "How far each mistake leads",
