@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ldm
+from ldm import probe
 from ldm.blocks import BasicTransformerBlock
 from ldm.data import captions, folders
 from ldm.phantom.prompts import CELLS
@@ -150,6 +152,24 @@ def test_the_block_begins_as_the_old_network_and_learns(sd, capsys):
     gates = [p for name, p in names["unet"].named_parameters() if name.endswith("gate")]
     F.mse_loss(names["unet"].requires_grad_(True)(x_t, 500, context), x_t).backward()
     assert all(gate.grad.abs().max() > 0 for gate in gates)
+
+
+# ---- a tap -----------------------------------------------------------------------------------------
+
+
+def test_the_edit_acts_while_it_is_open_and_the_tap_sees_it(sd, monkeypatch):
+    contexts = ldm.conditioning.constant(sd.encode_prompts(["a chest X-ray"]), 2)
+    names = {"F": F, "Tensor": Tensor, "probe": probe, "sd": sd, "contexts": contexts, "print": lambda *shown: None}
+    run = partial(sd.sample, contexts, seeds=[0], guidance_scale=3)
+    *_, before = run()
+    exec(BLOCKS["tap"], names)
+    with probe.capture(sd.unet, "up_blocks.2.skips.0", keep=names["spread"]) as plain:
+        *_, after = run()
+    assert torch.equal(before.x_prev, after.x_prev)
+    assert not torch.equal(names["step"].x_prev, after.x_prev)
+    smooth = names["seen"].runs["up_blocks.2.skips.0"]
+    assert len(smooth) == len(plain.runs["up_blocks.2.skips.0"]) == 2
+    assert smooth[0].mean() < plain.runs["up_blocks.2.skips.0"][0].mean()  # means vary less than what they are of
 
 
 # ---- a data set ------------------------------------------------------------------------------------
