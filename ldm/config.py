@@ -5,7 +5,7 @@ Defaults are what Stable Diffusion 1.5 was published with (CompVis v1-inference.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 CONTEXT_TOKENS = 77  # tokens in a prompt, start and end tokens included
 
@@ -75,6 +75,28 @@ class UNetConfig:
                     f"UNetConfig: width {width} is not a multiple of norm_groups {self.norm_groups} "
                     f"and of heads {self.heads}"
                 )
+
+
+Prediction = Literal["eps", "v", "x0"]
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """What the U-Net was trained to predict, on which noise levels, and how they are visited unless told otherwise."""
+
+    prediction: Prediction = "eps"
+    beta_schedule: str = "scaled_linear"  # or "linear", "squaredcos_cap_v2"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    train_steps: int = 1000  # T
+    trained_betas: tuple[float, ...] | None = None  # in place of the three above
+    zero_terminal_snr: bool = False  # whether the last level is pure noise [Lin et al. 2023]
+    final_alpha_one: bool = False  # whether sampling ends without any noise, instead of at t = 0
+    spacing: str = "leading"  # one of ldm.schedule.SPACINGS
+    steps_offset: int = 1  # of leading
+
+
+SD15_DIFFUSION = DiffusionConfig()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning import Contexts, constant
+from ldm.config import Prediction
+from ldm.prediction import Predicted
+from ldm.schedule import Schedule
 
 UNetFn = Callable[[Tensor, float, Tensor], Tensor]
 """eps = unet(x_t, t, context): (B, 4, H/8, W/8), training timestep, (B, L, D); all in the network's dtype."""
@@ -23,7 +26,8 @@ def guided(
     uncond: Tensor | Contexts | None = None,
     *,
     max_batch: int | None = None,
-) -> GuidedEps:
+    schedule: Schedule | None = None,
+) -> GuidedEps | Predicted:
     """Bind a U-Net to the contexts of a run.
 
     eps = eps_uncond + g (eps_cond - eps_uncond)
@@ -38,11 +42,27 @@ def guided(
              max_batch: most rows in one U-Net call, to bound memory; None: all of them. Under guidance a latent has
              two, which stay together. Results agree to the last bits of float32, as a matrix product of another size
              adds up in another order; with 1 no result depends on the rest of the batch.
+             schedule: of the model; needed for a network that predicts v or x_0, whose output becomes eps here.
     Returns: eps_fn(x_t, t, step), eps in x_t's dtype whatever the U-Net's.
     Raises:  ValueError: uncond missing, or of another length, (L, D), dtype or device than the prompt's contexts.
     """
     if max_batch is not None and max_batch < 1:
         raise ValueError(f"max_batch: expected 1 or more, or None, got {max_batch}")
+    prediction: Prediction = getattr(unet, "prediction", "eps")
+    if prediction != "eps":
+        if schedule is None:
+            raise ValueError(f"schedule: expected the model's, as its U-Net predicts {prediction}; or use sd.guided")
+        return Predicted(_guided(unet, contexts, guidance_scale, uncond, max_batch), prediction, schedule)
+    return _guided(unet, contexts, guidance_scale, uncond, max_batch)
+
+
+def _guided(
+    unet: UNetFn,
+    contexts: Contexts,
+    guidance_scale: float,
+    uncond: Tensor | Contexts | None,
+    max_batch: int | None,
+) -> GuidedEps:
     if guidance_scale == 1:
         return GuidedEps(unet, contexts, 1.0, None, max_batch)
     if uncond is None:

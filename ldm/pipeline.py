@@ -29,9 +29,10 @@ from ldm import checkpoint
 from ldm.checkpoint import KeyReport
 from ldm.clip import CLIPTextEncoder
 from ldm.conditioning import Contexts, constant
-from ldm.config import Config
+from ldm.config import Config, Prediction
 from ldm.guidance import GuidedEps, guided
 from ldm.images import to_uint8
+from ldm.prediction import Predicted
 from ldm.samplers import SAMPLERS, History, Sampler, Step, initial_noise, step_noise
 from ldm.schedule import SPACINGS, Schedule
 from ldm.tokenizer import Tokenizer
@@ -68,6 +69,11 @@ class StableDiffusion:
         return self.unet.conv_in.weight.dtype
 
     @property
+    def prediction(self) -> Prediction:
+        """What its U-Net predicts; what `guided` makes of it is eps."""
+        return self.unet.prediction
+
+    @property
     def backend(self) -> str:
         """What computes its U-Net: "torch", or "triton" where `ldm.fast` installed kernels into it."""
         return getattr(getattr(self.unet, "installed", None), "backend", "torch")
@@ -89,7 +95,7 @@ class StableDiffusion:
 
     def guided(
         self, contexts: Contexts, guidance_scale: float = 7.5, negative: Contexts | Tensor | None = None
-    ) -> GuidedEps:
+    ) -> GuidedEps | Predicted:
         """The U-Net under some contexts, as samplers and inversions call it.
 
         Args:    negative: what guidance pushes away from; None: the empty prompt.
@@ -97,7 +103,7 @@ class StableDiffusion:
         """
         if negative is None and guidance_scale != 1:
             negative = self.encode_prompts([""])
-        return guided(self.unet, contexts, guidance_scale, negative, max_batch=self.max_batch)
+        return guided(self.unet, contexts, guidance_scale, negative, max_batch=self.max_batch, schedule=self.schedule)
 
     @torch.no_grad()
     def sample(
@@ -109,7 +115,7 @@ class StableDiffusion:
         guidance_scale: float = 7.5,
         negative: Contexts | Tensor | None = None,
         sampler: str | Sampler = "ddim",
-        spacing: str | Sequence[float] = "leading",
+        spacing: str | Sequence[float] | None = None,
         eta: float | None = None,
         size: tuple[int, int] | None = None,
         x_T: Tensor | None = None,
@@ -121,7 +127,8 @@ class StableDiffusion:
         Args:    contexts: see `ldm.conditioning`; a tensor (B or 1, L, D) holds for all steps.  seeds: one a row.
                  steps: S; None: as many as there are contexts for, 50 for a tensor.
                  guidance_scale, negative: see `guided`.  sampler: a name in `ldm.samplers.SAMPLERS`, or your own.
-                 spacing: a name in `ldm.schedule.SPACINGS`, or the S timesteps.  eta: of samplers that have one.
+                 spacing: a name in `ldm.schedule.SPACINGS`, or the S timesteps; None: the model's own.
+                 eta: of samplers that have one.
                  size: height and width of the latents; None: as trained.
                  x_T: (B, 4, H/f, W/f) to start from instead of the seeds' own noise; with `start`, the latents after
                  that many steps, and `history` what that Step remembered.
@@ -135,6 +142,7 @@ class StableDiffusion:
         if len(x_T) != len(seeds):
             raise ValueError(f"x_T: expected {len(seeds)} rows, one a seed, got {len(x_T)}")
         method = _named("sampler", sampler, SAMPLERS) if isinstance(sampler, str) else sampler
+        spacing = self.schedule.spacing if spacing is None else spacing
         if isinstance(spacing, str):
             spacing = _named("spacing", spacing, SPACINGS)(steps, self.schedule)
         yield from method(
@@ -224,13 +232,14 @@ def load(
     tokenizer = Tokenizer(loaded.config.clip.tokens, loaded.vocabulary)
     with checkpoint.naming(Path(path)):
         tokenizer.require_rows(loaded.config.clip.vocabulary)
+    loaded.unet.prediction = loaded.diffusion.prediction
     return StableDiffusion(
         config=loaded.config,
         tokenizer=tokenizer,
         clip=loaded.clip,
         unet=loaded.unet,
         vae=loaded.vae,
-        schedule=Schedule.sd15(),
+        schedule=Schedule.of(loaded.diffusion),
         device=device,
         report=loaded.report,
         files=loaded.files,

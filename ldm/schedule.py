@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ldm.config import DiffusionConfig
 
 TRAIN_STEPS = 1000  # T: the network was trained on t = 0 (almost clean) .. 999 (almost pure noise)
 
@@ -38,6 +40,8 @@ class Schedule:
     betas: Tensor  # (T,) variance added by forward step t
     alphas_cumprod: Tensor  # (T,) share of x_0's variance left in x_t
     final_alpha_cumprod: float  # stands for alphas_cumprod[-1] when the last step leaves the table
+    spacing: str = "leading"  # how it is visited unless told otherwise: one of SPACINGS
+    steps_offset: int = 1  # of leading
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> Schedule:
@@ -64,6 +68,47 @@ class Schedule:
         """ "Scaled linear": the square roots of the betas are evenly spaced, 0.00085 ... 0.012."""
         roots = torch.linspace(0.00085**0.5, 0.012**0.5, TRAIN_STEPS, dtype=torch.float64)
         return cls.from_betas(roots**2)
+
+    @classmethod
+    def of(cls, config: DiffusionConfig) -> Schedule:
+        """The schedule that a model was trained on, in diffusers' words: scaled_linear is `sd15`'s kind.
+
+        Raises: ValueError for a beta_schedule of another name, or betas outside (0, 1).
+        """
+        first, last, count = config.beta_start, config.beta_end, config.train_steps
+        if config.trained_betas is not None:
+            betas = torch.tensor(config.trained_betas, dtype=torch.float64)
+        elif config.beta_schedule == "scaled_linear":
+            betas = torch.linspace(first**0.5, last**0.5, count, dtype=torch.float64) ** 2
+        elif config.beta_schedule == "linear":
+            betas = torch.linspace(first, last, count, dtype=torch.float64)
+        elif config.beta_schedule == "squaredcos_cap_v2":
+            bars = torch.cos((torch.linspace(0, 1, count + 1, dtype=torch.float64) + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = (1 - bars[1:] / bars[:-1]).clamp(max=0.999)
+        else:
+            raise ValueError(
+                f"beta_schedule: expected scaled_linear, linear or squaredcos_cap_v2, got {config.beta_schedule!r}"
+            )
+        schedule = cls.from_betas(betas)
+        if config.zero_terminal_snr:
+            schedule = schedule.ending_in_noise()
+        return replace(
+            schedule,
+            final_alpha_cumprod=1.0 if config.final_alpha_one else schedule.final_alpha_cumprod,
+            spacing=config.spacing,
+            steps_offset=config.steps_offset,
+        )
+
+    def ending_in_noise(self) -> Schedule:
+        """The schedule shifted and stretched so that x_T holds no signal: alphas_cumprod[T-1] = 0.
+
+        sqrt(a_t) <- (sqrt(a_t) - sqrt(a_T-1)) sqrt(a_0) / (sqrt(a_0) - sqrt(a_T-1))          [Lin et al., algorithm 1]
+        """
+        roots = self.alphas_cumprod.sqrt()
+        roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+        alphas_cumprod = roots**2
+        alphas = torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
+        return replace(self, betas=1 - alphas, alphas_cumprod=alphas_cumprod)
 
     def __len__(self) -> int:
         """T, the number of training timesteps."""
@@ -167,6 +212,7 @@ def karras(steps: int, schedule: Schedule, *, rho: float = 7.0, endpoint: bool =
     Raises:  ValueError: steps outside 1..T.
     """
     _check_steps(steps, len(schedule))
+    _check_signal(schedule)
     high, low = (math.exp(-float(lambda_t) / rho) for lambda_t in schedule.lambdas[[-1, 0]])
     return _at_sigmas(schedule, [(high + u * (low - high)) ** rho for u in _fractions(steps, endpoint)])
 
@@ -179,6 +225,7 @@ def log_snr(steps: int, schedule: Schedule, *, endpoint: bool = False) -> tuple[
     Args, returns, raises: as for `karras`.
     """
     _check_steps(steps, len(schedule))
+    _check_signal(schedule)
     noisy, clean = (float(lambda_t) for lambda_t in schedule.lambdas[[-1, 0]])
     return _at_sigmas(schedule, [math.exp(-noisy - u * (clean - noisy)) for u in _fractions(steps, endpoint)])
 
@@ -203,7 +250,7 @@ Spacing = Callable[[int, Schedule], tuple[float, ...]]
 """timesteps = spacing(steps, schedule)"""
 
 SPACINGS: dict[str, Spacing] = {
-    "leading": lambda steps, schedule: leading(steps, train_steps=len(schedule)),
+    "leading": lambda steps, schedule: leading(steps, schedule.steps_offset, len(schedule)),
     "trailing": lambda steps, schedule: trailing(steps, len(schedule)),
     "linspace": lambda steps, schedule: linspace(steps, len(schedule)),
     "karras": karras,
@@ -216,6 +263,14 @@ EVEN_SPACINGS = ("leading", "trailing", "linspace")  # in t, up to rounding
 def _check_steps(steps: int, train_steps: int) -> None:
     if not 1 <= steps <= train_steps:
         raise ValueError(f"steps: expected 1..{train_steps}, got {steps}")
+
+
+def _check_signal(schedule: Schedule) -> None:
+    if not float(schedule.alphas_cumprod[-1]):
+        raise ValueError(
+            "spacing: this schedule begins in pure noise (zero terminal SNR), which has no lambda; expected trailing, "
+            "leading or linspace"
+        )
 
 
 def _fractions(steps: int, endpoint: bool) -> list[float]:

@@ -24,7 +24,7 @@ from ldm.blocks import (
     require_shape,
     run_each,
 )
-from ldm.config import UNetConfig
+from ldm.config import Prediction, UNetConfig
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
@@ -187,6 +187,8 @@ class UpBlock(nn.Module):
 
 class UNet(nn.Module):
     """eps = unet(x_t, t, context)."""
+
+    prediction: Prediction = "eps"  # of a fine-tune for v or x_0 that, see `ldm.prediction`
 
     def __init__(self, config: UNetConfig, blocks: UNetBlocks = STANDARD_BLOCKS) -> None:
         super().__init__()

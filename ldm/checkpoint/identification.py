@@ -12,7 +12,9 @@ from ldm.checkpoint.folders import Files, networks_of, open_file, open_files, si
 from ldm.checkpoint.foreign import read_json, refuse_other_classes
 from ldm.checkpoint.layouts import FOLDERS, PARTS
 from ldm.checkpoint.quantised import FLOAT8
+from ldm.checkpoint.scheduler_json import diffusion_of_file, read_scheduler
 from ldm.checkpoint.vocabulary import Vocabulary, added_from_metadata, read_vocabulary
+from ldm.config import SD15_DIFFUSION, DiffusionConfig
 
 Layout = Literal["single", "folder", "part"]
 WeightSet = Literal["ema", "plain"]
@@ -40,7 +42,8 @@ class Checkpoint:
     read, or that a conversion carried along.
     single_names: whether a network alone has CompVis names.  ema_only: whether the U-Net is a moving average without
     the trained weights.  scales: stored names of what quantised weights are multiplied with.
-    config_files: part -> the config.json beside its weights.  vocabulary: of the text encoder.
+    config_files: part -> the config.json beside its weights.  vocabulary: of the text encoder.  diffusion: what the
+    U-Net predicts, and its schedule.
     """
 
     path: Path
@@ -57,6 +60,7 @@ class Checkpoint:
     scales: tuple[str, ...] = ()
     config_files: Mapping[str, Path] = field(default_factory=dict)
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    diffusion: DiffusionConfig = SD15_DIFFUSION
 
     @property
     def blocks(self) -> str:
@@ -85,7 +89,9 @@ class Checkpoint:
         """What else its weights are."""
         in_float8 = any(dtype in FLOAT8 for file in self.files for dtype, *_ in file.header.entries.values())
         scaled = "with scales, read as float32" if self.scales else "read as float16"
-        return (", EMA weights only" if self.ema_only else "") + (f", in float8 {scaled}" if in_float8 else "")
+        predicts = f", predicts {self.diffusion.prediction}" if self.diffusion.prediction != "eps" else ""
+        ema = ", EMA weights only" if self.ema_only else ""
+        return ema + (f", in float8 {scaled}" if in_float8 else "") + predicts
 
     def choose(self, ema: WeightSet | None) -> "Checkpoint":
         """The same with one set of U-Net weights; the tensors of the other become extras.
@@ -135,6 +141,7 @@ class Checkpoint:
                 **self.config_files,
             },
             vocabulary=base.vocabulary if "clip" in taken else self.vocabulary,
+            diffusion=base.diffusion if "unet" in taken else self.diffusion,
             scales=self.scales + base.scales,
         )
 
@@ -187,6 +194,7 @@ def _identify_file(path: Path) -> Checkpoint:
         ema_only=found.ema_only,
         scales=found.scales,
         vocabulary=_vocabulary(_tokenizer_beside(path), files) if "clip" in found.parts else Vocabulary(),
+        diffusion=_diffusion(path.parent.parent if path.parent.name == FOLDERS["unet"] else None, files),
     )
     return checkpoint if found.several else _with_config_json(checkpoint, part, config_file)
 
@@ -217,6 +225,7 @@ def _identify_folder(path: Path) -> Checkpoint:
         single_names=any(one.single_names for one in found.values()),
         scales=tuple(scale for one in found.values() for scale in one.scales),
         vocabulary=_vocabulary(path / "tokenizer", files["clip"]) if "clip" in files else Vocabulary(),
+        diffusion=_diffusion(path, files.get("unet", ())),
     )
     for part in PARTS:
         if part in files:
@@ -245,6 +254,15 @@ def _vocabulary(folder: Path | None, files: Files) -> Vocabulary:
         return read_vocabulary(folder)
     with naming(files[0].path):
         return Vocabulary(added=added_from_metadata(files[0].header.metadata, WORDS_KEY))
+
+
+def _diffusion(folder: Path | None, files: Files) -> DiffusionConfig:
+    """What a U-Net predicts: as the scheduler's settings in its folder tell, or its file."""
+    told = read_scheduler(folder / "scheduler" / "scheduler_config.json") if folder else None
+    if told is not None or not files:
+        return told or SD15_DIFFUSION
+    with naming(files[0].path):
+        return diffusion_of_file(files[0].header.metadata, (name for file in files for name in file.header.entries))
 
 
 def _with_config_json(checkpoint: Checkpoint, part: str, path: Path) -> Checkpoint:

@@ -27,7 +27,7 @@ UNNEEDED = re.compile(
     # the schedule, and numbers of the training
     r"betas|(log_one_minus_|sqrt_|sqrt_one_minus_|sqrt_recip_|sqrt_recipm1_)?alphas_cumprod(_prev)?"
     r"|posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)|lvlb_weights|logvar|scale_factor"
-    r"|epoch|iter|iteration|step|global_step|__index_timestep_zero__"
+    r"|epoch|iter|iteration|step|global_step|__index_timestep_zero__|v_pred|ztsnr"
     r"|model_ema\.(decay|num_updates)"
     # the text encoder's positions; the rest of CLIP, which compares texts with images
     r"|(cond_stage_model\.(transformer\.)?|text_encoder\.|(text_encoders\.)?clip_l\.(transformer\.)?)?"

@@ -24,7 +24,7 @@ from ldm.checkpoint.report import KeyReport, explain, require_fit
 from ldm.checkpoint.settings import PartConfig
 from ldm.checkpoint.vocabulary import Vocabulary
 from ldm.clip import CLIPTextEncoder
-from ldm.config import CLIPConfig, Config, UNetConfig, VAEConfig
+from ldm.config import CLIPConfig, Config, DiffusionConfig, UNetConfig, VAEConfig
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 
@@ -51,6 +51,7 @@ class Loaded:
     does), but not rewritten in place.
     weight_set: which U-Net weights these are where the checkpoint has both sets; None where it has one.
     vocabulary: what the tokenizer must know, words that were added included.
+    diffusion: what the U-Net predicts, and its schedule.
     adapters: a line for each LoRA and embedding: its SHA-256, its file's name, its weight.
     """
 
@@ -64,6 +65,7 @@ class Loaded:
     mapped: bool
     weight_set: WeightSet | None
     vocabulary: Vocabulary
+    diffusion: DiffusionConfig
     adapters: tuple[str, ...]
 
 
@@ -171,6 +173,7 @@ def load_parts(
         mapped=mapped,
         weight_set=weight_set,
         vocabulary=checkpoint.vocabulary,
+        diffusion=checkpoint.diffusion,
         adapters=adapter_lines(loras, embeddings),
     )
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ldm.checkpoint import config_json, layouts, settings
+from ldm.checkpoint import config_json, layouts, scheduler_json, settings
 from ldm.checkpoint.adapters import adapted
 from ldm.checkpoint.container import CheckpointError, Header, LazyTensor, write_tensors
 from ldm.checkpoint.folders import NON_EMA_FILE, WEIGHT_FILES
@@ -32,6 +32,7 @@ from ldm.checkpoint.loading import examine
 from ldm.checkpoint.report import require_fit
 from ldm.checkpoint.settings import PartConfig
 from ldm.checkpoint.vocabulary import added_to_metadata
+from ldm.config import SD15_DIFFUSION, DiffusionConfig
 from ldm.unet import STANDARD_BLOCKS
 
 Tensors = Mapping[str, LazyTensor]
@@ -47,7 +48,7 @@ class Content:
     parts: "clip", "vae", "unet", "unet_ema", or some of them -> our names -> tensors.  extras: a single file's other
     tensors.  headers: "single" or a part -> the header that its file had, for files that were there before.
     metadata: the user's own, text -> text.  always_tell_config: also where it shows in the shapes.
-    words: added to the text encoder's vocabulary -> their ids.
+    words: added to the text encoder's vocabulary -> their ids.  diffusion: what the U-Net predicts, and its schedule.
     """
 
     parts: Mapping[str, Tensors]
@@ -58,6 +59,7 @@ class Content:
     metadata: Mapping[str, str] = field(default_factory=dict)
     always_tell_config: bool = False
     words: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    diffusion: DiffusionConfig = SD15_DIFFUSION
 
 
 def save(
@@ -139,6 +141,7 @@ def convert(
         vae_names=vae_names or checkpoint.vae_names,
         metadata={BLOCKS_KEY: checkpoint.blocks} if checkpoint.blocks else {},
         words=checkpoint.vocabulary.added,
+        diffusion=checkpoint.diffusion,
     )
     return _write(Path(target), content, layout, overwrite)
 
@@ -180,6 +183,8 @@ def _single_metadata(content: Content) -> dict[str, str]:
         metadata[VAE_NAMES_KEY] = "old"
     if content.words:
         metadata[WORDS_KEY] = added_to_metadata(content.words)
+    if content.diffusion != SD15_DIFFUSION:
+        metadata |= scheduler_json.to_metadata(content.diffusion)
     for part in content.parts:
         header, tensors = content.headers.get(part), _part_tensors(content, part)
         if header and _must_carry(header, tensors, _part_metadata(content, part)):
@@ -208,20 +213,24 @@ def _write_single(path: Path, content: Content) -> list[Path]:
     header = content.headers.get("single")
     metadata = _single_metadata(content)
     metadata = {**_users_metadata(header), **metadata}
-    header = header if header and _tells_words(header, metadata) else None
+    header = _still_true(header, metadata, content.diffusion)
     write_tensors(path, _single_tensors(content), metadata, header)
     return [path]
 
 
-def _tells_words(header: Header, metadata: Mapping[str, str]) -> bool:
-    """Whether a former header tells the words that were added to the vocabulary, as new metadata would."""
-    return header.metadata.get(WORDS_KEY) == metadata.get(WORDS_KEY)
+def _still_true(header: Header | None, metadata: Mapping[str, str], diffusion: DiffusionConfig | None) -> Header | None:
+    """A former header, where the words and the schedule that it tells are those of new metadata; None where not."""
+    if header is None or header.metadata.get(WORDS_KEY) != metadata.get(WORDS_KEY):
+        return None
+    told = scheduler_json.diffusion_of_file(header.metadata, header.entries)
+    return header if diffusion in (None, told) else None
 
 
 def _users_metadata(header: Header | None) -> dict[str, str]:
     """What stays of a former header's metadata when its tensors change; what we put there is put there anew."""
     metadata = header.metadata if header else {}
-    return {key: value for key, value in metadata.items() if not key.startswith("ldm.")}
+    ours = ("ldm.", scheduler_json.MODELSPEC_KEY)
+    return {key: value for key, value in metadata.items() if not key.startswith(ours)}
 
 
 # --- the folder ------------------------------------------------------------------------------------------------------
@@ -260,12 +269,18 @@ def _write_folder(folder: Path, content: Content) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         header = content.headers.get(part)
         metadata = {**_users_metadata(header), **_part_metadata(content, part)}
-        header = header if header and _tells_words(header, metadata) else None
+        header = _still_true(header, metadata, None)  # a folder tells its schedule in a file of its own
         write_tensors(path, _part_tensors(content, part), metadata, header)
         written.append(path)
     for network, config in content.configs.items():
         path = folder / FOLDERS[network] / "config.json"
         path.write_text(config_json.to_json(config))
+        written.append(path)
+
+    path = folder / "scheduler" / "scheduler_config.json"
+    if "unet" in content.configs and (content.diffusion != SD15_DIFFUSION or path.exists()):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(scheduler_json.to_json(content.diffusion))
         written.append(path)
 
     extras = {tensor.key: tensor for tensor in content.extras}

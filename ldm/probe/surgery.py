@@ -115,6 +115,7 @@ def rebuild(
         torch.manual_seed(seed)
         network = UNet(config or donor.config, blocks or donor.blocks)
     network.to(donor.conv_in.weight.device, donor.conv_in.weight.dtype)
+    network.prediction = donor.prediction
     given = donor.state_dict()
     transplant = plan({name: tuple(tensor.shape) for name, tensor in given.items()}, network)
     for name, tensor in network.state_dict().items():  # tensors that share the parameters' memory

@@ -17,7 +17,7 @@ from ldm.samplers import multistep, one_step
 from ldm.samplers.driver import EpsFn, History, Level, Noise, Run, Sampler, Step, StepFn
 from ldm.samplers.noise import initial_noise, step_noise
 
-ddim = Sampler("ddim", one_step.ddim, order=1, eta=0.0)
+ddim = Sampler("ddim", one_step.ddim, order=1, eta=0.0, from_pure_noise=True)
 plms = Sampler("plms", multistep.plms, order=2, starting=1, memory=3, even=True)
 euler = Sampler("euler", one_step.euler, order=1)
 heun = Sampler("heun", one_step.heun, order=2, evaluations=2)
@@ -27,7 +27,7 @@ dpm_solver_pp_2m = Sampler("dpm_solver_pp_2m", multistep.dpm_solver_pp_2m, order
 dpm_solver_pp_3m = Sampler("dpm_solver_pp_3m", multistep.dpm_solver_pp_3m, order=3, memory=2)
 unipc = Sampler("unipc", multistep.unipc, order=3, memory=3)
 euler_ancestral = Sampler("euler_ancestral", one_step.euler_ancestral, order=None, random=True)
-ddpm = Sampler("ddpm", one_step.ddpm, order=None, random=True)
+ddpm = Sampler("ddpm", one_step.ddpm, order=None, random=True, from_pure_noise=True)
 
 SAMPLERS: dict[str, Sampler] = {
     sampler.name: sampler

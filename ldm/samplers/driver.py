@@ -139,6 +139,7 @@ class Sampler:
     random: bool = False  # needs `noise` at any eta
     eta: float | None = None  # how random unless told otherwise, 0 .. 1; None: it has no choice
     even: bool = False  # needs evenly spaced timesteps
+    from_pure_noise: bool = False  # whether it can begin where alphas_cumprod is 0
 
     def __call__(
         self,
@@ -177,11 +178,15 @@ class Sampler:
         eta = self._checked_eta(eta, noise)
         if self.even:
             _check_even(self.name, levels)
+        if not self.from_pure_noise and not all(level.alphas_cumprod for level in levels[:-1]):
+            raise ValueError(
+                f"timesteps: {self.name} divides by alpha, which is 0 where this schedule begins (zero terminal SNR): "
+                "use ddim or ddpm, or spacing leading"
+            )
         x_t = x_T
         for index in range(start, steps):
             now, then = levels[index], levels[index + 1]
-            eps = _evaluate(eps_fn, x_t, now, index)
-            x0_pred = (x_t - now.std * eps) / now.alpha
+            eps, x0_pred = _evaluate_both(eps_fn, x_t, now, index)
             run = Run(eps_fn, schedule, index, levels[:index][::-1], history, eta, noise, x0_pred)
             result = self.step(now, then, x_t, eps, run)
             x_prev, history = result if isinstance(result, tuple) else (result, ())
@@ -214,7 +219,8 @@ def noise_levels(
     timesteps: Sequence[float] | None = None,
 ) -> list[Level]:
     """The S + 1 noise levels of a run: one for every timestep, and the one it ends at. See `Sampler`."""
-    ts = leading(steps, train_steps=len(schedule)) if timesteps is None else tuple(map(_whole, timesteps))
+    default = leading(steps, schedule.steps_offset, len(schedule)) if timesteps is None else ()
+    ts = default if timesteps is None else tuple(map(_whole, timesteps))
     if len(ts) != steps or any(later >= t for t, later in pairwise(ts)) or not 0 <= ts[-1] <= ts[0] < len(schedule):
         raise ValueError(f"timesteps: expected {steps} falling values in 0..{len(schedule) - 1}, got {ts}")
     if (expected := getattr(eps_fn, "steps", steps)) != steps:
@@ -252,6 +258,17 @@ def _evaluate(eps_fn: EpsFn, x: Tensor, level: Level, step: int) -> Tensor:
     if eps.shape != x.shape:
         raise ValueError(f"eps_fn: expected eps like x_t, {tuple(x.shape)}, got {tuple(eps.shape)}")
     return eps
+
+
+def _evaluate_both(eps_fn: EpsFn, x: Tensor, level: Level, step: int) -> tuple[Tensor, Tensor]:
+    """eps and the x_0 that it implies; eps_fn tells both where its network predicts something else."""
+    if (both := getattr(eps_fn, "eps_and_x0", None)) is not None:
+        eps, x0_pred = both(x, level.t, step)
+        return eps.to(x.dtype), x0_pred.to(x.dtype)
+    eps = _evaluate(eps_fn, x, level, step)
+    if not level.alphas_cumprod:
+        raise ValueError("timesteps: eps says nothing of x_0 in pure noise (zero terminal SNR); use spacing leading")
+    return eps, (x - level.std * eps) / level.alpha
 
 
 def _whole(t: float) -> float:

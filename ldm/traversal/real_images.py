@@ -31,9 +31,10 @@ from ldm import checkpoint
 from ldm.data.images import load_with_remarks
 from ldm.data.reading import AS_STORED, Reading
 from ldm.files import write_json
-from ldm.guidance import GuidedEps, rows_a_latent
+from ldm.guidance import rows_a_latent
 from ldm.images import from_uint8, load_pixels, save_image
 from ldm.pipeline import StableDiffusion
+from ldm.samplers import EpsFn
 from ldm.traversal import figures
 from ldm.traversal.plan import Traversal
 from ldm.traversal.round_trip import Inversion, Method, Progress, bind, finite, invert, relative_error, retrace
@@ -189,7 +190,7 @@ def run_inversion(
 
 
 def _there_and_back(
-    originals: Originals, how: Inversion, eps_fn: GuidedEps, out: Path, progress: Progress, seeds: list[int]
+    originals: Originals, how: Inversion, eps_fn: EpsFn, out: Path, progress: Progress, seeds: list[int]
 ) -> dict[str, Tensor]:
     """All that is kept of some images: name -> (B, C, H, W)."""
     remove_images(out, seeds)

@@ -18,7 +18,8 @@ from ldm.data.images import FITS
 from ldm.data.reading import AS_STORED, Reading
 from ldm.guidance import GuidedEps
 from ldm.pipeline import StableDiffusion
-from ldm.samplers import Step, ddim
+from ldm.prediction import Predicted
+from ldm.samplers import EpsFn, Step, ddim
 from ldm.schedule import SPACINGS, TRAIN_STEPS
 from ldm.traversal.inversion import ddim_inversion, edict, edict_inversion, fixed_point_inversion
 
@@ -82,14 +83,14 @@ Progress = Callable[[int], object]
 """Called after every step with the number of images that it was taken for."""
 
 
-def bind(sd: StableDiffusion, how: Inversion) -> GuidedEps:
+def bind(sd: StableDiffusion, how: Inversion) -> GuidedEps | Predicted:
     """The network under the inversion's prompts."""
     prompt, negative = sd.encode_prompts([how.prompt, how.negative])[:, None]
     return sd.guided(constant(prompt, how.steps), how.guidance, negative)
 
 
 @torch.no_grad()
-def invert(sd: StableDiffusion, how: Inversion, eps_fn: GuidedEps, x_0: Tensor, progress: Progress = int) -> Inverted:
+def invert(sd: StableDiffusion, how: Inversion, eps_fn: EpsFn, x_0: Tensor, progress: Progress = int) -> Inverted:
     """Latents (B, C, H, W), float32, to noise by the chosen method; eps_fn: see `bind`."""
     timesteps = SPACINGS[how.spacing](how.steps, sd.schedule)
     for step in METHODS[how.method](eps_fn, x_0, sd.schedule, how.steps, timesteps=timesteps):
@@ -98,9 +99,7 @@ def invert(sd: StableDiffusion, how: Inversion, eps_fn: GuidedEps, x_0: Tensor, 
 
 
 @torch.no_grad()
-def retrace(
-    sd: StableDiffusion, how: Inversion, eps_fn: GuidedEps, noise: Inverted, progress: Progress = int
-) -> Tensor:
+def retrace(sd: StableDiffusion, how: Inversion, eps_fn: EpsFn, noise: Inverted, progress: Progress = int) -> Tensor:
     """The way down again, by the sampler that the method inverts: latents (B, C, H, W)."""
     timesteps = SPACINGS[how.spacing](how.steps, sd.schedule)
     if noise.y_T is None:

@@ -163,6 +163,10 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--batch: got {args.batch}, more than the {len(training)} training images of {args.data}")
         recipe = recipe_of(args, data.kind, len(training))
         sd = load_model(args)
+        if sd.prediction != "eps":
+            raise ValueError(
+                f"--weights: {args.weights} predicts {sd.prediction}; only networks of eps are trained here"
+            )
         preprocessing = preprocessing_of(args, sd, data.reading)
         folder = run_folder(args, sd, training, recipe, preprocessing, processes)
         learner = UNetLearner(sd.unet, recipe, processes, args.shard, sd.clip if args.train_text_encoder else None)

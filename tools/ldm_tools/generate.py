@@ -37,11 +37,11 @@ def run(args: argparse.Namespace) -> None:
         guidance=args.guidance,
         negative=args.negative,
         sampler=args.sampler,
-        spacing=args.spacing,
+        spacing=args.spacing or "leading",
         eta=args.eta,
     )
     sd = load_model(args)
-    plan = replace(plan, latent_size=latent_size(args.size, sd))
+    plan = replace(plan, latent_size=latent_size(args.size, sd), spacing=args.spacing or sd.schedule.spacing)
     record = run_generation(sd, plan, args.out)
     columns = math.ceil(math.sqrt(len(seeds)))
     images = [load_pixels(image_path(args.out, seed, "image")) for seed in seeds]

@@ -5,6 +5,7 @@ ldm invert patient1.jpg patient2.png --prompt "Normal chest X-ray with no signif
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default %(default)s)",
     )
     parser.add_argument("--steps", type=int, default=50, help="sampling steps (default %(default)s)")
-    parser.add_argument("--spacing", choices=SPACINGS, default="leading", help="of the steps (default %(default)s)")
+    parser.add_argument("--spacing", choices=SPACINGS, help="of the steps (default: the model's own, leading in SD1.5)")
     parser.add_argument(
         "--guidance",
         type=float,
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
         prompt=args.prompt,
         method=args.method,
         steps=args.steps,
-        spacing=args.spacing,
+        spacing=args.spacing or "leading",
         guidance=args.guidance,
         negative=args.negative,
         fit=args.fit,
@@ -77,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
     )
     images = open_images(args.image)
     sd = load_model(args)
+    how = replace(how, spacing=args.spacing or sd.schedule.spacing)
     record = run_inversion(sd, how, images, args.out, latent_size=latent_size(args.size, sd))
     for entry in record["images"]:
         print(round_trip(entry))

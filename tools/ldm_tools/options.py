@@ -144,7 +144,7 @@ def add_sampling(parser: argparse.ArgumentParser, guidance: float = 7.5) -> None
     parser.add_argument("--seeds", default="0", help="such as 0-15 or 0,3,8 (default %(default)s); a seed is an image")
     parser.add_argument("--steps", type=int, default=50, help="sampling steps (default %(default)s)")
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="default: %(default)s")
-    parser.add_argument("--spacing", choices=SPACINGS, default="leading", help="of the steps (default: %(default)s)")
+    parser.add_argument("--spacing", choices=SPACINGS, help="of the steps (default: the model's own, leading in SD1.5)")
     parser.add_argument(
         "--guidance", type=float, default=guidance, help="classifier-free guidance scale (default %(default)s)"
     )

@@ -83,14 +83,14 @@ def run(args: argparse.Namespace) -> None:
         guidance=args.guidance,
         negative=(args.neutral if images else "") if args.negative is None else args.negative,
         sampler=args.sampler,
-        spacing=args.spacing,
+        spacing=args.spacing or "leading",
         eta=args.eta,
         indexing=args.indexing,
         bezier_points=args.bezier_points,
         keep=tuple(args.keep.split(",")) if args.keep else (),
     )
     sd = load_model(args)
-    plan = replace(plan, latent_size=latent_size(args.size, sd))
+    plan = replace(plan, latent_size=latent_size(args.size, sd), spacing=args.spacing or sd.schedule.spacing)
     start = ImageStart(sd, plan, images, args.inversion, args.fit, pixels(args)) if images else None
     record = run_traversal(sd, plan, args.out, images=not args.no_images, start=start)
     if not args.no_images:
