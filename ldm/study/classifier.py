@@ -1,8 +1,7 @@
 """Attribute classifiers: with what probability does an image show each attribute? [paper, Table 1]
 
-A network of timm's EfficientNet family, dropout and one linear layer, one logit an attribute. On disk a classifier is
-NAME.safetensors, the network's weights, and beside it NAME.json: which network, which attributes, which images it
-takes, and how well it did on images that it was not trained on. `ldm.train.classifier` makes such files.
+On disk a classifier is NAME.safetensors, the weights of one of timm's networks, and NAME.json: which network, which
+attributes, which images it takes, and its scores on held-out images. `ldm.train.classifier` makes such files.
 
 Letters: B images, K attributes, S the side of an image in pixels.
 """
@@ -43,12 +42,11 @@ class Classifier:
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
-        """How likely each image shows each attribute. The result is independent of B up to float rounding.
+        """How likely each image shows each attribute.
 
         Args:    images: (B, 3, S, S) in [-1, 1], on any device; S must be `input_size`.
         Returns: (B, K) float32 in [0, 1], columns in the order of `attributes`, on the device of `images`.
-        Raises:  ValueError: for images of another size, since what a network learned at one size it does not know at
-                 another, and resizing hides that.
+        Raises:  ValueError: for images of another size: resizing would hide that the network does not know it.
         """
         size = self.input_size
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
@@ -106,8 +104,8 @@ def save(path: Path, classifier: Classifier) -> None:
 def load(path: Path | str, device: str | torch.device = "cpu") -> Classifier:
     """Read what `save` wrote.
 
-    Raises:  ValueError: when the .json does not describe a classifier, or the weights are not those of the network
-             that it names.  FileNotFoundError: when one of the two files is missing.
+    Raises:  ValueError: the .json describes no classifier, or the weights are not those of the network that it names.
+             FileNotFoundError: one of the two files is missing.
     """
     path = checked_name(Path(path))
     for file in (path, path.with_suffix(".json")):

@@ -1,8 +1,8 @@
-"""Other ways to the same edit, to hold the traversal against. All are judged at the averaged swap steps.
+"""Other ways to the same edit, to hold the traversal against, judged at the averaged swap steps.
 
-    linear_direction    z_n + mean over other seeds of (z_s - z_n): one direction for all, as linear editing has it
+    linear_direction    z_n + mean over other seeds of (z_s - z_n): one direction for all
     random_direction    z_n + a random direction as long as this seed's own swap direction
-    constant_blend      the style's prompt mixed in with one constant weight from the first step to the last
+    constant_blend      the style's prompt mixed in with one weight from the first step to the last
     ramp_blend          mixed in along a ramp
     chord               points on the straight line from z_n to the strongest swap, instead of on the Bezier curve
 
@@ -98,9 +98,6 @@ def blends(instruments: Instruments, plan: Traversal, seed: int, averaged: Seque
 
 
 def ramp_of_mean(share: float, steps: int) -> tuple[int, int]:
-    """Begin and end of the ramp whose weights have this mean: from step 0 on where the style has the larger share.
-
-    A ramp from b to e has the mean weight 1 - (b + e) / 2S: (0, 2S(1 - share)), or up to the last step.
-    """
+    """Begin and end of a ramp of this mean weight, 1 - (b + e) / 2S: it begins at step 0 or ends at the last."""
     middle = int(np.rint(2 * steps * (1 - share)))
     return (0, max(1, middle)) if middle <= steps else (min(middle - steps, steps - 1), steps)

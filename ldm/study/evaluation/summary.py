@@ -142,7 +142,7 @@ def summarise_truth(
             "retrieval": measured["retrieved"],
             "oracle": measured["oracle"],
         }
-        strength = ground_truth.edit_strength_correlation(measured["probabilities.swaps"][:, a, :, k], swap_steps)
+        strengths = ground_truth.edit_strength_correlations(measured["probabilities.swaps"][:, a, :, k], swap_steps)
         reports[name] = {
             "n": len(neutral),
             "swaps": swaps[name],
@@ -169,7 +169,7 @@ def summarise_truth(
                 "retrieval": stats.share(measured["floor.retrieved"][:, a])["value"],
                 "oracle": stats.share(measured["floor.oracle"])["value"],
             },
-            "strength_correlation": {key: strength[key] for key in ("value", "n", "interval")},
+            "strength_correlation": stats.mean(strengths),
         }
     return reports
 

@@ -1,10 +1,7 @@
 """Ground truth: a rendered phantom is encoded, inverted, swapped, and held against the rendered counterfactual.
 
-Only rendered images have a truth: a generated one has no seed of anatomy. What encoding and inversion lose by
-themselves, the floor, is measured beside everything: the neutral branch retraces the original.
-
-The negative prompt of these runs is the neutral one. Guidance then adds nothing to the neutral branch, which retraces
-the inversion at any scale, and strengthens only what the style changes.
+What encoding and inversion lose by themselves, the floor, is measured beside everything: the neutral branch retraces
+the original, at any scale, because the negative prompt of these runs is the neutral one.
 
 Letters: A attributes, S swap steps, K heads, G patients of the gallery, C H W of a latent, h w of an image.
 """
@@ -94,11 +91,10 @@ def measure_truth(
     """One rendered patient, edited by every attribute at every swap step, against the truth.
 
     Args:    plan: see `retraceable`.  others: see `gallery`.
-    Returns: latents.neutral, latents.swaps; probabilities.original (K,), .neutral (K,) of the retraced image, .truth
-             (A, K), .swaps (A, S, K); skill, leakage, retrieved (0 or 1), oracle (0 or 1): (A, S). What is lost
-             without any edit: floor.psnr_db and floor.latent (relative error) of the retraced original, whether it is
-             recognised, floor.retrieved (A,), and nearer to itself than to its counterfactuals, floor.oracle;
-             floor.skill and floor.leakage (A,) of the true counterfactual encoded and decoded, a perfect edit.
+    Returns: latents.neutral, .swaps;  probabilities.original (K,), .neutral (K,) of the retraced image, .truth (A, K),
+             .swaps (A, S, K);  skill, leakage, retrieved, oracle: (A, S).
+             floor.psnr_db, .latent (relative error), .retrieved (A,), .oracle of the retraced original;
+             floor.skill, .leakage (A,) of the true counterfactual encoded and decoded, a perfect edit.
     """
     sd, attributes = instruments.sd, tuple(plan.styles)
     shape = latent_shape(sd, plan)

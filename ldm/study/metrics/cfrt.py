@@ -80,25 +80,15 @@ def cfrt(
 
     Args:    neutral: (n, K) probabilities on the neutral images.  swapped: (n, A, S, K) on the swapped ones.
              heads: the K classifiers' names.  attributes: the A attributes swapped in, each one of heads.
-             decision_neutral, decision_swapped: (n,), (n, A, S) integers or booleans, the class that each image is
-             taken for (melanoma, nevus); None: `strict` goes without.
+             decision_neutral, decision_swapped: (n,), (n, A, S), the class that each image is taken for, as integers or
+             booleans; None: `strict` goes without.
              swap_steps: the S swap steps or frames; None: 0..S-1.  averaged: those that d is a mean over; None: all.
-             seed: of the bootstrap.
-    Returns: for every attribute, ready for JSON (null where there is no figure):
-             swap_steps            those averaged
-             cfrt                  reading -> value, n, ties, dropped, interval (Wilson 95 %), chance. Chance is that
-                                   of the largest of K (of A for single_f); of `strict` it is an upper bound.
-             flip_rate             value, n, interval: the share of all seeds with p_A(x) < 1/2 and the mean over s of
-                                   p_A(x') >= 1/2; already_present: seeds with p_A(x) >= 1/2, which cannot flip
-             target_change         value, n, interval (bootstrap) of the mean d_A, the change of probability (CPG)
-             largest_off_target    attribute, value: the other classifier with the largest mean |d_k|
-             decision              value, n, interval: the share of seeds whose class decision is unchanged at every
-                                   averaged s; null without decisions
-             per_swap_step         swap_steps, and for each of them alone: the readings, flip_rate, target_change,
-                                   off_target (lists); interval: the same names but off_target, which is the largest of
-                                   several means, -> [low, high] of each step, as above
-    Raises:  ValueError: one head only (there is nothing to exceed), shapes or names that do not fit, probabilities
-             outside 0..1.
+    Returns: attribute -> swap_steps (those averaged) and, each with value, n, interval where it has them:
+             cfrt: reading -> also ties, dropped, chance;  flip_rate (mean p_A rises over 1/2), also already_present;
+             target_change (mean d_A);  largest_off_target (the other attribute with the largest mean |d_k|);
+             decision (the class is unchanged at every averaged s; None without decisions);  per_swap_step: the same of
+             each step alone, as lists, with interval: name -> [low, high] of each step. None where there is no figure.
+    Raises:  ValueError: one head only, shapes or names that do not fit, probabilities outside 0..1.
     """
     table = _checked(neutral, swapped, heads, attributes, decision_neutral, decision_swapped)
     steps, columns = _averaged_columns(table.swapped.shape[2], swap_steps, averaged)
@@ -127,9 +117,8 @@ def successes(
 ) -> dict[str, dict[str, Floats]]:
     """The verdict on every seed, to compare methods by `stats.paired_cluster_bootstrap`.
 
-    Args:    as `cfrt`.
+    Args, Raises: as `cfrt`.
     Returns: attribute -> reading -> (n,) of 1, 0, and NaN where the seed is dropped.
-    Raises:  ValueError: as `cfrt`.
     """
     table = _checked(neutral, swapped, heads, attributes, decision_neutral, decision_swapped)
     _, columns = _averaged_columns(table.swapped.shape[2], swap_steps, averaged)
@@ -141,10 +130,7 @@ def successes(
 
 
 def find_name(argument: str, name: str, names: Sequence[str]) -> int:
-    """Where a name is among names.
-
-    Raises:  ValueError: it is not; offers the nearest.
-    """
+    """Where a name is among names. Raises ValueError, offering the nearest, where it is not."""
     if name in names:
         return list(names).index(name)
     raise ValueError(f"{argument}: no {name!r} among {list(names)}{nearest(name, names)}")

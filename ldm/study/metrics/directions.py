@@ -1,9 +1,7 @@
 """Does the direction of a swap depend on when it is made? Cosines of directions, and the shape of the path.
 
-The paper argues that an attribute's trajectory is not a line, by the cosine between z_s - z_neutral and the direction
-at s = 45 (eq. 4). Here is that row, the whole matrix, and measures of the path, all with intervals over seeds. Two
-references stand beside the measures: a straight line, which no path of a network meets exactly, and a walk that goes
-somewhere new at every step.
+Beside the paper's row of cosines (eq. 4) stand the whole matrix, and measures of the path with two references: a
+straight line, and a walk whose every step goes somewhere new.
 
 Letters: n seeds, S swap steps, P points of a path; "..." is the shape of a latent, taken as one vector.
 Sources: TehraniNasab, Kumar, Arbel 2025, eq. 4 and Figure 5; Antognini and Sohl-Dickstein 2018 (arXiv:1806.08805), on
@@ -64,12 +62,9 @@ def cosine_summary(
 ) -> dict[str, Any]:
     """The mean of the seeds' cosine matrices, and of the row that the paper shows, with bootstrap intervals.
 
-    A NaN is left out of its own cell only.
-
-    Args:    matrices: (n, S, S) from `cosine_matrix`.  swap_steps: the S steps.  reference: the paper's 45; where it
-             is not among the steps, the latest is taken.
-    Returns: ready for JSON: swap_steps, n, mean (S x S), low, high (S x S), and row: against, value (S), interval
-             (S x 2).
+    Args:    matrices: (n, S, S) from `cosine_matrix`; a NaN is left out of its own cell.  swap_steps: the S steps.
+             reference: the row's step; where it is not among the steps, the latest is taken.
+    Returns: swap_steps, n, mean, low, high (S x S), and row: against, value (S), interval (S x 2); ready for JSON.
     Raises:  ValueError: shapes that do not fit.
     """
     values, steps = np.asarray(matrices, np.float64), [int(step) for step in swap_steps]
@@ -100,8 +95,8 @@ def path_geometry(points: ArrayLike) -> dict[str, float]:
     line_residual     root mean square distance from the best (least squares) line, over the chord
     first_direction   share of the points' variance along their first principal direction; 1 for a line
 
-    Args:    points: (P, ...) in order; points that repeat their predecessor count for nothing but the variance.
-    Returns: the six; NaN where a path has no length, or no chord, or (turning, curvature) no corner.
+    Args:    points: (P, ...) in order.
+    Returns: the six; NaN where a path has no length, no chord, or (turning, curvature) no corner.
     Raises:  ValueError: fewer than two points.
     """
     path = np.asarray(points, np.float64)
@@ -123,16 +118,11 @@ def path_geometry(points: ArrayLike) -> dict[str, float]:
 
 
 def walk_geometry(points: int) -> dict[str, float]:
-    """What a walk scores whose equal steps are all at right angles to each other, as random steps in many dimensions
-    very nearly are.
+    """What a walk scores whose equal steps are all at right angles, as random steps in many dimensions very nearly are.
 
-    first_direction   6 / (4 sin^2(pi / 2P) (P^2 - 1)), falling to 6 / pi^2 = 0.61             [Antognini 2018]
+    first_direction = 6 / (4 sin^2(pi / 2P) (P^2 - 1)), falling to 6 / pi^2 = 0.61             [Antognini 2018]
 
-    The steps of a trajectory are not equal. That leaves the turning of such a walk as it is; the other measures come
-    nearer to a line's, the more of the way is made in one step.
-
-    Args:    points: P, of the walk.
-    Returns: the six of `path_geometry`; the curvatures are NaN, since a walk of equal steps has no scale.
+    Returns: the six of `path_geometry`; the curvatures are NaN, since such a walk has no scale.
     Raises:  ValueError: fewer than two points.
     """
     if points < 2:
@@ -147,9 +137,8 @@ def non_linearity(
     """The paper's claim that trajectories are not lines, tested over seeds.
 
     Args:    geometries: one `path_geometry` a seed.  points: P of every path.
-    Returns: measure -> straight (what a line scores), walk (what `walk_geometry` does; no curvatures), value, n,
-             interval (bootstrap of the mean); and in first_direction departs: value, n, interval (Wilson) of the share
-             of seeds whose path is no line, since its first direction holds less than `below` of the variance.
+    Returns: measure -> straight (what a line scores), walk (what `walk_geometry` does), value, n, interval of the mean;
+             first_direction also has departs: value, n, interval of the share of seeds below `LINE_VARIANCE`.
     """
     walk = walk_geometry(points)
     report: dict[str, dict[str, Any]] = {}

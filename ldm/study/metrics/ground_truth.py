@@ -1,24 +1,18 @@
-"""What only phantoms allow: an edit compared with the counterfactual that it should have been.
+"""What only phantoms allow: an edit compared, pixel by pixel, with the counterfactual that it should have been.
 
-A phantom can be rendered with and without an attribute, and the two differ in that attribute's mask only. So an edit of
-the one can be held against the other pixel by pixel.
-
-Images are (B, 3, H, W), masks (B, H, W) booleans, numpy arrays or CPU tensors; values on one scale, as [-1, 1].
-Norms run over all pixels and channels of an image. Letters: B images or n seeds, H W pixels, C classes, S swap steps.
+Images are (B, 3, H, W) and masks (B, H, W) booleans, numpy arrays or CPU tensors, values on one scale such as [-1, 1].
+Norms run over all pixels and channels. Letters: B images, G other patients, n seeds, C classes, S swap steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import binary_dilation
 from scipy.spatial.distance import cdist
 from scipy.stats import rankdata
-
-from ldm.study.metrics import stats
 
 Floats = NDArray[np.float64]
 
@@ -39,8 +33,7 @@ def skill(edited: ArrayLike, truth: ArrayLike, original: ArrayLike) -> Floats:
 def leakage(edited: ArrayLike, original: ArrayLike, mask: ArrayLike, dilate: int = 0) -> Floats:
     """The share of an edit's squared change that lies outside the attribute's mask.
 
-    Args:    edited, original: (B, 3, H, W).  mask: (B, H, W), the pixels that the attribute may change.
-             dilate: pixels by which the mask is widened in all eight directions; a decoder cannot be sharper.
+    Args:    edited, original: (B, 3, H, W).  mask: (B, H, W).  dilate: pixels by which the mask is widened.
     Returns: (B,) in 0..1; NaN where nothing changed.
     Raises:  ValueError: shapes that do not fit, or a negative dilate.
     """
@@ -51,11 +44,7 @@ def leakage(edited: ArrayLike, original: ArrayLike, mask: ArrayLike, dilate: int
 
 
 def dilated(masks: ArrayLike, pixels: int) -> NDArray[np.bool_]:
-    """Masks widened by so many pixels, sideways and diagonally.
-
-    Args:    masks: (B, H, W).
-    Raises:  ValueError: a negative number of pixels, or other shapes.
-    """
+    """Masks (B, H, W) widened by so many pixels, sideways and diagonally. Raises ValueError for a negative number."""
     masks = np.asarray(masks, bool)
     if pixels < 0 or masks.ndim != 3:
         raise ValueError(f"dilate: expected 0 or more pixels and (B, H, W) masks, got {pixels} and {masks.shape}")
@@ -67,8 +56,7 @@ def dilated(masks: ArrayLike, pixels: int) -> NDArray[np.bool_]:
 def identity_hits(edited: ArrayLike, original: ArrayLike, others: ArrayLike, mask: ArrayLike) -> NDArray[np.bool_]:
     """Whether each edit of one patient is still as near to the patient's own original as to anyone else's.
 
-    The distance is Euclidean over the pixels outside the mask, since inside it a change is wanted. Equally near is a
-    hit, here and wherever retrieval@1 is reported.
+    The distance is Euclidean over the pixels outside the mask. Equally near is a hit.
 
     Args:    edited: (B, 3, H, W).  original: (3, H, W).  others: (G, 3, H, W), of other patients.  mask: (H, W).
     Returns: (B,) booleans.
@@ -86,14 +74,11 @@ def identity_hits(edited: ArrayLike, original: ArrayLike, others: ArrayLike, mas
     return distances[:, 0] <= distances.min(axis=1)
 
 
-def oracle_class(edited: ArrayLike, renderings: ArrayLike, mask: ArrayLike | None = None) -> NDArray[np.int64]:
+def oracle_class(edited: ArrayLike, renderings: ArrayLike) -> NDArray[np.int64]:
     """Which of several renderings of its own seed an edit resembles most: a classifier that cannot be fooled.
 
-    With renderings without and with an attribute, and the attribute's mask, it tells whether the attribute is there;
-    with those of several classes, which class is shown.
-
-    Args:    edited: (B, 3, H, W).  renderings: (B, C, 3, H, W).  mask: (B, H, W) pixels that count; None: all.
-    Returns: (B,) int64 in 0..C-1, the nearest; of equally near ones the first.
+    Args:    edited: (B, 3, H, W).  renderings: (B, C, 3, H, W), such as without and with an attribute.
+    Returns: (B,) int64 in 0..C-1; of equally near ones the first.
     Raises:  ValueError: shapes that do not fit.
     """
     (edited,), renderings = _images(edited=edited), np.asarray(renderings, np.float64)
@@ -101,22 +86,14 @@ def oracle_class(edited: ArrayLike, renderings: ArrayLike, mask: ArrayLike | Non
         raise ValueError(
             f"renderings: expected (B, classes, 3, H, W) for images {edited.shape}, got {renderings.shape}"
         )
-    counted = np.ones(edited[:, 0].shape, bool) if mask is None else _masks(mask, edited)
-    squares = ((edited[:, None] - renderings) ** 2).sum(axis=2)  # (B, C, H, W)
-    return np.where(counted[:, None], squares, 0).sum(axis=(2, 3)).argmin(axis=1)
+    return ((edited[:, None] - renderings) ** 2).sum(axis=(2, 3, 4)).argmin(axis=1)
 
 
-def edit_strength_correlation(
-    target_probabilities: ArrayLike, swap_steps: Sequence[int], *, seed: int = 0
-) -> dict[str, Any]:
-    """Whether an earlier swap edits more: Spearman's correlation of the target's probability with edit strength.
-
-    An early swap is a strong edit, so strength falls with the swap step: 1 means that the probability rises with
-    every earlier swap.
+def edit_strength_correlations(target_probabilities: ArrayLike, swap_steps: Sequence[int]) -> Floats:
+    """Spearman's correlation of each seed's target probability with edit strength, which falls with the swap step.
 
     Args:    target_probabilities: (n, S).  swap_steps: the S steps.
-    Returns: value (mean over seeds), n, interval (bootstrap), per_seed (n values; null where a row has a NaN or is
-             constant, and such a seed is left out).
+    Returns: (n,); NaN where a row has a NaN or is constant.
     Raises:  ValueError: shapes that do not fit, or fewer than two steps.
     """
     rows = np.asarray(target_probabilities, np.float64)
@@ -125,16 +102,11 @@ def edit_strength_correlation(
     # Spearman's is Pearson's of the ranks; equal values share their mean rank.
     ranks, strength = _centred_ranks(rows), _centred_ranks(-np.asarray(swap_steps, np.float64)[None])
     norms = np.sqrt((ranks**2).sum(axis=1) * (strength**2).sum())
-    correlations = _ratio((ranks * strength).sum(axis=1), norms)
-    per_seed = [stats.or_none(correlation) for correlation in correlations]
-    return {**stats.mean(correlations, seed=seed), "per_seed": per_seed}
+    return _ratio((ranks * strength).sum(axis=1), norms)
 
 
 def share_of_ceiling(value: float | None, ceiling: float | None) -> float | None:
-    """A figure over what the true pairs reach: the classifier's own errors are not the edit's.
-
-    Returns: value / ceiling; null where either is missing or the ceiling is 0.
-    """
+    """A figure over what the true pairs reach; None where either is missing or the ceiling is 0."""
     if value is None or not ceiling:
         return None
     return value / ceiling

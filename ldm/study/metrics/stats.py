@@ -1,7 +1,7 @@
-"""How sure a figure is: intervals of shares and means over seeds, and of the difference between two methods.
+"""Intervals of shares and means over seeds, and of the difference between two methods.
 
-Seeds are the unit: images of one seed resemble each other, so a resample takes a seed with all that belongs to it.
-Everything is deterministic: the resamples come from the `seed` argument, and no sum depends on the number of threads.
+A resample takes a seed with all that belongs to it, since images of one seed resemble each other. Nothing depends on
+the number of threads.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ Floats = NDArray[np.float64]
 
 
 def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """The Wilson score interval of a share, which stays within 0..1 and is honest at 0 and at n successes.
+    """The Wilson score interval of a share, which stays within 0..1.  [Wilson 1927]
 
-    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n),  p = successes/n      [Wilson 1927]
+    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n),  p = successes/n
 
-    Args:    confidence: in (0, 1).
     Returns: low, high; (nan, nan) for n = 0.
     Raises:  ValueError: successes outside 0..n, or confidence outside (0, 1).
     """
@@ -44,9 +43,9 @@ def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[floa
 
 
 def bootstrap_mean(values: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """The 95 % percentile interval of a mean, by resampling the seeds.
+    """The 95 % percentile interval of a mean over seeds.
 
-    Args:    values: (n,) one value per seed; NaN values are left out.
+    Args:    values: (n,); NaN are left out.
     Returns: low, high; (nan, nan) where no value is left.
     Raises:  ValueError: values is not a vector.
     """
@@ -60,9 +59,7 @@ def bootstrap_mean(values: ArrayLike, *, seed: int = 0, resamples: int = RESAMPL
 def bootstrap_means(values: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES) -> tuple[Floats, Floats]:
     """The 95 % percentile intervals of many means over the same seeds, such as the cells of a matrix.
 
-    A resample draws n seeds with replacement and takes all cells of each; a cell's mean leaves its NaN out.
-
-    Args:    values: (n, ...) the cells of every seed.
+    Args:    values: (n, ...), the cells of every seed; a cell's mean leaves its NaN out.
     Returns: low, high: (...) each; NaN where a cell has no value.
     """
     values = np.asarray(values, np.float64)
@@ -82,15 +79,10 @@ def bootstrap_means(values: ArrayLike, *, seed: int = 0, resamples: int = RESAMP
 def paired_cluster_bootstrap(
     a: ArrayLike, b: ArrayLike, clusters: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> dict[str, Any]:
-    """By how much method a exceeds method b on the same seeds: mean(a - b) with its 95 % percentile interval.
+    """The mean of a - b over the same seeds, with its 95 % percentile interval: by how much one method exceeds another.
 
-    The methods share their seeds, hence the pairs; a seed may give several rows (attributes, swap steps), which are
-    not independent, hence a resample draws clusters and takes all rows of each.
-
-    Args:    a, b: (n,) one value per row; a row where either is NaN is left out.
-             clusters: (n,) what a row belongs to, usually its seed.
-    Returns: value, interval [low, high], clusters (how many are left), n (rows); value and interval are null without
-             rows.
+    Args:    a, b: (n,) one value a row; a row where either is NaN is left out.  clusters: (n,) the seed of each row.
+    Returns: value, interval [low, high], clusters (how many are left), n (rows); None without rows.
     Raises:  ValueError: the three are not vectors of one length.
     """
     a, b, clusters = np.asarray(a, np.float64), np.asarray(b, np.float64), np.asarray(clusters)
@@ -117,8 +109,8 @@ def paired_cluster_bootstrap(
 def share(successes: ArrayLike) -> dict[str, Any]:
     """A share with its Wilson interval, ready for JSON.
 
-    Args:    successes: (n,) of 1 and 0 (or booleans); NaN are left out.
-    Returns: value, n, interval [low, high]; null instead of NaN.
+    Args:    successes: (n,) of 1 and 0, or booleans; NaN are left out.
+    Returns: value, n, interval [low, high]; None instead of NaN.
     """
     successes = np.asarray(successes, np.float64)
     n, hits = int((~np.isnan(successes)).sum()), int(np.nansum(successes))
@@ -129,7 +121,7 @@ def mean(values: ArrayLike, *, seed: int = 0) -> dict[str, Any]:
     """A mean with its bootstrap interval, ready for JSON.
 
     Args:    values: (n,); NaN are left out.
-    Returns: value, n, interval [low, high]; null instead of NaN.
+    Returns: value, n, interval [low, high]; None instead of NaN.
     """
     array = np.asarray(values, np.float64)
     kept = array[~np.isnan(array)]
@@ -138,7 +130,7 @@ def mean(values: ArrayLike, *, seed: int = 0) -> dict[str, Any]:
 
 
 def or_none(x: float) -> float | None:
-    """JSON has no NaN: null says that there is no figure."""
+    """The number, or None for NaN, which JSON does not have."""
     return None if math.isnan(x) else float(x)
 
 

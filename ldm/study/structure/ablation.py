@@ -2,14 +2,13 @@
 
 Three figures of a removed part, each against the same prompts and seeds:
 
-    effect    p(attribute | style prompt) - p(attribute | neutral prompt), both without the part. The intact network's
-              effect minus this one is what the part carries. A difference, since a broken image can fool the classifier
-    identity  root mean square difference between those two images outside the region that the intact network edits: by
-              how much an edit spills over. A generated image has no true mask, so the intact edit marks the region
-    neutral   root mean square difference of the neutral image from the intact one: what the part is for anyway
+    effect    p(attribute | style prompt) - p(attribute | neutral prompt), both without the part
+    identity  root mean square difference between those two images outside the region that the intact network edits
+    neutral   root mean square difference of the neutral image from the intact one
 
-Differences are in grey levels of 255. Letters: A attributes, B seeds, K = 1 + A images, the neutral one first,
-h w of an image, N layers, W windows.
+The intact network's effect minus this one is what the part carries. Differences are in grey levels of 255.
+
+Letters: A attributes, B seeds, K = 1 + A images, the neutral one first, h w of an image, N layers, W windows.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -108,10 +107,7 @@ class Ablation:
 def injection(
     prompts: Prompts, settings: Settings, layers: Sequence[str], timesteps: Collection[float]
 ) -> dict[str, Edit]:
-    """The edits by which some cross-attentions see the styles at some times, in A B rows under the neutral prompt.
-
-    Args:    layers: names of cross-attentions.  timesteps: training timesteps.
-    """
+    """The edits by which some cross-attentions see the styles at some times, in A B rows under the neutral prompt."""
     rows = prompts.styles.repeat_interleave(len(settings.seeds), dim=0)
     edit = put(rows).only(timesteps=timesteps)
     if settings.guidance != 1:  # then a call's first half are the unconditional rows, which stay as they are
@@ -131,7 +127,7 @@ def effects(p: Tensor) -> Tensor:
 def outside_error(images: Tensor, regions: Tensor) -> Tensor:
     """Root mean square difference between each edit and the neutral image outside a region, in grey levels of 255.
 
-    Args:    images: (K, B, 3, h, w) in [-1, 1], the neutral one first.  regions: (A, B, h, w) bool.
+    Args:    images: (K, B, 3, h, w) in [-1, 1].  regions: (A, B, h, w) bool.
     Returns: (A, B); NaN where a region is the whole image.
     """
     squares = (images[1:] - images[0]).square().mean(dim=2)
@@ -140,10 +136,7 @@ def outside_error(images: Tensor, regions: Tensor) -> Tensor:
 
 
 def windows(steps: int, count: int) -> list[range]:
-    """The steps in `count` windows of about equal length: depth's other axis, time.
-
-    Raises:  ValueError: more windows than steps, or none.
-    """
+    """The steps in `count` windows of about equal length. Raises ValueError for more windows than steps, or none."""
     if not 1 <= count <= steps:
         raise ValueError(f"windows: expected 1..{steps}, the number of steps, got {count}")
     ends = [round(i * steps / count) for i in range(count + 1)]

@@ -1,10 +1,7 @@
 """Where each word looks while an image is drawn, by the cross-attention's probabilities; and is it the right place?
 
-A rendered phantom has an attribute whose true mask is known. It is encoded, inverted under the prompt that names the
-attribute, and drawn again from the noise found, so that the words' maps can be held against the mask.
-
-A map is coarse: 8 x 8 at best in the small model. So what the mask itself scores through the same grid is measured
-beside it, and what a random place would.
+A rendered phantom, whose attribute's mask is known, is encoded, inverted under the prompt that names the attribute, and
+drawn again, so that the words' maps can be held against the mask.
 
 Letters: B images, S steps, N layers, V words, h w of a layer's grid, G the finest grid's side, H W of an image.
 """
@@ -114,8 +111,6 @@ def resized(maps: Tensor, height: int, width: int) -> Tensor:
 def overlap(maps: Tensor, masks: Bools) -> NDArray[np.float64]:
     """How well maps find a mask: intersection over union of the mask with as many of the map's brightest pixels.
 
-    As many as the mask has, so no threshold is chosen. Equally bright pixels are taken row by row.
-
     Args:    maps: (..., B, h, w), brought to the masks' size.  masks: (B, H, W).
     Returns: (..., B) in 0..1; NaN for an empty mask.
     """
@@ -132,7 +127,7 @@ def overlap(maps: Tensor, masks: Bools) -> NDArray[np.float64]:
 def limits(masks: Bools, grid: int) -> Mapping[str, float]:
     """What a map could score: "chance" of a random place, "ceiling" of the mask itself on a grid of that side.
 
-    Chance: k of n pixels at random meet k^2 / n of the mask, an intersection over union of k / (2 n - k).
+    chance = k / (2 n - k), of k masked pixels out of n
     """
     share = masks.mean(axis=(1, 2))
     coarse = F.adaptive_avg_pool2d(torch.from_numpy(masks).float()[:, None], grid)[:, 0]

@@ -4,14 +4,12 @@ Each seed is drawn under the neutral prompt and with every style swapped in at e
 trajectories are looked at in several spaces:
 
     z                 the final latents, where the paper measures directions
-    PLACE, last step  the activation of a place at the last step: what the network makes of those latents
+    PLACE, last step  the activation of a place at the last step
     x_t, all steps    the latents after each step, one after the other, as one long vector
     PLACE, all steps  the activations of all steps, likewise
 
-The first two can be held against each other, and the last two. A bottleneck in which edits are straight lines, one for
-all images, is what Kwon et al. 2023 (arXiv:2210.10960) report of large models, of `mid_block`.
-
 Letters: A attributes, n seeds, M swap steps, S steps, R = 1 + A M rows of one seed, L tokens, D context width.
+Source: Kwon et al. 2023 (arXiv:2210.10960), who report that edits are straight lines at `mid_block`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
