@@ -224,7 +224,7 @@ def test_the_metric_stands_in_every_evaluation(tmp_path, monkeypatch):
         ssim=lambda pixels, base: torch.ones(len(pixels)),
         lpips_to=lambda pixels, base: torch.ones(len(pixels)),
     )
-    measuring = with_line(trajectories, 'found[f"ssim.{name}"]', BLOCKS["in measure"]).names
+    measuring = with_line(trajectories, '[f"ssim.{name}"] = ', BLOCKS["in measure"]).names
     measuring["sharpness"] = sharpness
     found = measuring["measure"](instruments, plan, drawn)
     assert found["sharpness.swaps"].shape == (2, 2)
