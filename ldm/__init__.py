@@ -6,15 +6,19 @@ import os
 # as measured. Torch reads this once, at its first tensor, so `import ldm` should come before that.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from ldm import conditioning, guidance, pipeline, samplers, schedule
 from ldm.pipeline import StableDiffusion
-from ldm.traversal import bezier, inversion, prompt_tree
+
+if TYPE_CHECKING:
+    from ldm.traversal import bezier, inversion, prompt_tree
 
 __all__ = [
     "StableDiffusion",
@@ -27,6 +31,13 @@ __all__ = [
     "samplers",
     "schedule",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`ldm.bezier` and the like, read when they are first asked for."""
+    if name in ("bezier", "inversion", "prompt_tree"):
+        return importlib.import_module(f"ldm.traversal.{name}")
+    raise AttributeError(f"module 'ldm' has no attribute {name!r}")
 
 
 def load(

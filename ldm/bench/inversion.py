@@ -135,12 +135,12 @@ def scorecard(
     rows: list[dict[str, Any]] = []
     with tqdm(total=len(todo) * len(subjects), desc="inversion: round trips", unit="image", mininterval=1) as bar:
         for case in todo:
-            found = []
+            measured = []
             for subject in subjects:
-                found.append(measure(models[case.dtype], case, subject))
+                measured.append(measure(models[case.dtype], case, subject))
                 bar.update()
-            means = {name: float(np.mean([of[name] for of in found])) for name in found[0]}
-            errors = [of["round_trip_error"] for of in found]
+            means = {name: float(np.mean([row[name] for row in measured])) for name in measured[0]}
+            errors = [row["round_trip_error"] for row in measured]
             rows.append(asdict(case) | means | {"round_trip_error": float(np.max(errors))})  # max: NaN if any is
     return rows
 
@@ -178,7 +178,7 @@ def target_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         row["method"]: row["round_trip_error"]
         for row in rows
         if row["method"] != "naive" and row["guidance"] == row["guidance_down"] == 1 and row["dtype"] == "float32"
-        and row["steps"] == max(of["steps"] for of in rows)
+        and row["steps"] == max(other["steps"] for other in rows)
     }  # fmt: skip
     return {"limit": TARGET, "errors": exact, "reached": any(error <= TARGET for error in exact.values())}
 

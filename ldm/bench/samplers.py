@@ -208,9 +208,10 @@ def measure(
     style = next(iter(comparison.styles))
     forks = {"swapped": (style, fork_step(timesteps, swap_timestep(spacing, schedule)))}
     began = time.perf_counter()
-    found = bench.traverse(sampler, timesteps, forks, guidance, comparison.seeds).latents
+    latents = bench.traverse(sampler, timesteps, forks, guidance, comparison.seeds).latents
     seconds = time.perf_counter() - began
-    direction, true = ((of[name] - of["neutral"]).flatten(1) for of, name in ((found, "swapped"), (exact, spacing)))
+    direction = (latents["swapped"] - latents["neutral"]).flatten(1)
+    true = (exact[spacing] - exact["neutral"]).flatten(1)
     return {
         "guidance": guidance,
         "sampler": sampler,
@@ -218,8 +219,8 @@ def measure(
         "budget": budget,
         "steps": steps,
         "evaluations": SAMPLERS[sampler].evaluations_of(steps),
-        "error": relative_error(found["neutral"], exact["neutral"]),
-        "swap_error": relative_error(found["swapped"], exact[spacing]),
+        "error": relative_error(latents["neutral"], exact["neutral"]),
+        "swap_error": relative_error(latents["swapped"], exact[spacing]),
         "swap_cosine": float(F.cosine_similarity(direction, true, dim=1).mean()),
         "swap_length": float((direction.norm(dim=1) / true.norm(dim=1)).mean()),
         "seconds": round(seconds, 3),
@@ -233,22 +234,22 @@ def steps_for(sampler: str, budget: int) -> int:
 
 def slopes(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The observed order of every guidance x sampler x spacing: least squares of log error on log evaluations."""
-    found = []
+    orders = []
     for guidance, sampler, spacing in dict.fromkeys((row["guidance"], row["sampler"], row["spacing"]) for row in rows):
-        of = [r for r in rows if (r["guidance"], r["sampler"], r["spacing"]) == (guidance, sampler, spacing)]
-        if len(of) > 1:
-            logs = [[math.log(row[name]) for row in of] for name in ("evaluations", "error", "swap_error")]
+        runs = [r for r in rows if (r["guidance"], r["sampler"], r["spacing"]) == (guidance, sampler, spacing)]
+        if len(runs) > 1:
+            logs = [[math.log(row[name]) for row in runs] for name in ("evaluations", "error", "swap_error")]
             order, swap_order = (-float(np.polyfit(logs[0], logs[k], 1)[0]) for k in (1, 2))
-            found.append(
+            orders.append(
                 {"guidance": guidance, "sampler": sampler, "spacing": spacing, "order": order, "swap_order": swap_order}
             )
-    return found
+    return orders
 
 
 def best_spacing(rows: Sequence[Mapping[str, Any]], sampler: str, budget: int, guidance: float) -> str:
     """The spacing with the smallest error; "trailing" for a sampler that has none."""
-    of = [r for r in rows if (r["sampler"], r["budget"], r["guidance"]) == (sampler, budget, guidance)]
-    return min(of, key=lambda row: row["error"])["spacing"] if of else "trailing"
+    runs = [r for r in rows if (r["sampler"], r["budget"], r["guidance"]) == (sampler, budget, guidance)]
+    return min(runs, key=lambda row: row["error"])["spacing"] if runs else "trailing"
 
 
 # ---- what the classifiers see ----------------------------------------------------------------------
@@ -273,9 +274,9 @@ def flip_rates(
     for sampler, spacing, steps in tqdm(cases, desc="CFRT", unit="sampler", mininterval=1):
         forks = {style: (style, steps // 5) for style in styles}
         timesteps = SPACINGS[spacing](steps, bench.sd.schedule)
-        found = bench.traverse(sampler, timesteps, forks, guidance, seeds).latents
-        images = [instruments.probabilities(instruments.pixels(found[name])) for name in ("neutral", *styles)]
-        neutral, *swapped = (of.numpy()[:, columns] for of in images)
+        latents = bench.traverse(sampler, timesteps, forks, guidance, seeds).latents
+        probabilities = [instruments.probabilities(instruments.pixels(latents[name])) for name in ("neutral", *styles)]
+        neutral, *swapped = (rates.numpy()[:, columns] for rates in probabilities)
         report = cfrt(neutral, np.stack(swapped, axis=1)[:, :, None], heads, styles)
         yield {
             "sampler": sampler,
@@ -312,13 +313,13 @@ def check(bench: Bench) -> list[dict[str, Any]]:
     batch_error: how far a seed's latent moves with the batch; 0 with one latent a call of the network, which
     `batch_invariant` says, and the last bits of the network's precision otherwise.
     """
-    found = []
+    rows = []
     seeds = (0, 1)
     singly = Bench(replace(bench.sd, max_batch=1), bench.comparison)
     for name in tqdm(SAMPLERS, desc="checks", unit="sampler", mininterval=1):
         together, again = (run_alone(bench, name, seeds) for _ in range(2))
         one_a_call, alone = run_alone(singly, name, seeds), run_alone(singly, name, seeds[1:2])
-        found.append(
+        rows.append(
             {
                 "sampler": name,
                 "repeatable": torch.equal(together, again),
@@ -329,24 +330,24 @@ def check(bench: Bench) -> list[dict[str, Any]]:
     ddim, euler = (run_alone(bench, name, seeds) for name in ("ddim", "euler"))
     if (apart := relative_error(euler, ddim)) > (1e-3 if bench.sd.dtype == torch.float32 else 0.1):
         raise ValueError(f"euler: {apart:.2g} away from ddim, whose step it takes; expected roundings only")
-    if not all(row["repeatable"] for row in found):
-        raise ValueError(f"samplers: not the same twice: {[r['sampler'] for r in found if not r['repeatable']]}")
-    return found
+    if not all(row["repeatable"] for row in rows):
+        raise ValueError(f"samplers: not the same twice: {[r['sampler'] for r in rows if not r['repeatable']]}")
+    return rows
 
 
 def timings(bench: Bench, rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds an evaluation of every sampler, as a ratio to ddim in the same rounds, and what it remembers."""
     calls = {name: partial(run_alone, bench, name, bench.comparison.seeds) for name in SAMPLERS}
     timed: dict[str, Timing] = time_in_turn(calls, rounds, label="timing")
-    found = {}
+    table = {}
     for name, timing in timed.items():
         asked = SAMPLERS[name].evaluations_of(CHECKED_STEPS)
         base = asdict(timing)
-        found[name] = {
+        table[name] = {
             "ms_per_evaluation": timing.median_ms / asked,
             "p20_ms": base["p20_ms"] / asked,
             "p80_ms": base["p80_ms"] / asked,
             "ratio_to_ddim": timing.ratio * asked / CHECKED_STEPS,
             "latents_remembered": SAMPLERS[name].memory,
         }
-    return found
+    return table

@@ -42,8 +42,8 @@ def tree_against_separate(sd: StableDiffusion, plan: Traversal, rounds: int) -> 
         return {branch.name: run_alone(sd, plan, tree, branch) for branch in (tree, *tree.children)}
 
     def check() -> None:
-        expected, found = one_by_one(), together()
-        for name, latents in found.items():
+        expected = one_by_one()
+        for name, latents in together().items():
             error = relative_error(latents, expected[name])
             if not error <= AGREEMENT[sd.dtype]:
                 raise ValueError(f"tree: {name!r} is {error:.1e} away from the branch run alone; not timed")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from functools import reduce
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,71 +58,6 @@ def bernstein(n: int, u: Tensor) -> Tensor:
         edge = torch.zeros_like(u)
         basis = (1 - u) * torch.cat([basis, edge], dim=1) + u * torch.cat([edge, basis], dim=1)
     return basis
-
-
-def derivative(control_points: Tensor) -> Tensor:
-    """The curve's velocity, itself a Bezier curve of one degree less: evaluate it with `evaluate`.
-
-    B'(u) has control points n (P_{i+1} - P_i)                               [Farin, sec. 5.3]
-
-    Args:    control_points: (n+1, ...).
-    Returns: (n, ...) control points per unit of u; of a single point (1, ...) zeros.
-    Raises:  ValueError: no control points, or integers.
-    """
-    _check_control_points(control_points)
-    if len(control_points) == 1:
-        return torch.zeros_like(control_points)
-    return (len(control_points) - 1) * control_points.diff(dim=0)
-
-
-def split(control_points: Tensor, u: float) -> tuple[Tensor, Tensor]:
-    """Cut the curve at u into two curves of the same degree (de Casteljau's algorithm).
-
-    P_i^k = (1 - u) P_i^{k-1} + u P_{i+1}^{k-1}: the first point of every level is a control point of
-    the left part, the last of the right.                                    [Farin, sec. 4.2, 5.4]
-
-    Args:    control_points: (n+1, ...).  u: in [0, 1].
-    Returns: left, right: (n+1, ...) each; left ends where right begins, in B(u).
-    Raises:  ValueError: no control points, integers, or u outside [0, 1].
-    """
-    _check_control_points(control_points)
-    if not 0 <= u <= 1:
-        raise ValueError(f"u: expected a value in [0, 1], got {u}")
-    level = control_points
-    left, right = [level[0]], [level[-1]]
-    while len(level) > 1:
-        level = (1 - u) * level[:-1] + u * level[1:]
-        left.append(level[0])
-        right.append(level[-1])
-    return torch.stack(left), torch.stack(right[::-1])
-
-
-def arc_length(control_points: Tensor, u: Tensor, panels: int = 16) -> Tensor:
-    """How long the curve is from its start to each u, all of a point's dimensions taken as one vector.
-
-    L(u) = integral_0^u |B'(v)| dv,   |B'(v)|^2 = b(v)^T G b(v),   G_ij = <D_i, D_j>
-
-    with D the velocity's control points. The latents enter only through G, a small matrix, so the
-    quadrature (Gauss-Legendre, 16 nodes a panel) costs nothing and is exact to about 1e-12 for
-    smooth curves. At a cusp the error is that of one panel.
-
-    Args:    control_points: (n+1, ...) one curve.  u: (m,) in [0, 1].  panels: quadrature intervals in [0, u].
-    Returns: (m,) float64, units of the control points.
-    Raises:  ValueError: no control points, integers, or u not a vector in [0, 1].
-    """
-    _check_parameters(u)
-    velocity = derivative(control_points).double()
-    velocity = velocity.reshape(len(velocity), -1)
-    gram = velocity @ velocity.T
-    nodes, weights = (torch.from_numpy(a).to(u.device) for a in np.polynomial.legendre.leggauss(16))
-    # Nodes and weights of [0, 1] in `panels` pieces, then stretched to each [0, u].
-    offsets = torch.arange(panels, device=u.device, dtype=torch.float64)[:, None]
-    unit_nodes = ((offsets + (nodes + 1) / 2) / panels).flatten()
-    unit_weights = (weights / 2 / panels).repeat(panels)
-    u = u.double()
-    basis = bernstein(len(velocity) - 1, (u[:, None] * unit_nodes).flatten())
-    speed = torch.einsum("pi,ij,pj->p", basis, gram, basis).clamp(min=0).sqrt().view(len(u), -1)
-    return u * (speed @ unit_weights)
 
 
 def _check_control_points(control_points: Tensor) -> None:

@@ -264,7 +264,7 @@ def _in_turn(index: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check_pair(x: Tensor, history: History, mixing: float) -> None:
     if len(history) > 1 or any((y.shape, y.dtype) != (x.shape, x.dtype) for y in history):
-        found = [(tuple(y.shape), y.dtype) for y in history]
-        raise ValueError(f"history: expected one partner like x, {tuple(x.shape)} {x.dtype}, or none, got {found}")
+        partners = [(tuple(y.shape), y.dtype) for y in history]
+        raise ValueError(f"history: expected one partner like x, {tuple(x.shape)} {x.dtype}, or none, got {partners}")
     if not 0 < mixing <= 1:
         raise ValueError(f"mixing: expected above 0 and at most 1, got {mixing}")

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ldm.pipeline import StableDiffusion
 from ldm.samplers import initial_noise
-from ldm.traversal import bezier
 from ldm.traversal.plan import Sampling, Traversal
 from ldm.traversal.prompt_tree import Branch, TreeResult, swaps, traverse_tree
 
@@ -81,6 +80,8 @@ def curves(latents: Mapping[str, Tensor], plan: Traversal) -> dict[str, Tensor]:
     """
     if not plan.bezier_points:
         return {}
+    from ldm.traversal import bezier
+
     u = torch.linspace(0, 1, plan.bezier_points)
     points = {}
     for style in plan.styles:

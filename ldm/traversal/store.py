@@ -57,8 +57,8 @@ def run_seeds(
     merged, partial = folder / "latents.safetensors", SeedFolder(folder / "partial", settings)
     done = partial.seeds()
     if merged.exists():
-        keys, found = _read_header(merged)
-        _check_settings(merged, found, _as_json(settings))
+        keys, stored = _read_header(merged)
+        _check_settings(merged, stored, _as_json(settings))
         done |= {_seed_of(key) for key in keys}
 
     pending = [seed for seed in dict.fromkeys(seeds) if seed not in done]
@@ -97,12 +97,12 @@ class SeedFolder:
         folder.mkdir(parents=True, exist_ok=True)
         for path in self.files():
             try:
-                _, found = _read_header(path)
+                _, stored = _read_header(path)
             except _DamagedFile:
                 log.warning("%s: damaged, its seed is computed again", path)
                 path.unlink(missing_ok=True)  # another process may have found it too
                 continue
-            _check_settings(path, found, _as_json(settings))
+            _check_settings(path, stored, _as_json(settings))
 
     def files(self) -> list[Path]:
         """Those of finished seeds."""
@@ -225,9 +225,9 @@ def _read_header(path: Path) -> tuple[list[str], dict[str, Any]]:
         return list(file.keys()), json.loads(metadata["settings"])
 
 
-def _check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _check_settings(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     absent = "(absent)"
-    differing = [key for key in sorted({*found, *wanted}) if found.get(key, absent) != wanted.get(key, absent)]
+    differing = [key for key in sorted({*stored, *wanted}) if stored.get(key, absent) != wanted.get(key, absent)]
     if differing:
-        changes = ", ".join(f"{key} was {found.get(key, absent)}, is {wanted.get(key, absent)}" for key in differing)
+        changes = ", ".join(f"{key} was {stored.get(key, absent)}, is {wanted.get(key, absent)}" for key in differing)
         raise ValueError(f"settings: {path} was computed with others ({changes}); expected the same, or another folder")

@@ -81,55 +81,6 @@ def test_a_batch_of_curves_is_the_curves_one_by_one():
         assert torch.equal(together[:, row], bezier.evaluate(control_points[:, row], U50))
 
 
-@pytest.mark.parametrize("degree", DEGREES)
-@pytest.mark.parametrize("at", [0.0, 0.3, 1.0])
-def test_split_cuts_one_curve_into_two(degree, at):
-    control_points, u = points(degree, 5), torch.linspace(0, 1, 7, dtype=torch.float64)
-    left, right = bezier.split(control_points, at)
-    torch.testing.assert_close(bezier.evaluate(left, u), bezier.evaluate(control_points, at * u))
-    torch.testing.assert_close(bezier.evaluate(right, u), bezier.evaluate(control_points, at + (1 - at) * u))
-    assert torch.equal(left[-1], right[0])
-    assert torch.equal(left[0], control_points[0])
-    assert torch.equal(right[-1], control_points[-1])
-
-
-@pytest.mark.parametrize("degree", [1, 2, 9])
-def test_the_derivative_is_the_slope(degree):
-    control_points, u, h = points(degree, 5), torch.linspace(0.1, 0.9, 9, dtype=torch.float64), 1e-5
-    slope = (bezier.evaluate(control_points, u + h) - bezier.evaluate(control_points, u - h)) / (2 * h)
-    torch.testing.assert_close(bezier.evaluate(bezier.derivative(control_points), u), slope, rtol=1e-6, atol=1e-6)
-
-
-def test_a_point_stands_still():
-    assert torch.equal(bezier.derivative(points(0, 5)), torch.zeros(1, 5, dtype=torch.float64))
-    assert bezier.arc_length(points(0, 5), torch.ones(1)).item() == 0
-
-
-def test_the_length_of_a_line_is_the_distance():
-    control_points = points(1, 4, 8, 8)
-    lengths = bezier.arc_length(control_points, torch.tensor([0, 0.25, 1], dtype=torch.float64))
-    distance = (control_points[1] - control_points[0]).norm()
-    torch.testing.assert_close(lengths, torch.tensor([0, 0.25, 1], dtype=torch.float64) * distance)
-
-
-def test_the_length_of_a_parabola_has_a_closed_form():
-    # (u, u^2): integral of sqrt(1 + 4 u^2).
-    control_points = torch.tensor([[0.0, 0.0], [0.5, 0.0], [1.0, 1.0]])
-    u = torch.tensor([0.3, 1.0], dtype=torch.float64)
-    expected = u / 2 * (1 + 4 * u**2).sqrt() + torch.asinh(2 * u) / 4
-    torch.testing.assert_close(bezier.arc_length(control_points, u), expected, rtol=1e-12, atol=0)
-
-
-def test_length_adds_up_and_chords_are_shorter():
-    control_points = points(9, 4, 8, 8)
-    whole = bezier.arc_length(control_points, torch.ones(1))
-    halves = [bezier.arc_length(part, torch.ones(1)) for part in bezier.split(control_points, 0.4)]
-    torch.testing.assert_close(halves[0] + halves[1], whole, rtol=1e-10, atol=0)
-    torch.testing.assert_close(bezier.arc_length(control_points, torch.tensor([0.4]).double()), halves[0])
-    chords = bezier.evaluate(control_points, torch.linspace(0, 1, 2000)).diff(dim=0).flatten(1).norm(dim=1).sum()
-    assert 0.999 * whole < chords < whole
-
-
 def test_scalar_control_points_make_a_polynomial():
     torch.testing.assert_close(bezier.evaluate(torch.tensor([0.0, 0.0, 1.0]), U50), U50**2)
 
@@ -144,8 +95,6 @@ def test_scalar_control_points_make_a_polynomial():
         (lambda: bezier.evaluate(points(2, 3), torch.tensor(0.5)), r"u: expected a vector .* got shape \(\)"),
         (lambda: bezier.evaluate(points(2, 3), torch.tensor([math.nan])), "u: expected a vector"),
         (lambda: bezier.bernstein(-1, U50), "n: expected a degree of 0 or more, got -1"),
-        (lambda: bezier.split(points(2, 3), 1.5), r"u: expected a value in \[0, 1\], got 1.5"),
-        (lambda: bezier.arc_length(points(2, 3), torch.tensor([1.0001])), "u: expected a vector"),
     ],
 )
 def test_errors_name_the_argument(call, message):

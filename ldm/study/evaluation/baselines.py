@@ -70,8 +70,8 @@ def measure_baselines(
         "chord": neutral + u * (strongest - neutral)[:, None],
     }
     return {
-        name: instruments.probabilities(instruments.pixels(of.flatten(0, 1))).unflatten(0, of.shape[:2])
-        for name, of in latents.items()
+        name: instruments.probabilities(instruments.pixels(points.flatten(0, 1))).unflatten(0, points.shape[:2])
+        for name, points in latents.items()
     }
 
 
@@ -86,15 +86,14 @@ def blends(instruments: Instruments, plan: Traversal, seed: int, averaged: Seque
             share = 1 - neutral_steps(s, steps, plan.indexing) / steps
             contexts["constant_blend"].append(blend(neutral, style, [share] * steps))
             contexts["ramp_blend"].append(ramp(neutral, style, *ramp_of_mean(share, steps), steps))
-    found = {}
+    blended = {}
     for name, rows in contexts.items():
         seeds, negative = [seed] * len(rows), sd.encode_prompts([plan.negative])
-        run = sd.sample(
+        *_, last = sd.sample(
             side_by_side(rows), seeds, guidance_scale=plan.guidance, negative=negative, size=plan.latent_size
         )  # fmt: skip
-        *_, last = run
-        found[name] = last.x_prev.cpu().unflatten(0, (len(styles), len(averaged)))
-    return found
+        blended[name] = last.x_prev.cpu().unflatten(0, (len(styles), len(averaged)))
+    return blended
 
 
 def ramp_of_mean(share: float, steps: int) -> tuple[int, int]:

@@ -40,7 +40,8 @@ class MaskedImages:
     def render(cls, cell: Cell, attribute: str, seeds: Sequence[int], size: int) -> "MaskedImages":
         shown = [render(cell.domain or "", seed, {**cell.base, attribute: True}, size) for seed in seeds]
         return cls(
-            from_uint8(np.stack([of.to_uint8() for of in shown])), np.stack([of.masks[attribute] for of in shown])
+            from_uint8(np.stack([patient.to_uint8() for patient in shown])),
+            np.stack([patient.masks[attribute] for patient in shown]),
         )
 
 
@@ -53,8 +54,8 @@ class Looks:
 
     def mean_over_layers(self) -> Tensor:
         """(S, B, V, G, G): every layer brought to the finest grid, and averaged."""
-        height, width = max(of.shape[-2:] for of in self.maps)
-        return torch.stack([resized(of, height, width) for of in self.maps]).mean(dim=0)
+        height, width = max(layer.shape[-2:] for layer in self.maps)
+        return torch.stack([resized(layer, height, width) for layer in self.maps]).mean(dim=0)
 
 
 def invert(sd: StableDiffusion, images: Tensor, context: Tensor, steps: int, done: Callable[[int], object]) -> Tensor:

@@ -81,13 +81,13 @@ def seen_in(space: Tensor, attributes: int, swap_steps: int) -> Seen:
     """
     neutral = space[0].double().numpy()
     swapped = space[1:].unflatten(0, (attributes, swap_steps)).double().numpy()
-    paths = [np.concatenate([neutral[None], of[::-1]]) for of in swapped]
+    paths = [np.concatenate([neutral[None], swaps[::-1]]) for swaps in swapped]
     moved = (swapped - neutral).reshape(attributes, swap_steps, -1)
     lengths = np.linalg.norm(moved, axis=-1, keepdims=True)
     with np.errstate(invalid="ignore"):
         units = moved / lengths
     return Seen(
-        np.stack([directions.cosine_matrix(neutral, of) for of in swapped]),
+        np.stack([directions.cosine_matrix(neutral, swaps) for swaps in swapped]),
         tuple(directions.path_geometry(path) for path in paths),
         units.astype(np.float32),
     )
@@ -100,11 +100,11 @@ def report(seeds: Sequence[Seen], attribute: int, swap_steps: Sequence[int]) -> 
              mean cosine between the directions of two different seeds, by swap step: 1 means that one direction serves
              all.
     """
-    matrices = np.stack([of.cosines[attribute] for of in seeds])
+    matrices = np.stack([seen.cosines[attribute] for seen in seeds])
     return {
         "directions": directions.cosine_summary(matrices, swap_steps),
-        "straightness": directions.non_linearity([of.geometry[attribute] for of in seeds], 1 + len(swap_steps)),
-        "shared": shared([of.directions[attribute] for of in seeds]),
+        "straightness": directions.non_linearity([seen.geometry[attribute] for seen in seeds], 1 + len(swap_steps)),
+        "shared": shared([seen.directions[attribute] for seen in seeds]),
     }
 
 
