@@ -15,8 +15,7 @@ from torch.nn import functional as F
 class ResnetBlock(nn.Module):
     """norm, SiLU, conv - (+ time) - norm, SiLU, conv, added to the input.
 
-    time_width: the width of the U-Net's time embedding; None in the autoencoder, which knows no time.
-    norm: (groups, channels, eps) -> the normalisation.
+    time_width: of the U-Net's time embedding; None in the autoencoder.  norm: (groups, channels, eps) -> a module.
     """
 
     def __init__(
@@ -49,11 +48,10 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves H and W with a strided convolution.
+    """Halves H and W with a strided convolution."""
 
-    The U-Net pads one pixel on every side. The autoencoder pads right and bottom only (`asymmetric`): with the
-    symmetric padding its images come out shifted.
-    """
+    # The U-Net pads one pixel on every side, the autoencoder right and bottom only (`asymmetric`): otherwise its
+    # images come out shifted.
 
     def __init__(self, channels: int, asymmetric: bool = False) -> None:
         super().__init__()
@@ -78,12 +76,9 @@ class Upsample(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
-    """Multi-head scaled dot-product attention.
+    """Scaled dot-product attention of h heads: q (B, N, h*d), k and v (B, M, h*d) -> (B, N, h*d).
 
-    softmax(q k^T / sqrt(d)) v, for each head                                  [Vaswani et al. 2017, eq. 1]
-
-    Args:    q: (B, N, h*d).  k, v: (B, M, h*d).  causal: position n sees keys 0..n only (N = M).
-    Returns: (B, N, h*d), the heads side by side.
+    softmax(q k^T / sqrt(d)) v, for each head; causal: position n sees keys 0..n only    [Vaswani et al. 2017, eq. 1]
     """
     q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -91,10 +86,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) ->
 
 
 class Attention(nn.Module):
-    """Multi-head attention from x to a context; to itself when no context is given.
-
-    `bias` says whether the query, key and value projections have one: the U-Net's do not, the autoencoder's do.
-    """
+    """Multi-head attention from x to a context, or to itself; `bias`: of q, k and v (the U-Net's have none)."""
 
     def __init__(self, width: int, heads: int, context_width: int | None = None, bias: bool = False) -> None:
         super().__init__()
@@ -153,10 +145,7 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the prompt, feed-forward; each normalised first and added.
-
-    What it is made of can be replaced in a subclass: `self_attention = LinearAttention`.
-    """
+    """Self-attention, cross-attention to the prompt, feed-forward; each normalised first and added."""
 
     self_attention: type[nn.Module] = Attention  # (width, heads)
     cross_attention: type[nn.Module] = Attention  # (width, heads, context_width)
@@ -179,10 +168,7 @@ class BasicTransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer over the pixels of a feature map: where the prompt enters the U-Net.
-
-    [Rombach et al. 2022, section 3.3]
-    """
+    """A transformer over the pixels of a map: where the prompt enters the U-Net. [Rombach et al. 2022, section 3.3]"""
 
     def __init__(
         self,
@@ -220,10 +206,7 @@ def run_each(layers: nn.ModuleList, x: Tensor) -> Tensor:
 
 
 def require_shape(name: str, x: torch.Tensor, expected: tuple[int | None, ...], meaning: str) -> None:
-    """Raises ValueError unless x has the expected shape; None stands for any size.
-
-    meaning: the shape in the field's letters, such as "(B, 4, H/8, W/8)".
-    """
+    """Raises ValueError unless x has the expected shape (None: any size), whose meaning is in the field's letters."""
     fits = x.ndim == len(expected) and all(e is None or e == n for e, n in zip(expected, x.shape, strict=True))
     if not fits:
         wanted = ", ".join("any" if e is None else str(e) for e in expected)

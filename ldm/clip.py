@@ -1,8 +1,7 @@
 """The text encoder of CLIP ViT-L/14: token ids to the U-Net's context. [Radford et al. 2021]
 
-Letters: B batch, L = 77 tokens, D = 768 width, h heads.
-SD1.5 takes the last hidden state after the final layer norm, of all tokens, padding included: neither the pooled
-embedding nor the layer before (which is SD2's).
+SD1.5 takes the last hidden state after the final layer norm, of all L = 77 tokens, padding included: neither the pooled
+embedding nor the layer before (which is SD2's). Letters: B batch, D = 768 width.
 """
 
 import torch
@@ -113,10 +112,5 @@ class CLIPTextEncoder(nn.Module):
         return states
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The context of a prompt: the last hidden state after the final layer norm.
-
-        Args:    ids: (B, L) int64 token ids, L <= 77; the tokenizer pads to 77.
-        Returns: (B, L, D).
-        Raises:  ValueError: when shape or dtype do not fit.
-        """
+        """The context of a prompt: ids (B, L) int64, L <= 77 -> (B, L, D); ValueError where they do not fit."""
         return self.text_model.final_layer_norm(self.hidden_states(ids)[-1])

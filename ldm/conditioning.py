@@ -1,17 +1,10 @@
 """Contexts as data: what the U-Net is told at every step, for every row of the batch.
 
-Changing the prompt during a run then touches neither the U-Net nor a sampler. K contexts are stored once and, for every
-step and row, their weights:
+Changing the prompt during a run touches neither the U-Net nor a sampler. [Wu et al. 2023, arXiv:2212.08698]
 
-    contexts.at(i)[b] = sum_k weights[i, b, k] prompts[k, b]
-
-    constant    one row of ones                          swap, piecewise    one 1 a row
-    blend, ramp rows (1 - lambda_i, lambda_i)            side_by_side       rows that differ
+    contexts.at(i)[b] = sum_k weights[i, b, k] prompts[k, b]         swap: one 1 a row; blend: (1 - lambda_i, lambda_i)
 
 Letters: S steps, K contexts, B batch (or 1 for all samples), L tokens, D width.
-
-Source: swapping and blending the embedding at chosen steps is Wu et al. 2023, "Uncovering the
-Disentanglement Capability in Text-to-Image Diffusion Models", arXiv:2212.08698.
 """
 
 from __future__ import annotations
@@ -29,10 +22,7 @@ Indexing = Literal["steps", "authors"]
 
 @dataclass(frozen=True, eq=False)
 class Contexts:
-    """The contexts of S steps, (B or 1, L, D) each, without S copies of them.
-
-    Raises: ValueError: shapes that do not fit together, or weights that are not finite.
-    """
+    """The contexts of S steps without S copies of them; ValueError where shapes do not fit."""
 
     prompts: Tensor  # (K, B or 1, L, D)
     weights: Tensor  # (S, B or 1, K) float64 on the CPU
@@ -52,15 +42,9 @@ class Contexts:
         return len(self.weights)
 
     def at(self, step: int) -> Tensor:
-        """The context of one step.
-
-        Where one weight is 1 and the rest 0 this is that context itself, bit for bit: no rounding may tell a swap from
-        a run that had the prompt from the start.
-
-        Args:    step: 0 .. S-1, counted from noise.
-        Returns: (B or 1, L, D), dtype and device of the prompts.
-        Raises:  ValueError: step out of range.
-        """
+        """The context of step 0 .. S-1, counted from noise: (B or 1, L, D), dtype and device of the prompts."""
+        # Where one weight is 1 and the rest 0 this is that prompt itself, bit for bit: no rounding may tell a swap from
+        # a run that had the prompt from the start.
         if not 0 <= step < len(self):
             raise ValueError(f"step: expected 0..{len(self) - 1}, as many as there are contexts for, got {step}")
         weights = self.weights[step]  # (B or 1, K)
@@ -78,33 +62,18 @@ class Contexts:
 
 
 def constant(context: Tensor, steps: int) -> Contexts:
-    """The same context at every step: ordinary sampling.
-
-    Args:    context: (B, L, D).  steps: S >= 1.
-    Raises:  ValueError: context not (B, L, D), or no steps.
-    """
+    """The same context, (B or 1, L, D), at every step: ordinary sampling."""
     return piecewise([context], [], steps)
 
 
 def swap(context: Tensor, other: Tensor, at: int = 20, steps: int = 50, indexing: Indexing = "steps") -> Contexts:
-    """`context` until the swap step, `other` from there on.
-
-    A small `at` rewrites the layout; a large one can only change detail, as less noise is left to
-    shape. `at=0` is `other` throughout, `at=steps` never swaps.
-
-    Args:    context, other: (B or 1, L, D).  at: swap step.  steps: S.
-             indexing: "steps": `at` is the number of steps taken with `context`.  "authors": one more,
-             as the published code of the traversal paper counts (its callback runs after the step).
-    Raises:  ValueError: contexts that do not match, or a swap outside 0..S.
-    """
+    """`context` for `at` steps, `other` from there on, both (B or 1, L, D); ValueError unless 0 <= at <= S."""
+    # "authors": one step more before the swap, as the paper's published code counts (its callback runs after the step).
     return piecewise([context, other], [neutral_steps(at, steps, indexing)], steps)
 
 
 def neutral_steps(at: int, steps: int, indexing: Indexing = "steps") -> int:
-    """How many steps are taken before a swap "at" this step: `at` itself, or at + 1 as the authors count.
-
-    Raises:  ValueError: an unknown indexing, or a result outside 0..steps.
-    """
+    """How many steps are taken before a swap "at" this step: `at`, or at + 1 as the authors count."""
     if indexing not in ("steps", "authors"):
         raise ValueError(f"indexing: expected 'steps' or 'authors', got {indexing!r}")
     taken = at + 1 if indexing == "authors" else at
@@ -114,11 +83,7 @@ def neutral_steps(at: int, steps: int, indexing: Indexing = "steps") -> int:
 
 
 def piecewise(contexts: Sequence[Tensor], boundaries: Sequence[int], steps: int) -> Contexts:
-    """Several swaps in a row: contexts[k] from step boundaries[k-1] up to boundaries[k].
-
-    Args:    contexts: K of (B or 1, L, D).  boundaries: K-1 steps in 0..S, never falling.  steps: S >= 1.
-    Raises:  ValueError: contexts that do not match, or boundaries of a wrong number, order or range.
-    """
+    """Several swaps in a row: contexts[k], (B or 1, L, D), from step boundaries[k-1] to boundaries[k]."""
     stacked = _stack(contexts)
     _check_steps(steps)
     if len(boundaries) != len(contexts) - 1:
@@ -131,13 +96,7 @@ def piecewise(contexts: Sequence[Tensor], boundaries: Sequence[int], steps: int)
 
 
 def blend(context: Tensor, other: Tensor, weights: Sequence[float] | Tensor) -> Contexts:
-    """Mix two prompts with a weight of its own for every step: the soft combination of Wu et al.
-
-    c_i = (1 - lambda_i) context + lambda_i other      (lambda: the new prompt's share)
-
-    Args:    context, other: (B or 1, L, D).  weights: S values lambda in 0..1, 0 = `context`.
-    Raises:  ValueError: contexts that do not match, or weights out of range.
-    """
+    """Mix two prompts, (B or 1, L, D): c_i = (1 - lambda_i) context + lambda_i other, with S lambdas in 0 .. 1."""
     lambdas = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
     if lambdas.ndim != 1 or len(lambdas) == 0 or not bool(((lambdas >= 0) & (lambdas <= 1)).all()):
         raise ValueError(f"weights: expected one value in 0..1 for every step, got {weights}")
@@ -145,13 +104,7 @@ def blend(context: Tensor, other: Tensor, weights: Sequence[float] | Tensor) -> 
 
 
 def ramp(context: Tensor, other: Tensor, begin: int, end: int, steps: int = 50) -> Contexts:
-    """A blend that rises in a straight line: the last pure `context` at step `begin`, pure `other` from `end` on.
-
-    lambda_i = clip((i - begin) / (end - begin), 0, 1)
-
-    Args:    context, other: (B or 1, L, D).  begin < end: steps in 0..S.  steps: S.
-    Raises:  ValueError: contexts that do not match, or steps out of order or range.
-    """
+    """A blend in a straight line: the last pure `context` at step `begin`, pure `other` from `end` on."""
     _check_steps(steps)
     if not 0 <= begin < end <= steps:
         raise ValueError(f"begin, end: expected 0 <= begin < end <= {steps}, got {begin}, {end}; see also swap")
@@ -162,11 +115,7 @@ def ramp(context: Tensor, other: Tensor, begin: int, end: int, steps: int = 50) 
 
 
 def side_by_side(rows: Sequence[Contexts]) -> Contexts:
-    """One batch of several contexts, each with its own prompts, swaps and blends.
-
-    Args:    rows: of as many steps each; in the batch they follow one another.
-    Raises:  ValueError: none given, or contexts that cannot share a batch.
-    """
+    """One batch of several contexts, of as many steps each; in the batch they follow one another."""
     if len(rows) == 0:
         raise ValueError("rows: expected at least one, got none")
     if len({len(contexts) for contexts in rows}) > 1:

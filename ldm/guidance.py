@@ -28,23 +28,16 @@ def guided(
     max_batch: int | None = None,
     schedule: Schedule | None = None,
 ) -> GuidedEps | Predicted:
-    """Bind a U-Net to the contexts of a run.
+    """Bind a U-Net to the contexts of a run: eps_fn(x_t, t, step), eps in x_t's dtype whatever the U-Net's.
 
-    eps = eps_uncond + g (eps_cond - eps_uncond)
+    eps = eps_uncond + g (eps_cond - eps_uncond)        g = 1 is no guidance, and half the cost (the paper's w is g - 1)
 
-    In this convention g = 1 is no guidance at all (the paper's w is g - 1), and costs one evaluation
-    instead of two.
-
-    Args:    unet: see `UNetFn`.  contexts: of the prompt, for every step, in the U-Net's dtype.
-             guidance_scale: g; SD1's usual value is 7.5.
-             uncond: what guidance pushes away from: the empty prompt's (L, D) or (B or 1, L, D) context, or the
-             contexts of a negative prompt; needed unless g is 1.
-             max_batch: most rows in one U-Net call, to bound memory; None: all of them. Under guidance a latent has
-             two, which stay together. Results agree to the last bits of float32, as a matrix product of another size
-             adds up in another order; with 1 no result depends on the rest of the batch.
-             schedule: of the model; needed for a network that predicts v or x_0, whose output becomes eps here.
-    Returns: eps_fn(x_t, t, step), eps in x_t's dtype whatever the U-Net's.
-    Raises:  ValueError: uncond missing, or of another length, (L, D), dtype or device than the prompt's contexts.
+    contexts: of the prompt, in the U-Net's dtype.  guidance_scale: g.
+    uncond: what guidance pushes away from: the empty prompt's (L, D) or (B or 1, L, D) context, or a negative prompt's
+    contexts; ValueError where it is missing or does not fit.
+    max_batch: most rows in one U-Net call. Under guidance a latent has two, which stay together. Another number of rows
+    changes results in the last bits of float32; with 1 no result depends on the rest of the batch.
+    schedule: of the model, where the network predicts v or x_0: eps is made of that here.
     """
     if max_batch is not None and max_batch < 1:
         raise ValueError(f"max_batch: expected 1 or more, or None, got {max_batch}")

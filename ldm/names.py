@@ -5,10 +5,7 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'mid_block'?", or nothing where no known name is like the one that came.
-
-    Capitals, and spaces for underscores, make no difference.
-    """
+    """ "; did you mean 'mid_block'?", or "" where no known name is alike, capitals aside."""
     folded = {_folded(other): other for other in map(str, known)}
     near = difflib.get_close_matches(_folded(name), folded, n=1)
     return f"; did you mean {folded[near[0]]!r}?" if near else ""

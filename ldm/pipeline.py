@@ -4,14 +4,6 @@ sd = ldm.load("v1-5-pruned-emaonly.safetensors")
 for step in sd.sample(sd.encode_prompts(["a photograph of an astronaut"]), seeds=[0]):
     ...
 images = sd.decode_latents(step.x_prev)
-
-What `sample` wraps, by hand:
-
-context, empty = sd.encode_prompts(["a photograph of an astronaut", ""])[:, None]
-eps_fn = ldm.guidance.guided(sd.unet, ldm.conditioning.constant(context, 50), 7.5, empty)
-with torch.no_grad():
-    for step in ldm.samplers.ddim(eps_fn, ldm.samplers.initial_noise([0], sd.latent_shape), sd.schedule, 50):
-        ...
 """
 
 from __future__ import annotations
@@ -96,11 +88,7 @@ class StableDiffusion:
     def guided(
         self, contexts: Contexts, guidance_scale: float = 7.5, negative: Contexts | Tensor | None = None
     ) -> GuidedEps | Predicted:
-        """The U-Net under some contexts, as samplers and inversions call it.
-
-        Args:    negative: what guidance pushes away from; None: the empty prompt.
-        Raises:  ValueError: see `ldm.guidance.guided`.
-        """
+        """The U-Net under some contexts, as samplers call it, pushed away from `negative` (None: from "")."""
         if negative is None and guidance_scale != 1:
             negative = self.encode_prompts([""])
         return guided(self.unet, contexts, guidance_scale, negative, max_batch=self.max_batch, schedule=self.schedule)
@@ -122,18 +110,15 @@ class StableDiffusion:
         start: int = 0,
         history: History = (),
     ) -> Iterator[Step]:
-        """Denoise a latent for every seed, without gradients: the last Step's `x_prev` are the latents.
+        """Denoise a latent for every seed, without gradients: the last Step's `x_prev` are the latents, float32.
 
-        Args:    contexts: see `ldm.conditioning`; a tensor (B or 1, L, D) holds for all steps.  seeds: one a row.
-                 steps: S; None: as many as there are contexts for, 50 for a tensor.
-                 guidance_scale, negative: see `guided`.  sampler: a name in `ldm.samplers.SAMPLERS`, or your own.
-                 spacing: a name in `ldm.schedule.SPACINGS`, or the S timesteps; None: the model's own.
-                 eta: of samplers that have one.
-                 size: height and width of the latents; None: as trained.
-                 x_T: (B, 4, H/f, W/f) to start from instead of the seeds' own noise; with `start`, the latents after
-                 that many steps, and `history` what that Step remembered.
-        Returns: an iterator over the steps; latents are float32 whatever the U-Net's dtype, on the model's device.
-        Raises:  ValueError: an argument out of range or of a wrong shape, on the first `next`.
+        contexts: see `ldm.conditioning`; a tensor (B or 1, L, D) holds for all steps.  steps: S; None: as many as there
+        are contexts for, 50 for a tensor.  guidance_scale, negative: see `guided`.  sampler: a name in
+        `ldm.samplers.SAMPLERS`, or your own.  spacing: a name in `ldm.schedule.SPACINGS`, or the S timesteps; None: the
+        model's own.  eta: of samplers that have one.  size: height and width of the latents; None: as trained.
+        x_T: (B, 4, H/f, W/f) instead of the seeds' own noise; with `start`, the latents after so many steps, and
+        `history` what that Step remembered.
+        Raises ValueError for an argument out of range or of a wrong shape, on the first `next`.
         """
         contexts = _over_steps(contexts, steps)
         steps = len(contexts)
@@ -159,22 +144,14 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
-        """Scaled latents: the posterior's mean times 0.18215.
-
-        Args:    images: (B, 3, H, W) in [-1, 1].
-        Returns: (B, 4, H/f, W/f) in the U-Net's dtype.
-        """
+        """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, H/f, W/f): the posterior's mean."""
         vae_dtype = self.vae.quant_conv.weight.dtype
         mean = self.vae.encode(images.to(self.device, vae_dtype)).mean
         return (mean * self.config.vae.scaling_factor).to(self.dtype)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Images of scaled latents.
-
-        Args:    latents: (B, 4, H/f, W/f).
-        Returns: (B, 3, H, W) in the autoencoder's dtype, about [-1, 1] and not clipped.
-        """
+        """Scaled latents (B, 4, H/f, W/f) -> images (B, 3, H, W), about [-1, 1] and not clipped."""
         vae_dtype = self.vae.quant_conv.weight.dtype
         return self.vae.decode(latents.to(self.device, vae_dtype) / self.config.vae.scaling_factor)
 
@@ -216,14 +193,12 @@ def load(
 ) -> StableDiffusion:
     """Read a model from a file or folder in any supported layout, as plain torch; see `ldm.checkpoint`.
 
-    Args:    dtype: float32, float16 or bfloat16; None keeps what is stored.
-             ema: "ema" or "plain", needed only where a file holds both sets of U-Net weights.
-             base: a whole model to take from what `path` lacks; for U-Net-only files of fine-tuning frameworks.
-             loras: files and weights, merged.  embeddings: files, whose words prompts may say.
-    Returns: the model in evaluation mode. With dtype float16 or bfloat16 the autoencoder is float32 all the same:
-             in float16 its activations overflow, in bfloat16 images lose grey levels.
-    Raises:  CheckpointError (a ValueError): in one line what the path is instead, or which keys do not fit.
+    dtype: None keeps what is stored.  ema: "ema" or "plain", where a file holds both.  base: a whole model to take from
+    what `path` lacks.  loras: files and weights, merged.  embeddings: files, whose words prompts may say.
+    Raises CheckpointError (a ValueError): in one line what the path is instead, or which keys do not fit.
     """
+    # In half precision the autoencoder is float32 all the same: in float16 its activations overflow, in bfloat16 images
+    # lose grey levels.
     device = torch.device(device)
     vae_dtype = dtype if dtype is None else torch.float32
     loaded = checkpoint.load_parts(

@@ -1,16 +1,10 @@
-"""The noise schedule of Stable Diffusion 1 and the timesteps that a sampler visits.
+"""The noise schedule of Stable Diffusion 1, and the timesteps that a sampler visits.
 
-Papers: DDPM = Ho et al. 2020, arXiv:2006.11239.  DDIM = Song et al. 2020, arXiv:2010.02502.
-EDM = Karras et al. 2022, arXiv:2206.00364.  DPM-Solver = Lu et al. 2022, arXiv:2206.00927.
-AYS = Sabour et al. 2024, "Align Your Steps", arXiv:2404.14507.  Lin et al. 2023, arXiv:2305.08891.
+`alphas_cumprod[t]` is DDPM's alpha-bar_t, the DDIM paper's alpha_t. DPM-Solver's lambda is half the log of the signal-
+to-noise ratio, e^-lambda the sigma of EDM and k-diffusion; between two entries of the table it is a straight line in t.
 
-Naming: `alphas_cumprod[t]` is DDPM's alpha-bar_t. The DDIM paper calls the same quantity alpha_t.
-Half the logarithm of the signal-to-noise ratio is DPM-Solver's lambda, and e^-lambda the sigma of EDM and k-diffusion:
-
-    lambda_t = log(sqrt(alphas_cumprod[t]) / sqrt(1 - alphas_cumprod[t]))
-
-Between two entries of the table lambda is a straight line in t: what is to be evaluated at a noise level between them
-asks the network at a fractional timestep.
+Papers: DDPM = Ho et al. 2020, arXiv:2006.11239.  EDM = Karras et al. 2022, arXiv:2206.00364.  DPM-Solver = Lu et al.
+2022, arXiv:2206.00927.  AYS = Sabour et al. 2024, arXiv:2404.14507.  Lin et al. 2023, arXiv:2305.08891.
 """
 
 from __future__ import annotations
@@ -30,12 +24,7 @@ TRAIN_STEPS = 1000  # T: the network was trained on t = 0 (almost clean) .. 999 
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """How much noise x_t holds at each training timestep t.
-
-    Everything is float64 on the CPU: 1 - alphas_cumprod[t] cancels for small t, and a cumulative
-    product of 1000 float32 factors is already off by 9e-7. Samplers round once, when they apply
-    a coefficient to a latent.
-    """
+    """How much noise x_t holds at each timestep t; float64 on the CPU, rounded once when it meets a latent."""
 
     betas: Tensor  # (T,) variance added by forward step t
     alphas_cumprod: Tensor  # (T,) share of x_0's variance left in x_t
@@ -45,18 +34,9 @@ class Schedule:
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> Schedule:
-        """The schedule of any betas in (0, 1).
-
-        alphas_cumprod[t] = prod_{s <= t} (1 - betas[s])                      [DDPM, eq. 4]
-
-        The last sampling step lands on alphas_cumprod[0], not on 1: SD1's published samplers leave
-        that last trace of noise in, and the decoder was only ever fed such latents. (Landing on 1
-        instead moves the final latent by 3e-4, relative.)
-
-        Args:    betas: (T,) any float dtype.
-        Returns: a schedule in float64.
-        Raises:  ValueError: when betas is not a vector with values strictly between 0 and 1.
-        """
+        """The schedule of (T,) betas, which must lie in (0, 1), else ValueError."""
+        # The last step lands on alphas_cumprod[0], not on 1, as SD1's published samplers do: its decoder was only ever
+        # given latents with that last trace of noise.
         if betas.ndim != 1 or not bool(((betas > 0) & (betas < 1)).all()):
             raise ValueError(f"betas: expected a vector of values in (0, 1), got shape {tuple(betas.shape)}: {betas}")
         betas = betas.to("cpu", torch.float64)
@@ -120,7 +100,7 @@ class Schedule:
         return 0.5 * torch.log(self.alphas_cumprod / (1 - self.alphas_cumprod))
 
     def alphas_cumprod_at(self, t: float) -> float:
-        """alphas_cumprod of any t in 0..T-1: the table's own entry where t is whole, else from the line of lambda."""
+        """alphas_cumprod at any t in 0 .. T-1, whole or not."""
         if t == int(t):
             return float(self.alphas_cumprod[int(t)])
         lambda_t = float(np.interp(t, np.arange(len(self)), self.lambdas.numpy()))
@@ -131,13 +111,9 @@ class Schedule:
         return float(np.interp(-lambda_t, -self.lambdas.numpy(), np.arange(len(self))))
 
     def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor | int) -> Tensor:
-        """Jump from a clean latent straight to its noised version at t.
+        """Noise clean latents x_0 (B, ...) with eps, like x_0, to timestep t, one int or (B,); ValueError out of range.
 
-        x_t = sqrt(alphas_cumprod[t]) x_0 + sqrt(1 - alphas_cumprod[t]) eps   [DDPM, eq. 4]
-
-        Args:    x_0: (B, ...) scaled latents.  eps: like x_0, standard normal.  t: int or (B,) int64 in [0, T-1].
-        Returns: x_t, shape, dtype and device of x_0.
-        Raises:  ValueError: when a timestep lies outside the table or t's length is not B.
+        x_t = sqrt(alphas_cumprod[t]) x_0 + sqrt(1 - alphas_cumprod[t]) eps                   [DDPM, eq. 4]
         """
         t = torch.as_tensor(t, device=x_0.device)
         if t.ndim > 1 or (t.ndim == 1 and len(t) != len(x_0)):
@@ -156,21 +132,12 @@ class Schedule:
 
 
 def leading(steps: int, offset: int = 1, train_steps: int = TRAIN_STEPS) -> tuple[int, ...]:
-    """The timesteps of an N-step run, noisiest first: 50 steps visit 981, 961 ... 21, 1.
+    """Each of N equal intervals of 0 .. T-1 entered at its clean end, noisiest first: 50 steps visit 981 ... 21, 1.
 
     t_i = floor(i T / N) + offset,  i = N-1 ... 0
-
-    "Leading": each of N equal intervals of 0..T-1 is entered at its clean end. SD1 shifts the lot by
-    offset 1. Where N divides T this is what CompVis and diffusers both run. Elsewhere they disagree:
-    they step by floor(T / N), whereupon CompVis runs more steps than asked (7 -> 8), or walks off the
-    table (N = 3), and diffusers stops short of the noise (501 steps would begin at t = 501).
-    Taking the floor last keeps N steps, evenly spread. For N = T there is no room to shift, so the
-    offset gives way and t = 999 ... 0.
-
-    Args:    steps: N in 1..T.  offset: added to every timestep as far as the table reaches.
-    Returns: N ints, strictly falling, all in [0, T-1].
-    Raises:  ValueError: steps outside 1..T, or a negative offset.
     """
+    # Where N divides T this is what CompVis and diffusers run. Elsewhere those step by floor(T / N), which gives other
+    # numbers of steps, or walks off the table. For N = T there is no room to shift: the offset gives way.
     _check_steps(steps, train_steps)
     if offset < 0:
         raise ValueError(f"offset: expected 0 or more, got {offset}")
@@ -183,9 +150,6 @@ def trailing(steps: int, train_steps: int = TRAIN_STEPS) -> tuple[int, ...]:
     """Each of N equal intervals entered at its noisy end: 50 steps visit 999, 979 ... 39, 19.
 
     t_i = round(T (1 - i / N)) - 1,  i = 0 ... N-1                                        [Lin et al., section 3.3]
-
-    Returns: N ints, strictly falling from T-1.
-    Raises:  ValueError: steps outside 1..T.
     """
     _check_steps(steps, train_steps)
     return tuple(round(train_steps * (1 - i / steps)) - 1 for i in range(steps))
@@ -195,21 +159,15 @@ def linspace(steps: int, train_steps: int = TRAIN_STEPS, *, endpoint: bool = Fal
     """From T-1 in equal strides, whole or not: 20 steps visit 999, 949.05 ... 49.95.
 
     t_i = (T - 1) (1 - i / N),  i = 0 ... N-1        with `endpoint`: i / (N - 1)
-
-    Raises:  ValueError: steps outside 1..T.
     """
     _check_steps(steps, train_steps)
     return tuple((train_steps - 1) * (1 - u) for u in _fractions(steps, endpoint))
 
 
 def karras(steps: int, schedule: Schedule, *, rho: float = 7.0, endpoint: bool = False) -> tuple[float, ...]:
-    """Strides in sigma^(1/rho): short ones where there is little noise, and few where there is much.
+    """Equal strides in sigma^(1/rho): short ones where there is little noise. `endpoint`: i / (N - 1), as EDM has it.
 
     sigma_i = (sigma_max^(1/rho) + i/N (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho                 [EDM, eq. 5]
-
-    Args:    endpoint: i / (N - 1), as EDM has it.
-    Returns: N timesteps, most of them fractional, falling from T-1.
-    Raises:  ValueError: steps outside 1..T.
     """
     _check_steps(steps, len(schedule))
     _check_signal(schedule)
@@ -218,12 +176,7 @@ def karras(steps: int, schedule: Schedule, *, rho: float = 7.0, endpoint: bool =
 
 
 def log_snr(steps: int, schedule: Schedule, *, endpoint: bool = False) -> tuple[float, ...]:
-    """Equal strides in lambda, so that every step lifts the signal-to-noise ratio by the same factor.
-
-    lambda_i = lambda_{T-1} + i/N (lambda_0 - lambda_{T-1})                              [DPM-Solver, section 3.4]
-
-    Args, returns, raises: as for `karras`.
-    """
+    """Equal strides in lambda: each lifts the signal-to-noise ratio by the same factor. [DPM-Solver, section 3.4]"""
     _check_steps(steps, len(schedule))
     _check_signal(schedule)
     noisy, clean = (float(lambda_t) for lambda_t in schedule.lambdas[[-1, 0]])
@@ -234,12 +187,7 @@ AYS_SD15_SIGMAS = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.39
 
 
 def align_your_steps(steps: int, schedule: Schedule, *, endpoint: bool = False) -> tuple[float, ...]:
-    """The levels that were optimised for SD1.5 and 10 steps, straight lines in log sigma between them for other N.
-
-    They are of SD1.5 on photographs: for another model they are a guess as good as any.  [AYS, table 3 and section 4]
-
-    Args, returns, raises: as for `karras`.
-    """
+    """Levels optimised for SD1.5 and 10 steps; for other N straight lines in log sigma between them. [AYS, table 3]"""
     _check_steps(steps, len(schedule))
     at = np.linspace(0, 1, len(AYS_SD15_SIGMAS))
     log_sigmas = np.interp(_fractions(steps, endpoint), at, np.log(AYS_SD15_SIGMAS))

@@ -54,11 +54,9 @@ def clip_vocabulary() -> Vocabulary:
 
 
 def clean(text: str) -> str:
-    """Mends mis-decoded Unicode, folds white space, lower-cases.
-
-    HTML entities: what ftfy unescapes, once, and only in lines without a "<", as SD1.5's own tokenizer does;
-    open_clip's unescapes twice more, and `R&AMP;D` or `5 &gt; 3 <b>` would have other ids.
-    """
+    """Mends mis-decoded Unicode, folds white space, lower-cases."""
+    # HTML entities: what ftfy unescapes, once, and only in lines without a "<", as SD1.5's own tokenizer does;
+    # open_clip's unescapes twice more, and `R&AMP;D` or `5 &gt; 3 <b>` would have other ids.
     return regex.sub(r"\s+", " ", ftfy.fix_text(text)).strip().lower()
 
 
@@ -132,11 +130,7 @@ class Tokenizer:
         return bytes(b for c in text for b in ([back[c]] if c in back else c.encode())).decode(errors="replace").strip()
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Token ids of some prompts.
-
-        Args:    texts: B prompts. A single string is refused: it would be read as a list of characters.
-        Returns: (B, 77) int64: start, text (truncated if need be), end, then end again up to 77.
-        """
+        """(B, 77) int64 of B prompts: start, text (cut if need be), end, padding; ValueError for a single string."""
         if isinstance(texts, str):
             raise ValueError(f'texts: a single string "{texts[:40]}", expected a list of prompts: ["{texts[:40]}"]')
         rows = []

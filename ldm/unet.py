@@ -28,12 +28,9 @@ from ldm.config import Prediction, UNetConfig
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
-    """Sinusoidal features of the time, cosines first.
+    """Sinusoidal features of times (B,), cosines first: (B, width) float32.
 
     [cos(t w_i), sin(t w_i)],  w_i = 10000^(-i / (width/2))                       [Vaswani et al. 2017, section 3.5]
-
-    Args:    t: (B,) timesteps.  width: even.
-    Returns: (B, width) float32.
     """
     half = width // 2
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
@@ -56,12 +53,9 @@ class TimeEmbedding(nn.Module):
 
 @dataclass(frozen=True)
 class UNetBlocks:
-    """The classes that a U-Net is built from. To try another one: write it, and name it here.
+    """The classes that a U-Net is built from, each called as its default is. Another one: write it, and name it here.
 
-        UNet(SD15.unet, UNetBlocks(transformer_block=WithLinearAttention))
-
-    Each is called as its default is. Numbers are in `UNetConfig` and travel with the weights; code does not, so weights
-    of a network with other blocks are loaded into that network: see `ldm.probe.surgery`.
+    UNet(SD15.unet, UNetBlocks(transformer_block=WithLinearAttention))          its weights: see `ldm.probe.surgery`
     """
 
     resnet: type[nn.Module] = ResnetBlock
@@ -217,12 +211,10 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.latent_channels, 3, padding=1)
 
     def forward(self, x_t: Tensor, t: float | Tensor, context: Tensor) -> Tensor:
-        """The noise that the network sees in x_t.
+        """The noise that the network sees in x_t: (B, 4, H, W), like x_t; ValueError when shapes do not fit.
 
-        Args:    x_t: (B, 4, H, W) scaled latents, H and W multiples of 2^(levels-1).
-                 t: training timestep in [0, 999], one number or (B,); it may lie between two.  context: (B, L, D).
-        Returns: (B, 4, H, W), dtype and device of x_t.
-        Raises:  ValueError: when shapes or batch sizes do not fit.
+        x_t: (B, 4, H, W) scaled latents, H and W multiples of 2^(levels-1).  context: (B, L, D).
+        t: training timestep in [0, 999], one number or (B,); it may lie between two.
         """
         batch = self._check(x_t, context)
         t = torch.as_tensor(t, device=x_t.device)

@@ -17,10 +17,7 @@ from ldm.config import VAEConfig
 
 @dataclass(frozen=True)
 class DiagonalGaussian:
-    """The posterior q(z | image): an independent Gaussian for each latent element.
-
-    mean, logvar: (B, 4, H/f, W/f), unscaled. logvar is clamped to [-30, 20].
-    """
+    """The posterior q(z | image): mean and logvar, (B, 4, H/f, W/f), of unscaled z; logvar is clamped to [-30, 20]."""
 
     mean: Tensor
     logvar: Tensor
@@ -146,12 +143,7 @@ class AutoencoderKL(nn.Module):
         return self.quant_conv(self.encoder(images))
 
     def encode(self, images: Tensor) -> DiagonalGaussian:
-        """The posterior of the unscaled latent z.
-
-        Args:    images: (B, 3, H, W) in [-1, 1], H and W multiples of f.
-        Returns: a Gaussian over z with mean and logvar (B, 4, H/f, W/f).
-        Raises:  ValueError: when the shape does not fit.
-        """
+        """The posterior of z of images (B, 3, H, W) in [-1, 1]; ValueError unless H and W are multiples of f."""
         return DiagonalGaussian.from_moments(self.moments(images))
 
     def decode(self, z: Tensor) -> Tensor:
