@@ -6,7 +6,7 @@ import pytest
 import torch
 from networks import SMALL, module_name, small, too_large
 from reference import FORWARD, golden, image, noise
-from small_networks import reference_run_inputs
+from small_networks import reference_run_inputs, sampling_model
 from torch import Tensor, nn
 
 from ldm import probe
@@ -439,9 +439,9 @@ def test_halves_are_the_same_rows_however_the_batch_is_split(unet):
 
 def test_a_tree_is_edited_like_its_branches(unet):
     x_T, (neutral, style, _), uncond = reference_run_inputs()
-    guide = partial(guided, unet, guidance_scale=3.0, uncond=uncond, max_batch=1)
+    sample = partial(sampling_model(unet, max_batch=1).sample, guidance_scale=3.0, negative=uncond)
     with probe.edit(unet, {"up_blocks.2.skips.0": scale(0.5).only(timesteps=leading(STEPS)[1:])}):
-        tree = traverse_tree(guide, x_T, swaps(neutral, {"style": style}, [2], STEPS), Schedule.sd15(), STEPS)
+        tree = traverse_tree(sample, x_T, swaps(neutral, {"style": style}, [2], STEPS), [0], STEPS)
         alone = run(unet, swap(neutral, style, at=2, steps=STEPS), max_batch=1, rows=1)
     assert torch.equal(tree.latents["style/s02"], alone)
 
