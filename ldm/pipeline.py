@@ -22,6 +22,7 @@ from ldm.checkpoint import KeyReport
 from ldm.clip import CLIPTextEncoder
 from ldm.conditioning import Contexts, constant
 from ldm.config import Config, Prediction
+from ldm.finite import NotFinite, Watch, blame, is_finite
 from ldm.guidance import GuidedEps, guided
 from ldm.images import to_uint8
 from ldm.prediction import Predicted
@@ -82,8 +83,11 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """The contexts of some prompts: (B, L, D), in the U-Net's dtype."""
-        return self.clip(self.tokenizer(prompts).to(self.device)).to(self.dtype)
+        """The contexts of some prompts: (B, L, D), in the U-Net's dtype. Raises NotFinite for NaN or Inf in them."""
+        contexts = self.clip(self.tokenizer(prompts).to(self.device)).to(self.dtype)
+        if not is_finite(contexts):
+            raise blame("text encoder", self.clip)
+        return contexts
 
     def guided(
         self, contexts: Contexts, guidance_scale: float = 7.5, negative: Contexts | Tensor | None = None
@@ -118,7 +122,8 @@ class StableDiffusion:
         model's own.  eta: of samplers that have one.  size: height and width of the latents; None: as trained.
         x_T: (B, 4, H/f, W/f) instead of the seeds' own noise; with `start`, the latents after so many steps, and
         `history` what that Step remembered.
-        Raises ValueError for an argument out of range or of a wrong shape, on the first `next`.
+        Raises ValueError for an argument out of range or of a wrong shape, on the first `next`; NotFinite (one, too) for
+        NaN or Inf: on a GPU after the last step.
         """
         contexts = _over_steps(contexts, steps)
         steps = len(contexts)
@@ -130,7 +135,8 @@ class StableDiffusion:
         spacing = self.schedule.spacing if spacing is None else spacing
         if isinstance(spacing, str):
             spacing = _named("spacing", spacing, SPACINGS)(steps, self.schedule)
-        yield from method(
+        watch = Watch(self.unet)
+        for step in method(
             self.guided(contexts, guidance_scale, negative),
             x_T.to(self.device),
             self.schedule,
@@ -140,7 +146,9 @@ class StableDiffusion:
             history=history,
             noise=step_noise(seeds, x_T.shape[1:]),
             timesteps=spacing,
-        )
+        ):
+            watch(step.index, step.x0_pred, last=step.index == steps - 1)
+            yield step
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
@@ -151,9 +159,17 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, 4, H/f, W/f) -> images (B, 3, H, W), about [-1, 1] and not clipped."""
+        """Scaled latents (B, 4, H/f, W/f) -> images (B, 3, H, W), about [-1, 1] and not clipped.
+
+        Raises NotFinite for NaN or Inf in either.
+        """
         vae_dtype = self.vae.quant_conv.weight.dtype
-        return self.vae.decode(latents.to(self.device, vae_dtype) / self.config.vae.scaling_factor)
+        images = self.vae.decode(latents.to(self.device, vae_dtype) / self.config.vae.scaling_factor)
+        if not is_finite(images):
+            if not is_finite(latents):
+                raise NotFinite("latents: got NaN or Inf in them, expected finite ones; sample them anew")
+            raise blame("autoencoder", self.vae)
+        return images
 
     def weights_sha256(self) -> str:
         """The SHA-256 of the checkpoint file; for several, adapters included, that of their lines "hash  name"."""

@@ -6,6 +6,7 @@ The networks are built on the meta device, without memory, and take the checkpoi
 most one tensor exists twice at a time.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from ldm.clip import CLIPTextEncoder
 from ldm.config import CLIPConfig, Config, DiffusionConfig, UNetConfig, VAEConfig
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,8 @@ def load_parts(
         tensors = {name: tensor.cast(part_dtype) for name, tensor in checkpoint.parts[part].items()}
         mapped = mapped and all(tensor.mapped for tensor in tensors.values())
         fill(network, tensors, device)
+        if part_dtype == torch.float16:
+            warn_of_overflow(checkpoint, part, network)
     clip, vae, unet = (examined.networks[part] for part in PARTS)
     assert isinstance(clip, CLIPTextEncoder)
     assert isinstance(vae, AutoencoderKL)
@@ -184,6 +189,19 @@ def fill(network: nn.Module, tensors: Mapping[str, LazyTensor], device: torch.de
     state = {name: tensors[name].fetch(copy).to(device) for name in network.state_dict()}
     network.load_state_dict(state, assign=True)
     network.eval()
+
+
+def warn_of_overflow(checkpoint: Checkpoint, part: str, network: nn.Module) -> None:
+    """Say which tensors are Inf in float16 that are none in the file."""
+    bad = [name for name, tensor in network.state_dict().items() if not tensor.isfinite().all()]
+    if lost := [name for name in bad if checkpoint.parts[part][name].values().isfinite().all()]:
+        logger.warning(
+            "%s: %d tensors are beyond float16's 65504, the first %s.%s: use float32 or bfloat16 (--dtype)",
+            checkpoint.path,
+            len(lost),
+            part,
+            lost[0],
+        )
 
 
 def _whole(configs: dict[str, PartConfig], checkpoint: Checkpoint) -> Config:

@@ -24,11 +24,13 @@ from ldm.checkpoint.identification import (
     HEADER_KEY,
     VAE_NAMES_KEY,
     WORDS_KEY,
+    Checkpoint,
     WeightSet,
     identify,
 )
 from ldm.checkpoint.layouts import FOLDERS, PARTS
 from ldm.checkpoint.loading import examine
+from ldm.checkpoint.quantised import FLOAT8
 from ldm.checkpoint.report import require_fit
 from ldm.checkpoint.settings import PartConfig
 from ldm.checkpoint.vocabulary import added_to_metadata
@@ -130,6 +132,8 @@ def convert(
             f"{source}: its tokenizer has a vocabulary of its own, {len(own)} pieces, which neither layout written "
             "here has a place for: keep the folder as it is"
         )
+    if dtype == torch.float16:
+        _refuse_overflow(checkpoint)
     content = Content(
         parts={
             part: {name: tensor.cast(dtype) for name, tensor in tensors.items()}
@@ -144,6 +148,22 @@ def convert(
         diffusion=checkpoint.diffusion,
     )
     return _write(Path(target), content, layout, overwrite)
+
+
+def _refuse_overflow(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError when a weight is finite and beyond float16; before anything is written."""
+    lost = []
+    for part, tensors in checkpoint.parts.items():
+        for name, tensor in tensors.items():
+            if tensor.dtype.is_floating_point and tensor.dtype not in (torch.float16, *FLOAT8):
+                values = tensor.values()
+                if bool((values.isfinite() & ~values.half().isfinite()).any()):
+                    lost.append(f"{part}.{name}")
+    if lost:
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(lost)} tensors are beyond float16's 65504 and would be Inf, the first {lost[0]}: "
+            "convert to bf16 or fp32 (--dtype)"
+        )
 
 
 def _write(path: Path, content: Content, layout: str, overwrite: bool) -> list[Path]:

@@ -32,14 +32,18 @@ from ldm_tools.options import add_adapters, lora_files
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command to `parser`."""
     parser.description = (
-        "Say what a file or folder of weights is, from its header alone: no weight is loaded. "
+        "Say what a file or folder of weights is, from its header; of its weights only whether they are numbers. "
         "Fails when any key is missing, unexpected or of the wrong shape, after saying which."
     )
     parser.add_argument("file", type=Path, help="a .safetensors file, or a folder")
     add_adapters(parser)
     parser.add_argument("--json", action="store_true", help="everything, as JSON")
     parser.add_argument("--keys", action="store_true", help="also list every key, as it is stored and as it is here")
-    parser.add_argument("--no-hash", action="store_true", help="leave the SHA-256 away, which reads every byte")
+    parser.add_argument(
+        "--no-hash",
+        action="store_true",
+        help="leave away what reads every byte: the SHA-256, and the search for NaN and Inf",
+    )
     parser.add_argument(
         "--trace",
         action="store_true",
@@ -108,6 +112,8 @@ def describe(examined: Examined, with_hashes: bool) -> dict[str, Any]:
             "dtypes": _dtypes(weights),
             "config": asdict(examined.configs[network]),
         }
+        if with_hashes:  # which reads every byte, as this does
+            parts[part]["not_finite"] = [t.key for t in weights if not t.values().float().isfinite().all()]
     return {
         "path": str(checkpoint.path),
         "is": checkpoint.describe(),
@@ -147,6 +153,9 @@ def lines(facts: dict[str, Any]) -> list[str]:
         text.append(f"  {part:8} {row['parameters']:>13,} parameters in {row['tensors']} tensors of {dtypes}")
         if part in PARTS:
             text.append("           " + ", ".join(f"{name} {value}" for name, value in row["config"].items()))
+    for part, row in facts["parts"].items():
+        if bad := row.get("not_finite"):
+            text.append(f"  {part}: {len(bad)} tensors hold NaN or Inf, the first {bad[0]}: get the file again")
     keys = facts["keys"]
     counts = {
         "used": keys["used"],

@@ -97,11 +97,13 @@ def path_geometry(points: ArrayLike) -> dict[str, float]:
 
     Args:    points: (P, ...) in order.
     Returns: the six; NaN where a path has no length, no chord, or (turning, curvature) no corner.
-    Raises:  ValueError: fewer than two points.
+    Raises:  ValueError: fewer than two points, or NaN or Inf in them.
     """
     path = np.asarray(points, np.float64)
     if path.ndim == 0 or len(path) < 2:
         raise ValueError(f"points: expected two or more, got shape {path.shape}")
+    if not np.isfinite(path).all():
+        raise ValueError("points: got NaN or Inf in them, expected finite latents; the run that they are of was broken")
     path = path.reshape(len(path), -1)
     segments = np.diff(path, axis=0)
     lengths = np.linalg.norm(segments, axis=1)
