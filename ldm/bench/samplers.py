@@ -265,7 +265,7 @@ def flip_rates(
     comparison = bench.comparison
     guidance, styles = comparison.guidances[-1], tuple(comparison.styles)
     heads = instruments.heads(styles, "melanoma")
-    columns = [instruments.classifier.attributes.index(name) for name in heads]
+    columns = [instruments.attributes.index(name) for name in heads]
     cases = [("ddim", "leading", 50)]
     cases += [
         (name, best_spacing(rows, name, budget, guidance), steps_for(name, budget))

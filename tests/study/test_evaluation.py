@@ -197,6 +197,22 @@ def test_an_image_size_that_the_classifier_was_not_trained_on_is_refused(instrum
         evaluate(instruments, tmp_path, task_of(plan=plan_of(CHEST, latent_size=(24, 24))))
 
 
+def test_styles_that_no_classifier_knows_have_all_but_cfrt(instruments, finished, tmp_path):
+    """Nobody judges the first run; in the second one style is judged, under the classifier's name for it."""
+    task = replace(task_of_run(finished), judged={})
+    nobody = evaluate(replace(instruments, classifier=None, classifier_file=None), tmp_path / "nobody", task)
+    for scores in nobody["attributes"].values():
+        assert "no classifier at hand" in scores["swaps"]["unavailable"]
+        assert 0 < scores["ssim"]["swaps"]["value"] < 1
+        assert len(scores["directions"]["matrix"]) == 3
+    assert nobody["redrawn"].startswith("50 points, where the folder's own curve has")
+    first, second = task.plan.styles
+    some = evaluate(instruments, tmp_path / "some", replace(task, judged={second: "pleural_effusion"}))["attributes"]
+    assert "unavailable" in some[first]["swaps"]
+    assert some[second]["swaps"]["cfrt"]["own_head_signed"]["n"] == len(task.plan.seeds)
+    assert some[second]["ssim"] == nobody["attributes"][second]["ssim"]
+
+
 def test_a_single_head_has_no_cfrt(instruments):
     one = replace(instruments.classifier, attributes=("support_devices",))
     with pytest.raises(ValueError, match="the classifier has 1 attribute; CFRT compares two or more"):

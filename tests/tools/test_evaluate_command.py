@@ -9,6 +9,7 @@ from ldm_tools import evaluate
 from ldm_tools.cli import main
 
 from ldm.study.classifier import PHANTOM_CLASSIFIERS
+from ldm.study.evaluation.judges import Judge, choose
 
 CHEST = PHANTOM_CLASSIFIERS["chest"]
 
@@ -114,7 +115,9 @@ def test_rows_that_do_not_fit_are_named_by_line(tmp_path, capsys):
         (["nowhere", "--out", "o"], "expected a finished traversal"),
         (["nowhere", "--guidance", "9", "--out", "o"], "--guidance: it does nothing beside RUN"),
         (["--swap-steps", "7", "--out", "o"], "[7] are not among the trajectory's"),
-        (["--steps", "20", "--out", "o"], "expected a swap after 0..20 steps"),
+        (["--steps", "20", "--swap-steps", "15", "--out", "o"], "[15] are not among the trajectory's"),
+        (["--steps", "20", "--sampled-swap-steps", "2,25", "--out", "o"], "expected a swap after 0..20 steps"),
+        (["--map", "effusion=pleural_effusion", "--out", "o"], "--map: it belongs to a RUN"),
         (["--shown-seeds", "0", "--out", "o"], "--shown-seeds: got 0"),
         (["--threads", "0", "--out", "o"], "--threads: got 0"),
         (["--truth-swap-steps", "10,15", "--out", "o"], "expected [5, 10, 15] among them, missing [5]"),
@@ -136,6 +139,56 @@ def parsed(*options: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)
     return argparse.Namespace(**evaluate.SAMPLED | vars(parser.parse_args(options)))
+
+
+def test_fewer_steps_have_the_same_shares_of_swaps():
+    (few,) = evaluate.phantom_tasks(parsed("--steps", "10", "--cells", "chest", "--seeds", "0-1"), None)
+    assert few.plan.swap_steps == (1, 2, 3, 4, 5, 6, 7, 8, 9)
+    assert few.averaged == (1, 2, 3)
+    assert few.truth_swap_steps == (1, 2, 3, 5, 7)
+    (many,) = evaluate.phantom_tasks(parsed("--steps", "100", "--cells", "chest"), None)
+    assert many.plan.swap_steps == tuple(range(5, 50, 5))  # where the authors' fit they are taken
+    (own,) = evaluate.phantom_tasks(parsed("--sampled-swap-steps", "4,8", "--cells", "chest"), (4,))
+    assert (own.plan.swap_steps, own.averaged) == ((4, 8), (4,))
+
+
+@pytest.mark.parametrize(
+    ("swap_steps", "averaged"), [((5, 10, 15, 40), (5, 10, 15)), ((2, 6, 8), (2, 6)), ((9, 12), (9,))]
+)
+def test_a_run_is_scored_by_its_own_early_swaps(tmp_path, swap_steps, averaged, caplog):
+    """Of its 20 steps, those up to 6, as 15 is of 50; the authors' where it has them."""
+    written = {"seeds": [0], "steps": 20, "guidance": 1.0, "negative": "", "eta": 0.0, "latent_size": [16, 16]}
+    written |= {"neutral": "a", "styles": {"x": "b"}, "swap_steps": swap_steps, "indexing": "steps"}
+    (tmp_path / "run.json").write_text(json.dumps(written | {"bezier_points": 3}))
+    (tmp_path / "latents.safetensors").touch()
+    if 40 in swap_steps:
+        (tmp_path / "run.json").write_text(json.dumps(written | {"bezier_points": 3, "steps": 50}))
+    assert evaluate.task_of_run(tmp_path, None).averaged == averaged
+    assert ("--swap-steps names others" in caplog.text) == (40 not in swap_steps)
+
+
+def test_the_judge_of_a_run():
+    assert choose(("pleural_effusion",), None, {}) == Judge(CHEST, {"pleural_effusion": "pleural_effusion"})
+    mapped = choose(("water", "support_devices"), None, {"water": "pleural_effusion"})
+    assert mapped == Judge(CHEST, {"water": "pleural_effusion", "support_devices": "support_devices"})
+    some = choose(("effusion", "support_devices"), None, {})
+    assert (some.file, dict(some.styles)) == (CHEST, {"support_devices": "support_devices"})
+    assert some.lacking.startswith("effusion: no CFRT, flip rate and probabilities, for a shipped classifier has no")
+    nobody = choose(("glasses",), None, {})
+    assert (nobody.file, nobody.styles) == (None, {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ((("hair",), CHEST, {}), "the classifier has no 'hair'; it has .*--map STYLE=ATTRIBUTE"),
+        ((("hair",), None, {"hiar": "hair"}), "--map: no style 'hiar'; did you mean 'hair'"),
+        ((("x",), None, {"x": "hiar"}), "--map: no classifier has 'hiar'; did you mean 'hair'"),
+    ],
+)
+def test_judges_that_do_not_fit(arguments, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        choose(*arguments)
 
 
 def test_what_was_not_typed_fits_what_was():

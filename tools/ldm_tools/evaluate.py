@@ -7,8 +7,11 @@ torchrun --nproc-per-node 2 --no-python ldm evaluate ...    seeds shared among p
 """
 
 import argparse
+import logging
 import shlex
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,24 +20,37 @@ from ldm.data import folders, splits
 from ldm.files import read_json, write_json
 from ldm.names import nearest
 from ldm.phantom.prompts import CELLS
+from ldm.pipeline import StableDiffusion
 from ldm.study import classifier as classifiers
 from ldm.study.evaluation import report
 from ldm.study.evaluation.cells import cell_of_run
 from ldm.study.evaluation.instruments import Instruments
+from ldm.study.evaluation.judges import Judge, choose
 from ldm.study.evaluation.run import Task, Workplace, check, evaluate_cell
 from ldm.study.evaluation.workers import Worker
 from ldm.study.metrics import perceptual, predictions
-from ldm.traversal.plan import Traversal, parse_integers
+from ldm.traversal.plan import SWAP_STEPS, Traversal, parse_integers
+from ldm.traversal.sampling import latent_shape
 from ldm_tools import options
 
 # The options that only sampling takes, with their defaults; None: as many as there are seeds, or as is needed.
 SAMPLED = {
     **{"cells": ",".join(CELLS), "seeds": "0-15", "steps": 50, "negative": "", "max_batch": None},
     "guidance": 3.0,  # of the shipped model: see the card in weights/README.md
-    **{"baseline_seeds": None, "truth_seeds": None, "truth_swap_steps": None, "truth_guidance": 1.0},
+    **{
+        "sampled_swap_steps": None,
+        "baseline_seeds": None,
+        "truth_seeds": None,
+        "truth_swap_steps": None,
+        "truth_guidance": 1.0,
+    },
 }
 BASELINE_SEEDS = 8
 TRUTH_SWAP_STEPS = (5, 10, 15, 25, 35)
+AUTHORS_STEPS = 50
+EARLY = 0.3  # of the steps: the latest swap that CFRT averages, as the authors' 15 of 50
+
+log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,9 +63,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders that `ldm traverse` has written")
     parser.add_argument("--out", type=Path, help="folder to write (needed but for --predictions, which prints)")
-    parser.add_argument("--swap-steps", help="those that CFRT averages (default 5,10,15, as the authors)")
+    parser.add_argument(
+        "--swap-steps", help="those that CFRT averages (default 5,10,15 of 50, as the authors; else as early ones)"
+    )
     parser.add_argument(
         "--classifier", type=Path, help="from `ldm classify train` (default: the shipped one that fits)"
+    )
+    parser.add_argument(
+        "--map",
+        action="append",
+        default=[],
+        metavar="STYLE=ATTRIBUTE",
+        help="which of the classifier's attributes a RUN's style is; repeat for each. A style that no classifier knows "
+        "has no CFRT, but all the rest",
     )
     parser.add_argument("--lpips", default="alex", choices=("alex", "vgg", "squeeze"), help="network (default alex)")
     parser.add_argument("--fetch", action="store_true", help="download LPIPS' ImageNet weights if they are not on disk")
@@ -82,6 +108,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     phantoms.add_argument("--cells", help=f"default: {SAMPLED['cells']}")
     phantoms.add_argument("--seeds", help=f"such as 0-199 (default {SAMPLED['seeds']})")
     phantoms.add_argument("--steps", type=int, help=f"DDIM steps (default {SAMPLED['steps']})")
+    phantoms.add_argument(
+        "--sampled-swap-steps", help="the swaps (default 5,10..45; of fewer than 46 steps the same shares of them)"
+    )
     phantoms.add_argument("--guidance", type=float, help=f"guidance scale (default {SAMPLED['guidance']})")
     phantoms.add_argument("--negative", help="the prompt that guidance pushes away from (default: empty)")
     phantoms.add_argument(
@@ -117,20 +146,32 @@ def run(args: argparse.Namespace) -> None:
     if args.threads < 1:
         raise ValueError(f"--threads: got {args.threads}, expected 1 or more")
     refuse_to_replace(args.out, "cfrt", "the report of a table")
-    averaged = averaged or predictions.AVERAGED_SWAP_STEPS
+    named = named_attributes(args)
     tasks = [task_of_run(folder, averaged) for folder in args.runs] or phantom_tasks(args, averaged)
     if len({task.cell.name for task in tasks}) < len(tasks):
         raise ValueError(f"RUN: {[str(folder) for folder in args.runs]} end in the same name, rename one")
+    judges = {
+        task.cell.name: choose(tuple(task.plan.styles), args.classifier, named, all_of_them=task.run is None)
+        for task in tasks
+    }
     datasets = {name: counts for folder in args.data for name, counts in count(folder).items()}
 
     worker = Worker.join()
     sd = options.load_model(args)
+    if not worker.first:  # what it has to say is said once
+        logging.getLogger(perceptual.__name__).setLevel(logging.WARNING)
     lpips = perceptual.load_lpips(args.lpips, fetch=args.fetch)
-    files = {task.cell.name: args.classifier or fitting_classifier(task) for task in tasks}
-    instruments = {
-        file: Instruments(sd, classifiers.load(file, sd.device), file, lpips) for file in set(files.values())
+    judges = {task.cell.name: of_that_size(task, judges[task.cell.name], args, sd) for task in tasks}
+    files = {judge.file for judge in judges.values()}
+    trained = {file: None if file is None else classifiers.load(file, sd.device) for file in files}
+    tasks = [replace(task, judged=judges[task.cell.name].styles) for task in tasks]
+    places = {
+        name: Workplace(Instruments(sd, trained[judge.file], judge.file, lpips), args.out, worker)
+        for name, judge in judges.items()
     }
-    places = {name: Workplace(instruments[file], args.out, worker) for name, file in files.items()}
+    for name, judge in judges.items() if worker.first else ():
+        if judge.lacking:
+            log.warning("%s: %s", name, judge.lacking)
     check(tasks, places)
     torch.set_num_threads(args.threads)  # sums of several threads are taken in another order
     results = {task.cell.name: evaluate_cell(places[task.cell.name], task) for task in tasks}
@@ -161,15 +202,64 @@ def refuse_to_replace(out: Path, key: str, what: str) -> None:
         raise ValueError(f"--out: {path} is {what}, which this would replace; name another folder")
 
 
-def task_of_run(folder: Path, averaged: tuple[int, ...]) -> Task:
-    """A finished traversal's folder. It has no ground truth, and its seeds are all taken."""
+def of_that_size(task: Task, judge: Judge, args: argparse.Namespace, sd: StableDiffusion) -> Judge:
+    """The judge, unless it is a shipped one that nobody asked for and looks at images of another size."""
+    if not task.run or args.classifier or judge.file is None:
+        return judge
+    side, wanted = latent_shape(sd, task.plan)[-1] * sd.config.vae.downscale, classifiers.load(judge.file).input_size
+    if side == wanted:
+        return judge
+    lacking = f"the shipped classifiers look at {wanted} pixels, and the images have {side}; --classifier names another"
+    return Judge(None, {}, f"no CFRT, flip rate and probabilities: {lacking}")
+
+
+def named_attributes(args: argparse.Namespace) -> dict[str, str]:
+    """What --map says: style -> attribute. Raises ValueError for what is no such pair, or without a RUN."""
+    if args.map and not args.runs:
+        raise ValueError("--map: it belongs to a RUN, whose styles have names of their own; phantoms' are known")
+    pairs = [text.partition("=") for text in args.map]
+    for style, equals, attribute in pairs:
+        if not (style and equals and attribute):
+            raise ValueError(f"--map: got {style + equals + attribute!r}, expected STYLE=ATTRIBUTE")
+    named = {style: attribute for style, _, attribute in pairs}
+    if len(set(named.values())) < len(pairs):
+        raise ValueError(f"--map: expected each style and each attribute once, got {' '.join(args.map)}")
+    return named
+
+
+def task_of_run(folder: Path, averaged: tuple[int, ...] | None) -> Task:
+    """A finished traversal's folder. It has no ground truth, and its seeds are all taken.
+
+    Args:    averaged: None: the authors' swap steps where it has them, or else its own that are as early.
+    """
     cell, plan = cell_of_run(folder)
+    if averaged is None:
+        averaged = predictions.AVERAGED_SWAP_STEPS
+        if not set(averaged) <= set(plan.swap_steps):
+            latest = EARLY * plan.steps
+            averaged = tuple(sorted(s for s in plan.swap_steps if s <= latest)) or (min(plan.swap_steps),)
+            shown = ", ".join(map(str, averaged))
+            log.info("%s: CFRT averages swap steps %s of its %d (--swap-steps names others)", folder, shown, plan.steps)
     return Task(cell=cell, plan=plan, run=folder, averaged=averaged)
 
 
-def phantom_tasks(args: argparse.Namespace, averaged: tuple[int, ...]) -> list[Task]:
-    """The cells of the phantoms, sampled here."""
+def shares(swap_steps: Sequence[int], steps: int) -> tuple[int, ...]:
+    """Swap steps of 50 where there are fewer: 5, 10, 15 of 50 are 2, 4, 6 of 20. As they are where all fit."""
+    if max(SWAP_STEPS) <= steps:
+        return tuple(swap_steps)
+    return tuple(sorted({max(1, round(s * steps / AUTHORS_STEPS)) for s in swap_steps}))
+
+
+def phantom_tasks(args: argparse.Namespace, averaged: tuple[int, ...] | None) -> list[Task]:
+    """The cells of the phantoms, sampled here. Args: averaged: None: the authors' swap steps, or their shares."""
     seeds = parse_integers(args.seeds, "--seeds")
+    swap_steps = shares(SWAP_STEPS, args.steps)
+    if args.sampled_swap_steps is not None:
+        swap_steps = parse_integers(args.sampled_swap_steps, "--sampled-swap-steps")
+    elif swap_steps != SWAP_STEPS:
+        log.info("swap steps %s of %d (--sampled-swap-steps names others)", ", ".join(map(str, swap_steps)), args.steps)
+    if averaged is None:
+        averaged = shares(predictions.AVERAGED_SWAP_STEPS, args.steps)
     few = min(BASELINE_SEEDS, len(seeds)) if len(seeds) > 1 else 0  # the linear direction is a mean over other seeds
     names = [name.strip() for name in args.cells.split(",")]
     for name in names:
@@ -186,12 +276,13 @@ def phantom_tasks(args: argparse.Namespace, averaged: tuple[int, ...]) -> list[T
                 negative=args.negative,
                 neutral=CELLS[name].neutral,
                 styles=CELLS[name].styles,
+                swap_steps=swap_steps,
             ),
             averaged=averaged,
             baseline_seeds=few if args.baseline_seeds is None else min(args.baseline_seeds, len(seeds)),
             truth_seeds=len(seeds) if args.truth_seeds is None else args.truth_seeds,
             truth_swap_steps=(
-                tuple(sorted({*TRUTH_SWAP_STEPS, *averaged}))
+                tuple(sorted({*shares(TRUTH_SWAP_STEPS, args.steps), *averaged}))
                 if args.truth_swap_steps is None
                 else parse_integers(args.truth_swap_steps, "--truth-swap-steps")
             ),
@@ -199,20 +290,6 @@ def phantom_tasks(args: argparse.Namespace, averaged: tuple[int, ...]) -> list[T
         )
         for name in dict.fromkeys(names)
     ]
-
-
-def fitting_classifier(task: Task) -> Path:
-    """The shipped classifier that knows a cell's attributes. Raises ValueError where there is none."""
-    known = {path: classifiers.load(path).attributes for path in classifiers.PHANTOM_CLASSIFIERS.values()}
-    for path, attributes in known.items():
-        if set(task.plan.styles) <= set(attributes):
-            return path
-    everything = [name for attributes in known.values() for name in attributes]
-    unknown = next(name for name in task.plan.styles if name not in everything or len(task.plan.styles) > 1)
-    raise ValueError(
-        f"--classifier: no shipped one knows all of {sorted(task.plan.styles)} "
-        f"({unknown!r}{nearest(unknown, everything)}); name one of your own (`ldm classify train`)"
-    )
 
 
 def count(folder: Path) -> dict[str, dict[str, dict[str, int]]]:

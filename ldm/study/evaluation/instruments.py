@@ -24,8 +24,8 @@ class Instruments:
     """A model's decoder and the judges of its images."""
 
     sd: StableDiffusion
-    classifier: Classifier
-    classifier_file: Path
+    classifier: Classifier | None  # None: nothing here knows the attributes
+    classifier_file: Path | None
     lpips: perceptual.Lpips | perceptual.Unavailable = field(repr=False)
 
     @cached_property  # a checkpoint is gigabytes to hash
@@ -35,13 +35,15 @@ class Instruments:
             "weights_sha256": self.sd.weights_sha256(),
             "weight_set": self.sd.weight_set,
             "dtype": str(self.sd.dtype).removeprefix("torch."),
-            "classifier_sha256": checkpoint.sha256(self.classifier_file),
+            "classifier_sha256": checkpoint.sha256(self.classifier_file) if self.classifier_file else None,
             "lpips": None if isinstance(self.lpips, perceptual.Unavailable) else self.lpips.net,
         }
 
     def check_size(self, shape: tuple[int, int, int]) -> None:
         """ValueError where latents (C, H, W) give images of a size that the classifier was not trained on."""
         height, width = (side * self.sd.config.vae.downscale for side in shape[1:])
+        if self.classifier is None:
+            return
         if height != width or height != self.classifier.input_size:
             size = self.classifier.input_size
             raise ValueError(
@@ -57,9 +59,18 @@ class Instruments:
         at_once = max(1, 16 * 16 * 16 // latents[0, 0].numel())
         return np.concatenate([to_uint8(self.sd.decode_latents(piece)) for piece in latents.split(at_once)])
 
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """The K attributes that the classifier knows."""
+        return () if self.classifier is None else self.classifier.attributes
+
     def probabilities(self, pixels: Pixels) -> Tensor:
-        """(B, H, W, 3) bytes -> (B, K)."""
-        return self.classifier.probabilities(from_uint8(pixels))
+        """(B, H, W, 3) bytes -> (B, K); (B, 0) without a classifier."""
+        return self.judged(from_uint8(pixels))
+
+    def judged(self, images: Tensor) -> Tensor:
+        """The same of images (B, 3, H, W) in [-1, 1]."""
+        return torch.empty(len(images), 0) if self.classifier is None else self.classifier.probabilities(images)
 
     def ssim(self, pixels: Pixels, reference: Pixels) -> Tensor:
         """Structural similarity of each image with the (H, W, 3) reference, (B,)."""
@@ -75,14 +86,17 @@ class Instruments:
     def heads(self, attributes: tuple[str, ...], classes: str) -> tuple[str, ...]:
         """The heads that compete in the CFRT, seen to hold every attribute: all but the class's, unless it is swapped.
 
+        Returns: none where there are no attributes to look for.
         Raises:  ValueError: an attribute that the classifier does not know, or fewer than two heads.
         """
-        heads = tuple(name for name in self.classifier.attributes if name != classes or classes in attributes)
+        if not attributes:
+            return ()
+        heads = tuple(name for name in self.attributes if name != classes or classes in attributes)
         for name in attributes:
             if name not in heads:
                 raise ValueError(
                     f"attributes: the classifier has no {name!r}{nearest(name, heads)}; it has {', '.join(heads)}; "
-                    "use another --classifier, or name the styles as it does"
+                    "use another --classifier, name the styles as it does, or --map STYLE=ATTRIBUTE"
                 )
         if len(heads) < 2:
             raise ValueError(f"attributes: the classifier has {len(heads)} attribute; CFRT compares two or more")

@@ -28,7 +28,7 @@ from ldm.traversal.sampling import curves, swap_name
 from ldm.traversal.store import load_seed
 
 POINTS = 25  # of a curve, enough to be dragged along smoothly
-FEWEST_ON_MAP = 8  # latents; t-SNE of fewer says nothing
+FEWEST_ON_MAP = 3, 8  # seeds, latents; t-SNE of fewer says nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +128,7 @@ def latent_map(
     for seed, (neutral, swaps) in latents.items():
         points.append((seed, "neutral", None, neutral))
         points += [(seed, name, plan.swap_steps[i], swaps[a, i]) for a, name in enumerate(plan.styles) for i in columns]
-    if len(points) < FEWEST_ON_MAP:
+    if len(latents) < FEWEST_ON_MAP[0] or len(points) < FEWEST_ON_MAP[1]:
         return None
     pictures = {one.seed: one for one in shown}
     strongest, names = min(steps), list(plan.styles)
@@ -165,26 +165,31 @@ def domain(
         name=cell.name,
         title=cell.title,
         neutral_prompt=plan.neutral,
-        heads=tuple(cell.title_of(name) for name in instruments.classifier.attributes),
+        heads=tuple(cell.title_of(name) for name in instruments.attributes),
         patients=tuple(patients),
         map=tuple(explorer.MapPoint(places.get(seed), name, s, float(x), float(y)) for (x, y), name, s, seed in points),
         summary=summary,
     )
 
 
-def generated_patient(instruments: Instruments, cell: Cell, plan: Traversal, shown: Shown) -> explorer.PatientView:
+def generated_patient(
+    instruments: Instruments, cell: Cell, plan: Traversal, shown: Shown, judges: Mapping[str, str] | None = None
+) -> explorer.PatientView:
     """A patient that the model drew, with the swaps and the curve of every attribute."""
     trajectories = [
-        _trajectory(instruments, cell, plan, shown, a, curve_strip(shown, a)[1:], None) for a in range(len(plan.styles))
+        _trajectory(instruments, cell, plan, shown, a, curve_strip(shown, a)[1:], None, judges)
+        for a in range(len(plan.styles))
     ]
     return explorer.PatientView(shown.seed, "generated", f"seed {shown.seed}", tuple(trajectories))
 
 
-def rendered_patient(instruments: Instruments, cell: Cell, plan: Traversal, shown: Shown) -> explorer.PatientView:
+def rendered_patient(
+    instruments: Instruments, cell: Cell, plan: Traversal, shown: Shown, judges: Mapping[str, str] | None = None
+) -> explorer.PatientView:
     """A rendered phantom that was inverted and edited, with the true counterfactuals."""
     truths = Patient.of(cell, shown.seed, len(shown.neutral)).counterfactuals
     trajectories = [
-        _trajectory(instruments, cell, plan, shown, a, [], truth.to_uint8()) for a, truth in enumerate(truths)
+        _trajectory(instruments, cell, plan, shown, a, [], truth.to_uint8(), judges) for a, truth in enumerate(truths)
     ]
     return explorer.PatientView(shown.seed, "rendered", f"rendered patient {shown.seed}", tuple(trajectories))
 
@@ -197,6 +202,7 @@ def _trajectory(
     a: int,
     curve: Sequence[tuple[str, Pixels]],
     truth: Pixels | None,
+    judges: Mapping[str, str] | None,
 ) -> explorer.Trajectory:
     """One attribute: the neutral image, the swaps, and the points of the curve after the first."""
     name = tuple(plan.styles)[a]
@@ -212,6 +218,7 @@ def _trajectory(
         truth=truth,
         swap_steps=plan.swap_steps,
         cosines=shown.cosines[a],
+        head=cell.title_of(judges[name]) if judges and name in judges else None,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ldm.study.classifier import Classifier
 from ldm.study.evaluation import pictures
 from ldm.study.evaluation.run import Task, Workplace, read_latents, settings_of
 from ldm.study.evaluation.trajectories import FRAMES
@@ -55,17 +56,20 @@ def assemble(
             "interpolation_frames": [FRAMES[0], FRAMES[-1]],
             "truth_guidance": tasks[0].truth_guidance,
         },
-        "classifiers": {place.instruments.classifier_file.stem: _classifier(place) for place in places.values()},
+        "classifiers": dict(
+            _classifier(place.instruments.classifier, place.instruments.classifier_file)
+            for place in places.values()
+            if place.instruments.classifier and place.instruments.classifier_file
+        ),
         "datasets": dict(datasets),
         "cells": dict(cells),
     }
 
 
-def _classifier(place: Workplace) -> Json:
-    """A classifier's held-out figures, as it was saved with them."""
-    trained, file = place.instruments.classifier, place.instruments.classifier_file
+def _classifier(trained: Classifier, file: Path) -> tuple[str, Json]:
+    """A classifier's name and held-out figures, as it was saved with them."""
     rows = trained.report.get("test")
-    return {
+    return file.stem, {
         "file": file.name,
         "model": trained.model,
         "data": trained.report.get("data_set"),
@@ -97,10 +101,22 @@ def write(metrics: Json, tasks: Sequence[Task], places: Mapping[str, Workplace],
     page = explorer.Explorer(
         title="Language-guided trajectories",
         command=metrics["command"],
-        note=NOTE if any(task.cell.domain for task in tasks) else "",
+        note=" ".join([NOTE] if any(task.cell.domain for task in tasks) else _lacking(metrics)),
         domains=tuple(domains),
     )
     explorer.write(page, out / "index.html")
+
+
+def _lacking(metrics: Json) -> list[str]:
+    """What the page of a folder must say: where its curves come from, and what could not be judged."""
+    curves = [f"Curve of {cell['title']}: drawn anew through the swaps." for cell in metrics["cells"].values()]
+    unjudged = [
+        f"{scores['title']}: {scores['swaps']['unavailable']}."
+        for cell in metrics["cells"].values()
+        for scores in cell["attributes"].values()
+        if "unavailable" in scores["swaps"]
+    ]
+    return curves + unjudged
 
 
 def _decoded(place: Workplace, task: Task, count: int) -> list[pictures.Shown]:
@@ -128,12 +144,12 @@ def _domain(
     count: int,
 ) -> explorer.Domain:
     cell, instruments = task.cell, place.instruments
-    patients = [pictures.generated_patient(instruments, cell, task.plan, one) for one in shown]
+    patients = [pictures.generated_patient(instruments, cell, task.plan, one, task.judges) for one in shown]
     if task.truth_seeds:
         plan, folder = task.truth_plan, place.truth(task)
         for seed in range(min(count, task.truth_seeds)):
             decoded = pictures.decode(instruments, plan, seed, *read_latents(folder, seed), 0)
-            patients.append(pictures.rendered_patient(instruments, cell, plan, decoded))
+            patients.append(pictures.rendered_patient(instruments, cell, plan, decoded, task.judges))
     return pictures.domain(instruments, cell, task.plan, patients, at, _summary(metrics["cells"][cell.name]))
 
 
@@ -168,7 +184,7 @@ def headline(metrics: Json) -> str:
     for cell in metrics["cells"].values():
         for scores, (title, short) in zip(cell["attributes"].values(), _summary(cell), strict=True):
             values = [short[name] for name in ("CFRT", "strict", "interpolated", "flip rate", "SSIM", "LPIPS")]
-            n = str(scores["swaps"]["cfrt"]["own_head_signed"]["n"])
+            n = str(find(scores, "swaps", "cfrt", "own_head_signed", "n") or cell["n"])
             rows.append((cell["title"], title, n, values[0], *(value.split(" ")[0] for value in values[1:])))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows)

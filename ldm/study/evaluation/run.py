@@ -23,7 +23,16 @@ from ldm.phantom.prompts import Cell
 from ldm.study.evaluation import baselines, summary, truth
 from ldm.study.evaluation.cells import CLASS_HEAD
 from ldm.study.evaluation.instruments import Instruments
-from ldm.study.evaluation.trajectories import FRAMES, SampleSeed, check_run, from_run, measure, sampled, stacked
+from ldm.study.evaluation.trajectories import (
+    CURVE_POINTS,
+    FRAMES,
+    SampleSeed,
+    check_run,
+    from_run,
+    measure,
+    sampled,
+    stacked,
+)
 from ldm.study.evaluation.workers import Worker
 from ldm.traversal.plan import Traversal
 from ldm.traversal.sampling import latent_shape
@@ -44,6 +53,7 @@ class Task:
     truth_seeds: int = 0  # rendered patients 0 .. truth_seeds - 1
     truth_swap_steps: tuple[int, ...] = (5, 10, 15, 25, 35)
     truth_guidance: float = 1.0
+    judged: Mapping[str, str] | None = None  # style -> the classifier's name of it; None: every style, by its own
 
     def __post_init__(self) -> None:
         """Everything that can be wrong before a network is at hand."""
@@ -55,6 +65,12 @@ class Task:
             raise ValueError(f"truth seeds: {self.cell.name!r} is not a cell of phantoms, which alone have a truth")
         if missing := sorted(set(self.averaged) - set(self.truth_swap_steps)) if self.truth_seeds else []:
             raise ValueError(f"truth swap steps: expected {list(self.averaged)} among them, missing {missing}")
+
+    @property
+    def judges(self) -> dict[str, str]:
+        """Style -> the classifier's attribute that looks for it, in the plan's order; a style may have none."""
+        judged = {style: style for style in self.plan.styles} if self.judged is None else self.judged
+        return {style: judged[style] for style in self.plan.styles if style in judged}
 
     @property
     def truth_plan(self) -> Traversal:
@@ -99,7 +115,7 @@ def check(tasks: Sequence[Task], places: Mapping[str, Workplace]) -> None:
     """
     for task in tasks:
         instruments = places[task.cell.name].instruments
-        instruments.heads(tuple(task.plan.styles), CLASS_HEAD)
+        instruments.heads(tuple(task.judges.values()), CLASS_HEAD)
         instruments.check_size(latent_shape(instruments.sd, task.plan))
         if task.run:
             check_run(task.run, task.plan.seeds, instruments.sd)
@@ -138,14 +154,16 @@ def evaluate_cell(place: Workplace, task: Task) -> Json | None:
     """
     check([task], {task.cell.name: place})
     instruments, plan = place.instruments, task.plan
-    heads = instruments.heads(tuple(plan.styles), CLASS_HEAD)
-    votes = summary.Votes(instruments.classifier.attributes, heads, tuple(plan.styles))
+    heads = instruments.heads(tuple(task.judges.values()), CLASS_HEAD)
+    votes = summary.Votes(instruments.attributes, heads, tuple(plan.styles), task.judges)
 
     trajectories = place.trajectories(task)
     source: SampleSeed = from_run(task.run) if task.run else sampled(instruments, plan)
     fill(trajectories, plan.seeds, lambda seed: measure(instruments, plan, source(seed)), place, task)
     measured = stack(trajectories, plan.seeds)
     result: Json = summary.summarise(task.cell, votes, plan.swap_steps, task.averaged, measured, instruments.lpips)
+    if task.run:
+        result["redrawn"] = f"{CURVE_POINTS} points, where the folder's own curve has {plan.bezier_points}"
     if task.baseline_seeds:
         for name, reports in _baselines(place, task, votes, trajectories, measured).items():
             result["attributes"][name]["baselines"] = reports
@@ -180,7 +198,7 @@ def _truth(place: Workplace, task: Task, votes: summary.Votes) -> dict[str, Json
     """See `summary.summarise_truth`."""
     instruments, cell, plan = place.instruments, task.cell, task.truth_plan
     folder = place.truth(task)
-    others = truth.gallery(cell, instruments.classifier.input_size)
+    others = truth.gallery(cell, latent_shape(instruments.sd, plan)[-1] * instruments.sd.config.vae.downscale)
     seeds = range(task.truth_seeds)
     fill(
         folder,

@@ -24,23 +24,42 @@ Json = dict[str, Any]
 class Votes:
     """Probabilities split into the heads that compete in the CFRT and the class that must not change."""
 
-    def __init__(self, classifier_heads: Sequence[str], heads: Sequence[str], attributes: Sequence[str]) -> None:
-        self.heads, self.attributes = tuple(heads), tuple(attributes)
+    def __init__(
+        self,
+        classifier_heads: Sequence[str],
+        heads: Sequence[str],
+        styles: Sequence[str],
+        judges: Mapping[str, str] | None = None,
+    ) -> None:
+        """judges: style -> the head that looks for it, of those styles that have one; None: all, each its own."""
+        self.judges = {style: style for style in styles} if judges is None else dict(judges)
+        self.styles, self.heads = tuple(styles), tuple(heads)
+        self.rows = [self.styles.index(style) for style in self.judges]
         self.columns = [list(classifier_heads).index(name) for name in heads]
         decides = CLASS_HEAD in classifier_heads and CLASS_HEAD not in heads
         self.decides = list(classifier_heads).index(CLASS_HEAD) if decides else None
 
     def arguments(self, neutral: NDArray[np.float64], edited: NDArray[np.float64]) -> Json:
         """What `cfrt` and `successes` take, from (n, K) and (n, A, S, K)."""
-        decided = self.decides is not None
+        decided, edited = self.decides is not None, edited[:, self.rows]
         return {
             "neutral": neutral[..., self.columns],
             "swapped": edited[..., self.columns],
             "heads": self.heads,
-            "attributes": self.attributes,
+            "attributes": tuple(self.judges.values()),
             "decision_neutral": neutral[..., self.decides] >= 0.5 if decided else None,
             "decision_swapped": edited[..., self.decides] >= 0.5 if decided else None,
         }
+
+    def of_styles(self, by_attribute: Mapping[str, Any]) -> dict[str, Any]:
+        """What was counted of each attribute, under the name of its style."""
+        return {style: by_attribute[attribute] for style, attribute in self.judges.items()}
+
+    def cfrt(self, neutral: NDArray[np.float64], edited: NDArray[np.float64], **options: Any) -> dict[str, Json]:
+        """`ldm.study.metrics.cfrt.cfrt` by style; of those that no head looks for, why there is none."""
+        lacking = {"unavailable": "CFRT and flip rate were not measured: no classifier at hand knows the attribute"}
+        counted = self.of_styles(cfrt(**self.arguments(neutral, edited), **options)) if self.judges else {}
+        return {style: counted.get(style, lacking) for style in self.styles}
 
 
 def summarise(
@@ -57,10 +76,10 @@ def summarise(
              lpips: an `Unavailable` says why its figures are missing.
     """
     neutral = measured["probabilities.neutral"]
-    swaps = cfrt(**votes.arguments(neutral, measured["probabilities.swaps"]), swap_steps=swap_steps, averaged=averaged)
-    curve = cfrt(**votes.arguments(neutral, measured["probabilities.curve"]), swap_steps=FRAMES)
+    swaps = votes.cfrt(neutral, measured["probabilities.swaps"], swap_steps=swap_steps, averaged=averaged)
+    curve = votes.cfrt(neutral, measured["probabilities.curve"], swap_steps=FRAMES)
     attributes = {}
-    for a, name in enumerate(votes.attributes):
+    for a, name in enumerate(votes.styles):
         cosines = directions.cosine_summary(measured["cosines"][:, a], swap_steps)
         geometries = [dict(zip(PATH_FIGURES, row, strict=True)) for row in measured["path"][:, a]]
         attributes[name] = {
@@ -80,7 +99,13 @@ def summarise(
             },
             "path": directions.non_linearity(geometries, 1 + len(swap_steps)),
         }
-    return {"title": cell.title, "neutral_prompt": cell.neutral, "n": len(neutral), "attributes": attributes}
+    return {
+        "title": cell.title,
+        "neutral_prompt": cell.neutral,
+        "n": len(neutral),
+        "averaged": list(averaged),
+        "attributes": attributes,
+    }
 
 
 def _distance(measured: Arrays, name: str, a: int) -> Json:
@@ -107,11 +132,11 @@ def compare_baselines(
         **dict.fromkeys(SWAP_METHODS, measured["probabilities.swaps"][:, :, columns]),
         **dict.fromkeys(CURVE_METHODS, measured["probabilities.curve"]),
     }
-    compared: dict[str, Json] = {name: {} for name in votes.attributes}
+    compared: dict[str, Json] = {name: {} for name in votes.styles}
     for method, edited in methods.items():
-        arguments = votes.arguments(neutral, edited)
-        reports = cfrt(**arguments, swap_steps=FRAMES if method in CURVE_METHODS else averaged)
-        theirs, mine = successes(**arguments), successes(**votes.arguments(neutral, ours[method]))
+        reports = votes.cfrt(neutral, edited, swap_steps=FRAMES if method in CURVE_METHODS else averaged)
+        theirs = votes.of_styles(successes(**votes.arguments(neutral, edited)))
+        mine = votes.of_styles(successes(**votes.arguments(neutral, ours[method])))
         for name, report in reports.items():
             difference = {
                 reading: stats.paired_cluster_bootstrap(
@@ -131,11 +156,11 @@ def summarise_truth(
     CFRT here is counted against the retraced image; its ceiling is that of the rendered pairs.
     """
     original, neutral = measured["probabilities.original"], measured["probabilities.neutral"]
-    swaps = cfrt(**votes.arguments(neutral, measured["probabilities.swaps"]), swap_steps=swap_steps, averaged=averaged)
-    ceiling = cfrt(**votes.arguments(original, measured["probabilities.truth"][:, :, None]))
+    swaps = votes.cfrt(neutral, measured["probabilities.swaps"], swap_steps=swap_steps, averaged=averaged)
+    ceiling = votes.cfrt(original, measured["probabilities.truth"][:, :, None])
     reports = {}
-    for a, name in enumerate(votes.attributes):
-        k = votes.columns[votes.heads.index(name)]
+    for a, name in enumerate(votes.styles):
+        k = votes.columns[votes.heads.index(votes.judges[name])]
         curves = {
             "skill": measured["skill"],
             "leakage": measured["leakage"],

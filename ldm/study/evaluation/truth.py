@@ -117,9 +117,9 @@ def measure_truth(
     numbers = {
         "latents.neutral": neutral,
         "latents.swaps": swaps,
-        "probabilities.original": instruments.classifier.probabilities(images)[0],
-        "probabilities.truth": instruments.classifier.probabilities(images)[1:],
-        "probabilities.neutral": instruments.classifier.probabilities(retraced[None])[0],
+        "probabilities.original": instruments.judged(images)[0],
+        "probabilities.truth": instruments.judged(images)[1:],
+        "probabilities.neutral": instruments.judged(retraced[None])[0],
         "probabilities.swaps": instruments.probabilities(edited_pixels).unflatten(0, swaps.shape[:2]),
         "floor.psnr_db": psnr_db(retraced, original),
         "floor.latent": (neutral - encoded[0].cpu()).norm() / encoded[0].cpu().norm(),

@@ -59,6 +59,7 @@ class Trajectory:
     truth: Pixels | None  # the true counterfactual of a rendered patient
     swap_steps: tuple[int, ...]
     cosines: NDArray[np.floating] | None  # (S, S), in the order of swap_steps; NaN: undefined
+    head: str | None = None  # title of the head that looks for the attribute, where it has another
 
     def __post_init__(self) -> None:
         where = f"trajectory {self.attribute!r}"
@@ -267,8 +268,9 @@ def _describe_trajectory(trajectory: Trajectory, heads: Sequence[str]) -> Json:
 
 
 def _target(trajectory: Trajectory, heads: Sequence[str]) -> int | None:
-    """Index of the head that looks for this trajectory's attribute: the one of the same title or name."""
-    names = {trajectory.title.casefold(), trajectory.attribute.replace("_", " ").casefold()}
+    """Index of the head that looks for this trajectory's attribute: the one named, or of the same title or name."""
+    own = {trajectory.title.casefold(), trajectory.attribute.replace("_", " ").casefold()}
+    names = own if trajectory.head is None else {trajectory.head.casefold()}
     return next((i for i, head in enumerate(heads) if head.casefold() in names), None)
 
 

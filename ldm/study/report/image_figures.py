@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from ldm.study.report.plot_style import GREY, NORMAL, PAGE_WIDTH, SMALL, NothingToDraw, sheet, styled
-from ldm.study.report.results import Results, attributes, cells, short
+from ldm.study.report.results import Results, attributes, cells, find, short
 from ldm.traversal.figures import Pixels, difference
 
 Strip = Sequence[tuple[str, Pixels]]
@@ -102,7 +102,9 @@ def figure_6(
     Args:    cell: one cell; None: all.  seeds: how many.  columns: images a row, evenly chosen.
     Raises:  NothingToDraw: without images of the curve.
     """
-    direction = "position u on the Bezier curve \N{RIGHTWARDS ARROW}"
+    anew = any(find(results, "cells", each, "redrawn") for each in ([cell] if cell else cells(results)))
+    curve = "the Bezier curve, drawn anew through the swaps" if anew else "the Bezier curve"
+    direction = f"position u on {curve} \N{RIGHTWARDS ARROW}"
     return _grid(_blocks(results, pictures.curves, seeds, cell), columns, direction, change=False)
 
 

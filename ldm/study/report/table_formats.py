@@ -1,6 +1,7 @@
 """One table as Markdown, CSV and LaTeX.
 
 Markdown and LaTeX round to three decimals; CSV keeps every digit, with the ends of an interval in columns of their own.
+What was not measured is "-", and in CSV an empty cell.
 """
 
 import csv as csv_files
@@ -117,7 +118,7 @@ def _plain(cell: Cell) -> str:
 
 def _exact(cell: Cell, with_interval: bool) -> list[str]:
     parts = [cell.value, cell.low, cell.high] if isinstance(cell, Estimate) else [cell, None, None]
-    shown = [MISSING if part is None or part == "" else part if isinstance(part, str) else repr(part) for part in parts]
+    shown = ["" if part is None else part if isinstance(part, str) else repr(part) for part in parts]
     return shown if with_interval else shown[:1]
 
 

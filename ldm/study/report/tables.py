@@ -2,7 +2,7 @@
 
 The paper: "Language-Guided Trajectory Traversal in Disentangled Stable Diffusion Latent Space for Factorized Medical
 Image Generation" (TehraniNasab, Kumar, Arbel, 2025). Each function takes the content of metrics.json; what is missing
-there is "-" here.
+there is None here, and a row of nothing but None is left out.
 """
 
 import logging
@@ -20,6 +20,7 @@ from ldm.study.report.results import (
     Estimate,
     Results,
     attributes,
+    cells,
     data_set_title,
     estimate,
     find,
@@ -96,6 +97,8 @@ def table_2(results: Results) -> Table:
     for a in attributes(results):
         cfrt = [estimate(find(a.scores, kind, "cfrt", MAIN_READING)) for kind in KINDS]
         distances = [estimate(find(a.scores, metric, kind)) for metric in ("lpips", "ssim") for kind in KINDS]
+        if not any((*cfrt, *distances)):
+            continue
         printed = PAPER_TABLE_2.get(a.cell_title, {}).get(a.key.lower().replace(" ", "_"), (None, None))
         rows.append((a.data_set, a.diagnosis, a.title, *cfrt, *distances, *printed))
     measures = [f"{metric}\n{kind}" for metric in ("CFRT", "LPIPS", "SSIM") for kind in ("swaps", "interp.")]
@@ -104,7 +107,7 @@ def table_2(results: Results) -> Table:
         f"CFRT as own_head_signed, mean of {_samples(results)}. LPIPS and SSIM to the neutral image, mean of all swap "
         "steps and of the same frames. 95 % intervals; interp.: samples interpolated along the Bezier curve."
     )
-    sentences = [note, NOT_COMPARABLE, *_unavailable(results)]
+    sentences = [note, *_redrawn(results), NOT_COMPARABLE, *_unavailable(results)]
     columns = ("Data set", "Class", "Attribute", *measures, *paper)
     return Table("Classification flip rate along a trajectory (CFRT)", columns, tuple(rows), " ".join(sentences))
 
@@ -137,6 +140,8 @@ def table_readings(results: Results) -> Table:
         for kind in KINDS:
             for reading in READINGS:
                 score = find(a.scores, kind, "cfrt", reading)
+                if score is None:
+                    continue
                 counts = [number(find(score, key)) for key in ("n", "ties", "dropped", "chance")]
                 rows.append((a.images, a.title, kind, reading, estimate(score), *counts))
     note = (
@@ -157,11 +162,14 @@ def table_methods(results: Results) -> Table:
     """
     rows: list[tuple[Cell, ...]] = []
     for a in attributes(results):
+        if not find(a.scores, "baselines"):
+            continue  # nothing to set the swaps beside
         for kind, label in (("swaps", "prompt swaps"), ("interpolations", "Bezier curve")):
             rows.append((a.images, a.title, label, *_method(find(a.scores, kind), None)))
         for name, label in BASELINES.items():
-            ours = find(a.scores, "interpolations" if name in ON_CURVE else "swaps")
-            rows.append((a.images, a.title, label, *_method(find(a.scores, "baselines", name), ours)))
+            if find(a.scores, "baselines", name) is not None:
+                ours = find(a.scores, "interpolations" if name in ON_CURVE else "swaps")
+                rows.append((a.images, a.title, label, *_method(find(a.scores, "baselines", name), ours)))
     note = (
         "n: seeds. CFRT as own_head_signed. Minus ours: the straight chord against the Bezier curve, the others "
         "against the prompt swaps, on the seeds of the baseline; below zero the baseline is worse. Target: mean change "
@@ -208,6 +216,8 @@ def table_truth(results: Results) -> Table:
     rows = []
     for a in attributes(results):
         truth = find(a.scores, "truth")
+        if truth is None:
+            continue
         flipped = _steps_flipped(truth)
         ceiling = find(truth, "share_of_ceiling", MAIN_READING) or find(truth, "share_of_ceiling")
         row: list[Cell] = [a.images, a.title, number(find(truth, "n")), ", ".join(f"{s}" for s in flipped) or None]
@@ -311,15 +321,29 @@ def _sentence(head: str, parts: list[str]) -> list[str]:
 
 def _samples(results: Results) -> str:
     """Which swap steps and frames a seed's mean is taken over."""
-    averaged = find(results, "sampling", "averaged") or []
+    each = [find(results, "cells", cell, "averaged") or [] for cell in cells(results)]
+    alike = [steps for i, steps in enumerate(each) if steps and steps not in each[:i]]
+    averaged = alike or [find(results, "sampling", "averaged") or []]
     frames = find(results, "sampling", "interpolation_frames") or []
-    swaps = f"swap steps {', '.join(str(s) for s in averaged)}" if averaged else "the swap steps"
-    return swaps + (f" and of frames {frames[0]}-{frames[-1]} of the curve" if frames else "")
+    swaps = " or ".join(", ".join(map(str, steps)) for steps in averaged if steps)
+    named = f"swap steps {swaps}" if swaps else "the swap steps"
+    return named + (f" and of frames {frames[0]}-{frames[-1]} of the curve" if frames else "")
+
+
+def _redrawn(results: Results) -> list[str]:
+    """That the curve of a folder is not its own, which may have other points."""
+    drawn = [
+        f"{title}: {find(results, 'cells', cell, 'redrawn')}"
+        for cell, title in cells(results).items()
+        if find(results, "cells", cell, "redrawn")
+    ]
+    return _sentence("The curve is drawn anew through the swaps", drawn)
 
 
 def _unavailable(results: Results) -> list[str]:
     """Why a distance is missing, each reason once."""
-    reasons = [find(a.scores, metric, "unavailable") for a in attributes(results) for metric in ("lpips", "ssim")]
+    parts = ("swaps", "lpips", "ssim")
+    reasons = [find(a.scores, part, "unavailable") for a in attributes(results) for part in parts]
     return [f"{reason}".rstrip(".") + "." for reason in dict.fromkeys(reasons) if reason]
 
 
