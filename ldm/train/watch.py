@@ -7,22 +7,20 @@ OUT/samples/step-00000500.png  a row for each prompt, a column for each seed
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
-from ldm import conditioning, guidance, samplers
 from ldm.files import complete
 from ldm.images import save_image, to_uint8
+from ldm.pipeline import StableDiffusion
 from ldm.schedule import TRAIN_STEPS, Schedule
 from ldm.train.diffusion import Network
 from ldm.train.objective import Examples, FineTuning, Material, squared_errors, stream
 from ldm.traversal import figures
-from ldm.unet import UNet
 from ldm.vae import DiagonalGaussian
 
 LOG = "log.jsonl"
@@ -122,25 +120,10 @@ def validate(
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def draw_samples(
-    unet: UNet,
-    schedule: Schedule,
-    contexts: Mapping[str, Tensor],
-    empty: Tensor,
-    decode: Callable[[Tensor], Tensor],
-    latent_shape: tuple[int, int, int],
-) -> Image.Image:
-    """A row for each prompt, a column for each of SAMPLE_SEEDS: the same noise in every run and at every step.
-
-    Args:    contexts: prompt -> (1, L, D).  empty: (1, L, D), the empty prompt's.
-             decode: (B, 4, h, w) scaled latents -> (B, 3, H, W) in [-1, 1].
-    """
-    noise = samplers.initial_noise(SAMPLE_SEEDS, latent_shape).to(empty.device)
+def draw_samples(sd: StableDiffusion, prompts: Sequence[str]) -> Image.Image:
+    """A row for each prompt, a column for each of SAMPLE_SEEDS: the same noise in every run and at every step."""
     rows = []
-    for context in contexts.values():
-        schedule_of_contexts = conditioning.constant(context, SAMPLE_STEPS)
-        eps_fn = guidance.guided(unet, schedule_of_contexts, SAMPLE_GUIDANCE, empty)
-        *_, last = samplers.ddim(eps_fn, noise, schedule, SAMPLE_STEPS)
-        rows.append(list(to_uint8(decode(last.x_prev))))
-    return figures.grid(rows, list(contexts), [f"seed {seed}" for seed in SAMPLE_SEEDS])
+    for context in sd.encode_prompts(prompts)[:, None]:
+        *_, last = sd.sample(context, SAMPLE_SEEDS, steps=SAMPLE_STEPS, guidance_scale=SAMPLE_GUIDANCE)
+        rows.append(list(to_uint8(sd.decode_latents(last.x_prev))))
+    return figures.grid(rows, list(prompts), [f"seed {seed}" for seed in SAMPLE_SEEDS])

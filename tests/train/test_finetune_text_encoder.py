@@ -3,13 +3,13 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from ldm_tools import cli
-from ldm_tools.finetune import sampler
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from test_train_distributed import assert_same_run
@@ -24,7 +24,7 @@ from ldm.train.finetune import Rounds, finetune
 from ldm.train.objective import FineTuning, Material, examples, loss_of
 from ldm.train.run_folder import LAST, RunFolder
 from ldm.train.unet_learner import UNetLearner, as_one
-from ldm.train.watch import validation_examples
+from ldm.train.watch import draw_samples, validation_examples
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 
@@ -176,7 +176,7 @@ def test_without_it_a_run_is_what_it_was(tmp_path, place):
 
 def test_samples_are_of_the_encoder_as_it_is_by_then(place):
     sd = ldm.load(place / "model.safetensors")
-    draw = sampler(sd, ["Chest X-ray of a subject with Edema"])
+    draw = partial(draw_samples, sd, ["Chest X-ray of a subject with Edema"])
     before, again = np.asarray(draw()), np.asarray(draw())
     with torch.no_grad():
         sd.clip.text_model.final_layer_norm.weight.mul_(-3)
