@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from ldm_tools.cli import main
+from tiny_model import write_tiny_model
 
 import ldm
 from ldm import probe
@@ -26,6 +27,13 @@ def sd() -> StableDiffusion:
 def test_swap_steps_scale_with_the_steps():
     assert scaled_swap_steps(50) == SWAP_STEPS
     assert scaled_swap_steps(20) == (2, 4, 6, 8, 10, 12, 14, 16, 18)
+
+
+@pytest.fixture(scope="module")
+def on_a_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command and its model: what it writes does not depend on the network."""
+    weights = write_tiny_model(tmp_path_factory.mktemp("weights") / "tiny.safetensors")
+    return ["hspace", "--weights", str(weights), "--device", "cpu"]
 
 
 @torch.no_grad()
@@ -75,8 +83,8 @@ def test_directions_that_seeds_share():
     assert shared([x[None]]) == [None]
 
 
-def test_the_command(tmp_path, capsys):
-    arguments = ["hspace", "--domains", "chest", "--seeds", "0,1", "--device", "cpu", "--out", str(tmp_path)]
+def test_the_command(on_a_tiny_model, tmp_path, capsys):
+    arguments = [*on_a_tiny_model, "--domains", "chest", "--seeds", "0,1", "--out", str(tmp_path)]
     assert main([*arguments, "--steps", "10"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {
         *("hspace.json", "directions.png", "directions.pdf", "straightness.png", "straightness.pdf")
@@ -90,8 +98,8 @@ def test_the_command(tmp_path, capsys):
     assert "did you mean 'mid_block'?" in capsys.readouterr().err
 
 
-def test_the_command_with_prompts_of_ones_own(tmp_path, capsys):
-    arguments = ["hspace", "--seeds", "0", "--steps", "10", "--device", "cpu", "--out", str(tmp_path)]
+def test_the_command_with_prompts_of_ones_own(on_a_tiny_model, tmp_path, capsys):
+    arguments = [*on_a_tiny_model, "--seeds", "0", "--steps", "10", "--out", str(tmp_path)]
     assert main([*arguments, "--neutral", "a chest"]) == 2
     assert "--neutral, --style: expected both or neither" in capsys.readouterr().err
     assert main([*arguments, "--neutral", "a chest", "--style", "wires"]) == 2
