@@ -3,6 +3,7 @@
 import argparse
 import json
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -59,6 +60,9 @@ def test_fused_attention_by_hand():
 # ---- totals ----------------------------------------------------------------------------------------
 
 
+traced = cache(trace_model)  # at the configuration's own size: 512 x 512 for all but the phantoms
+
+
 @pytest.mark.parametrize("config", [SMALL, PHANTOM, SD15], ids=["small", "phantom", "SD1.5"])
 def test_totals_are_those_that_torch_counts(config):
     f, side = config.vae.downscale, config.unet.sample_size
@@ -73,14 +77,14 @@ def test_totals_are_those_that_torch_counts(config):
         "vae.encode": lambda: vae.encode(images),
         "vae.decode": lambda: vae.decode(x_t),
     }
-    for name, blocks in trace_model(config).items():
+    for name, blocks in traced(config).items():
         with FlopCounterMode(display=False) as counter:
             runs[name]()
         assert Cost.of(blocks).flops == counter.get_total_flops(), name
 
 
 def test_every_parameter_is_in_one_line():
-    traces = trace_model(SD15)
+    traces = traced(SD15)
     totals = {name: Cost.of(blocks).parameters for name, blocks in traces.items()}
     assert totals["clip"] == 123_060_480
     assert totals["unet"] == 859_520_964
@@ -88,7 +92,7 @@ def test_every_parameter_is_in_one_line():
 
 
 def test_lines_are_in_running_order():
-    names = [block.name for block in trace_model(PHANTOM)["unet"]]
+    names = [block.name for block in traced(PHANTOM)["unet"]]
     assert names[:4] == ["time_embedding", "conv_in", "down_blocks.0.resnets.0", "down_blocks.0.downsamplers.0"]
     assert names[-2:] == ["conv_norm_out", "conv_out"]
     assert (
@@ -100,7 +104,7 @@ def test_lines_are_in_running_order():
 
 
 def test_a_larger_image_costs_more_in_convolutions_by_its_area():
-    small, large = (trace_model(SMALL, (size, size))["unet"] for size in (512, 1024))
+    small, large = traced(SMALL)["unet"], trace_model(SMALL, (1024, 1024))["unet"]
     cost = {block.name: (block.flops, after.flops) for block, after in zip(small, large, strict=True)}
     assert cost["conv_in"][1] == 4 * cost["conv_in"][0]
     assert cost["down_blocks.0.attentions.0"][1] > 4 * cost["down_blocks.0.attentions.0"][0]  # attention: area squared
@@ -108,7 +112,7 @@ def test_a_larger_image_costs_more_in_convolutions_by_its_area():
 
 
 def test_parts_add_up():
-    blocks = trace_model(PHANTOM)["unet"]
+    blocks = traced(PHANTOM)["unet"]
     parts = by_part(blocks)
     assert Cost.of(parts.values()) == Cost.of(blocks)
     assert [*parts] == [
