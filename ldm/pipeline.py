@@ -122,8 +122,8 @@ class StableDiffusion:
         model's own.  eta: of samplers that have one.  size: height and width of the latents; None: as trained.
         x_T: (B, 4, H/f, W/f) instead of the seeds' own noise; with `start`, the latents after so many steps, and
         `history` what that Step remembered.
-        Raises ValueError for an argument out of range or of a wrong shape, on the first `next`; NotFinite (one, too) for
-        NaN or Inf: on a GPU after the last step.
+        Raises ValueError for an argument out of range or of a wrong shape, on the first `next`; NotFinite (one, too)
+        for NaN or Inf: on a GPU after the last step.
         """
         contexts = _over_steps(contexts, steps)
         steps = len(contexts)
