@@ -100,28 +100,28 @@ def read(
 def find(root: Path, csv: str = "train.csv") -> Path:
     """The label file in `root` or in a download's folder in it. Raises ValueError when there is none or several."""
     folders = (root, *(root / name for name in (*PREFIXES, FIRST_BATCH)))
-    found = [folder / csv for folder in folders if (folder / csv).is_file()]
-    if not found:
+    files = [folder / csv for folder in folders if (folder / csv).is_file()]
+    if not files:
         others = sorted({path.name for folder in folders for path in folder.glob("*.csv")})
         hint = tables.expected(csv, others) if others else "; there is no csv file"
         raise ValueError(f"csv: no {csv!r} in {root}{hint}")
-    if len(found) > 1 and found[0].parent != root:
-        raise ValueError(f"root: {root} holds several data sets, {found[0]} and {found[1]}; name the folder of one")
-    return found[0]
+    if len(files) > 1 and files[0].parent != root:
+        raise ValueError(f"root: {root} holds several data sets, {files[0]} and {files[1]}; name the folder of one")
+    return files[0]
 
 
 def _places(path: Path, paths: pd.Series) -> pd.DataFrame:
     """key, part, patient, view of every path."""
     names = tables.names(paths).tolist()
-    found = PATH.findall("\n".join(names))  # in one call: a tenth of the time of a match for each row
-    if len(found) != len(names):
+    parts = PATH.findall("\n".join(names))  # in one call: a tenth of the time of a match for each row
+    if len(parts) != len(names):
         wrong = [row for row, name in enumerate(names) if not PATH.fullmatch(name)]
         raise ValueError(
             f"{path}, line {tables.line(wrong[0])}: Path is {names[wrong[0]]!r}, expected "
             f"[CheXpert-v1.0[-small]/]train/patient00001/study1/view1_frontal.jpg ({len(wrong)} such rows)"
         )
-    found = [(f"{key}jpg", *rest) for key, *rest in found]  # the key of a copy in another format, too
-    places = pd.DataFrame(found, columns=["key", "part", "patient", "view"], index=paths.index)
+    parts = [(f"{key}jpg", *rest) for key, *rest in parts]  # the key of a copy in another format, too
+    places = pd.DataFrame(parts, columns=["key", "part", "patient", "view"], index=paths.index)
     tables.unique(path, places["key"])
     return places
 

@@ -93,7 +93,7 @@ def _laid_on(image: Image.Image, background: int) -> tuple[Image.Image, tuple[st
 
 
 def _extrema(image: Image.Image) -> Sequence[float]:
-    found = image.getextrema()
+    extrema = image.getextrema()
     if image.mode == "L":
-        return found  # type: ignore[return-value]
-    return min(low for low, _ in found), max(high for _, high in found)  # type: ignore[misc,union-attr]
+        return extrema  # type: ignore[return-value]
+    return min(low for low, _ in extrema), max(high for _, high in extrema)  # type: ignore[misc,union-attr]

@@ -134,12 +134,12 @@ def _recognised(root: Path, csv: str | None, data_set: str | None) -> tuple[str,
         raise ValueError(f"root: {root} holds CheXpert Plus, which is not read; {EXPECTED}")
     if data_set is not None:
         return tables.one_of("data_set", data_set, SETS), None
-    found = [name for name, known in SETS.items() if _holds(root, known, csv)]
-    if len(found) > 1:
-        titles = " and ".join(SETS[name].title for name in found)
+    sets = [name for name, known in SETS.items() if _holds(root, known, csv)]
+    if len(sets) > 1:
+        titles = " and ".join(SETS[name].title for name in sets)
         raise ValueError(f"root: {root} holds both {titles}; move one to a folder of its own, or name one (--set)")
-    if found:
-        return found[0], None
+    if sets:
+        return sets[0], None
     for path in _tables(root):  # renamed
         header = tables.columns_of(path) or ()
         for name, known in SETS.items():

@@ -154,8 +154,8 @@ def _state(names: Sequence[str], whole: bool, reading: Reading) -> str:
     digest = hashlib.sha256(f"{whole} {reading}\n".encode())
     for name in names:
         try:
-            found = os.stat(name)
-            digest.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
+            stat = os.stat(name)
+            digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         except OSError:
             digest.update(f"{name}\0missing\n".encode())
     return digest.hexdigest()

@@ -16,8 +16,8 @@ def table_in(root: Path, patterns: Sequence[str], folders: Sequence[str] = ()) -
     """The first file that fits one of the patterns, in `root` or else in a folder of it."""
     for folder in (root, *(root / name for name in folders)):
         for pattern in patterns:
-            if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
-                return found[0]
+            if files := sorted(path for path in folder.glob(pattern) if path.is_file()):
+                return files[0]
     return None
 
 
@@ -49,7 +49,7 @@ def there(files: NDArray[np.str_]) -> NDArray[np.str_]:
     Few are looked for first: where those are as the table has them, or nowhere at all, so are the others.
     """
     few = files[np.unique(np.linspace(0, len(files) - 1, PROBED).astype(int))] if len(files) else files
-    if all(found == file for found, file in zip(map(_variant, few), few, strict=True)):
+    if all(variant == file for variant, file in zip(map(_variant, few), few, strict=True)):
         return files
     return np.array([_variant(file) for file in files], dtype=str)
 

@@ -40,8 +40,8 @@ def survey(
 ) -> tuple[list[Facts], list[Broken]]:
     """Decode every file. Args: chests: whether they are radiographs of chests, which can look like negatives."""
     work = partial(_facts, reading=reading, chests=chests)
-    found = examine_all(work, [str(file) for file in files], workers)
-    return [each for each in found if isinstance(each, Facts)], [each for each in found if isinstance(each, Broken)]
+    facts = examine_all(work, [str(file) for file in files], workers)
+    return [each for each in facts if isinstance(each, Facts)], [each for each in facts if isinstance(each, Broken)]
 
 
 def _facts(file: str, reading: Reading, chests: bool) -> Facts | Broken:

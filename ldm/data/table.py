@@ -112,12 +112,12 @@ def _read(path: Path) -> tuple[pd.DataFrame, list[str]]:
 
 def _file_column(path: Path, frame: pd.DataFrame) -> str:
     """The one column whose cells look like image files. Raises ValueError where none or several do."""
-    found = [name for name in frame if frame[name].dtype == object or pd.api.types.is_string_dtype(frame[name])]
-    found = [name for name in found if tables.names(frame[name]).str.lower().str.endswith(EXTENSIONS).mean() > 0.5]
-    if len(found) != 1:
-        among = f"{', '.join(found)} look like it" if found else f"it has {', '.join(map(str, frame))}"
+    columns = [name for name in frame if frame[name].dtype == object or pd.api.types.is_string_dtype(frame[name])]
+    columns = [name for name in columns if tables.names(frame[name]).str.lower().str.endswith(EXTENSIONS).mean() > 0.5]
+    if len(columns) != 1:
+        among = f"{', '.join(columns)} look like it" if columns else f"it has {', '.join(map(str, frame))}"
         raise ValueError(f"file_column: which column of {path} names the files? {among}")
-    return str(found[0])
+    return str(columns[0])
 
 
 def _group_column(frame: pd.DataFrame) -> str | None:

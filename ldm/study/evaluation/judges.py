@@ -38,9 +38,9 @@ def choose(styles: Sequence[str], given: Path | None, names: Mapping[str, str], 
     best = max(files, key=lambda file: sum(attribute in known[file] for attribute in wanted.values()))
     judged = {style: attribute for style, attribute in wanted.items() if attribute in known[best]}
     if missing := [style for style in styles if style not in judged]:
-        of = "the classifier" if given is not None else "a shipped classifier"
+        subject = "the classifier" if given is not None else "a shipped classifier"
         hint = nearest(wanted[missing[0]], everything)
-        problem = f"{of} has no {missing[0]!r}{hint}; it has {', '.join(known[best] if given else everything)}"
+        problem = f"{subject} has no {missing[0]!r}{hint}; it has {', '.join(known[best] if given else everything)}"
         if all_of_them or (given is not None and not judged):
             raise ValueError(
                 f"attributes: {problem}; use another --classifier, name the styles as it does, or --map STYLE=ATTRIBUTE"

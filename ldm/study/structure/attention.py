@@ -120,8 +120,8 @@ def overlap(maps: Tensor, masks: Bools) -> NDArray[np.float64]:
     scores = np.full(big.shape[:-1], np.nan)
     for b, mask in enumerate(masks.reshape(len(masks), -1)):
         if count := int(mask.sum()):
-            found = mask[order[..., b, :count]].sum(axis=-1)
-            scores[..., b] = found / (2 * count - found)
+            common = mask[order[..., b, :count]].sum(axis=-1)
+            scores[..., b] = common / (2 * count - common)
     return scores
 
 
