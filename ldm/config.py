@@ -4,8 +4,8 @@ A configuration holds what the code needs to build the three networks; nothing h
 Defaults are what Stable Diffusion 1.5 was published with (CompVis v1-inference.yaml, OpenAI CLIP ViT-L/14).
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 CONTEXT_TOKENS = 77  # tokens in a prompt, start and end tokens included
 
@@ -106,21 +106,6 @@ class Config:
     clip: CLIPConfig
     vae: VAEConfig
     unet: UNetConfig
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, lists and dictionaries, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> "Config":
-        """The inverse of `to_dict`. Raises ValueError when a part or a field is unknown or missing."""
-        try:
-            clip, vae, unet = (dict(fields[part]) for part in ("clip", "vae", "unet"))
-            vae["widths"] = tuple(vae["widths"])
-            unet["widths"], unet["attention"] = tuple(unet["widths"]), tuple(unet["attention"])
-            return cls(CLIPConfig(**clip), VAEConfig(**vae), UNetConfig(**unet))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a model configuration: {error}; expected the parts clip, vae and unet") from error
 
 
 SD15 = Config(CLIPConfig(), VAEConfig(), UNetConfig())

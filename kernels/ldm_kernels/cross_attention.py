@@ -2,7 +2,7 @@
 
     out = softmax(q k^T / sqrt(d)) v            per batch row and head, M = 64..80 keys
 
-Letters: B batch, N queries, M keys, H heads of width d; P chosen heads, T chosen tokens.
+Letters: B batch, N queries, M keys, H heads of width d.
 
                keys:     64 (all there)      16 (77: 13 there)
                        +-------------------+------+
@@ -19,9 +19,6 @@ nothing but q, k and v is kept for the backward, which computes p again [Vaswani
 One kernel walks along queries as above and writes dq, and each query's log-sum of exponentials and rowsum(p * dp).
 With these a second one owns OWN keys and walks along a stripe of the queries; the stripes' dk and dv are added up
 afterwards, in a fixed order: no atomics, the same bits every time.
-
-The weights p themselves, of chosen heads and tokens, can be written on the way, and be differentiated: dp gets their
-gradient added. Which prompt word looks where costs no second pass.
 """
 
 from collections.abc import Iterator, Sequence
@@ -60,20 +57,13 @@ def weights(q0, q1, k00, k01, k10, k11, M, TO_LOG2: tl.constexpr, D1: tl.constex
 
 
 @triton.jit
-def chosen(base, head_slot, rows, columns, N, T):
-    """Addresses of chosen weights, (rows, columns), and which of them exist: a place of -1 was not chosen."""
-    there = (head_slot >= 0) & (rows[:, None] < N) & (columns[None, :] >= 0)
-    return base + (head_slot * N + rows[:, None]) * T + columns[None, :], there
-
-
-@triton.jit
 def forward_kernel(
-    q, k, v, out, probabilities, head_slots, token_slots,
-    q_batch, q_row, k_batch, k_row, v_batch, v_row, N, M, P, T, rounds,
+    q, k, v, out,
+    q_batch, q_row, k_batch, k_row, v_batch, v_row, N, M, rounds,
     D: tl.constexpr, HEAD_STRIDE: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V1: tl.constexpr,
-    TILE: tl.constexpr, PROBABILITIES: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
+    TILE: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """out (B, N, H, d) and, if asked for, probabilities (B, P, N, T); strides are in elements."""
+    """out (B, N, H, d); strides are in elements."""
     stripe, head, batch, H = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
     q += batch * q_batch + head * HEAD_STRIDE
     k += batch * k_batch + head * HEAD_STRIDE
@@ -92,10 +82,6 @@ def forward_kernel(
         k11 = load_rows(k, keys1, k_row, M, D0, D1, D, False)
         v01 = load_rows(v, keys0, v_row, M, D0, V1, D, True)
         v11 = load_rows(v, keys1, v_row, M, D0, V1, D, False)
-    if PROBABILITIES:
-        head_slot = tl.load(head_slots + head)
-        probabilities += batch * P * N * T
-        slots0, slots1 = tl.load(token_slots + keys0), tl.load(token_slots + keys1)
 
     first = stripe * rounds * TILE
     for start in range(first, first + rounds * TILE, TILE):
@@ -105,11 +91,6 @@ def forward_kernel(
         if D1:
             q1 = load_rows(q, queries, q_row, N, D0, D1, D, EVEN)
         p0, p1, _ = weights(q0, q1, k00, k01, k10, k11, M, to_log2, D1, UPCAST)
-        if PROBABILITIES:
-            addresses, there = chosen(probabilities, head_slot, queries, slots0, N, T)
-            tl.store(addresses, p0, mask=there)
-            addresses, there = chosen(probabilities, head_slot, queries, slots1, N, T)
-            tl.store(addresses, p1, mask=there)
         p0, p1 = p0.to(q0.dtype), p1.to(q0.dtype)
         acc = dot(p0, v00, tl.zeros((TILE, D0), tl.float32), UPCAST)
         store_rows(dot(p1, v10, acc, UPCAST), out, queries, H * D, N, 0, D0, D, EVEN)
@@ -120,10 +101,10 @@ def forward_kernel(
 
 @triton.jit
 def dq_kernel(
-    q, k, v, grad_out, grad_probabilities, head_slots, token_slots, dq, lse, delta,
-    q_batch, q_row, k_batch, k_row, v_batch, v_row, g_batch, g_row, N, M, P, T, rounds,
+    q, k, v, grad_out, dq, lse, delta,
+    q_batch, q_row, k_batch, k_row, v_batch, v_row, g_batch, g_row, N, M, rounds,
     D: tl.constexpr, HEAD_STRIDE: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    TILE: tl.constexpr, PROBABILITIES: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
+    TILE: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dq (B, N, H, d), and for the other kernel each query's lse, in units of log2, and delta, both (B, H, N)."""
     stripe, head, batch, H = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
@@ -147,10 +128,6 @@ def dq_kernel(
         k11 = load_rows(k, keys1, k_row, M, D0, D1, D, False)
         v01 = load_rows(v, keys0, v_row, M, D0, D1, D, True)
         v11 = load_rows(v, keys1, v_row, M, D0, D1, D, False)
-    if PROBABILITIES:
-        head_slot = tl.load(head_slots + head)
-        grad_probabilities += batch * P * N * T
-        slots0, slots1 = tl.load(token_slots + keys0), tl.load(token_slots + keys1)
 
     first = stripe * rounds * TILE
     for start in range(first, first + rounds * TILE, TILE):
@@ -163,11 +140,6 @@ def dq_kernel(
             g1 = load_rows(grad_out, queries, g_row, N, D0, D1, D, EVEN)
         p0, p1, lse_log2 = weights(q0, q1, k00, k01, k10, k11, M, to_log2, D1, UPCAST)
         dp0, dp1 = scores(g0, g1, v00, v01, D1, UPCAST), scores(g0, g1, v10, v11, D1, UPCAST)
-        if PROBABILITIES:
-            addresses, there = chosen(grad_probabilities, head_slot, queries, slots0, N, T)
-            dp0 += tl.load(addresses, mask=there, other=0.0)
-            addresses, there = chosen(grad_probabilities, head_slot, queries, slots1, N, T)
-            dp1 += tl.load(addresses, mask=there, other=0.0)
         own_delta = tl.sum(p0 * dp0, 1) + tl.sum(p1 * dp1, 1)
         tl.store(lse + queries, lse_log2, mask=queries < N)
         tl.store(delta + queries, own_delta, mask=queries < N)
@@ -183,10 +155,10 @@ def dq_kernel(
 
 @triton.jit
 def dkdv_kernel(
-    q, k, v, grad_out, grad_probabilities, head_slots, token_slots, lse, delta, dk, dv,
-    q_batch, q_row, k_batch, k_row, v_batch, v_row, g_batch, g_row, N, M, P, T, rounds,
+    q, k, v, grad_out, lse, delta, dk, dv,
+    q_batch, q_row, k_batch, k_row, v_batch, v_row, g_batch, g_row, N, M, rounds,
     D: tl.constexpr, HEAD_STRIDE: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    OWN: tl.constexpr, TILE: tl.constexpr, PROBABILITIES: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
+    OWN: tl.constexpr, TILE: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dk and dv (stripes, B, M, H, d) fp32: a program owns OWN keys, and sums over its stripe of the queries.
 
@@ -212,10 +184,6 @@ def dkdv_kernel(
         k1 = load_rows(k, keys, k_row, M, D0, D1, D, False)
         v1 = load_rows(v, keys, v_row, M, D0, D1, D, False)
         dk1, dv1 = tl.zeros((OWN, D1), tl.float32), tl.zeros((OWN, D1), tl.float32)
-    if PROBABILITIES:
-        head_slot = tl.load(head_slots + head)
-        grad_probabilities += batch * P * N * T
-        slots = tl.load(token_slots + keys)
 
     first = stripe * rounds * TILE
     for start in range(first, first + rounds * TILE, TILE):
@@ -231,9 +199,6 @@ def dkdv_kernel(
 
         p = tl.exp2(scores(k0, k1, q0, q1, D1, UPCAST) * to_log2 - row_lse[None, :])
         dp = scores(v0, v1, g0, g1, D1, UPCAST)
-        if PROBABILITIES:
-            addresses, there = chosen(grad_probabilities, head_slot, queries, slots, N, T)
-            dp += tl.trans(tl.load(addresses, mask=there, other=0.0))
         ds = (p * (dp - row_delta[None, :])).to(q0.dtype)
         p = p.to(q0.dtype)
         dv0, dk0 = dot(p, g0, dv0, UPCAST), dot(ds, q0, dk0, UPCAST)
@@ -260,7 +225,7 @@ CONFIGURATIONS = (
     Configuration(40, "dq", 80, 64, 4, 2, EVERYWHERE),
     Configuration(64, "dq", 80, 64, 4, 2, EVERYWHERE),
     Configuration(80, "dq", 80, 64, 4, 2, EVERYWHERE),
-    Configuration(160, "dq", 80, 64, 4, 2, (SM80,)),  # spills on sm_90 when probabilities are returned
+    Configuration(160, "dq", 80, 64, 4, 2, (SM80,)),
     Configuration(160, "dq", 80, 16, 4, 2, EVERYWHERE),
     # Where d has a piece of 16 columns, several warps would all compute the same 16 x 16 results: one warp does.
     Configuration(40, "dkdv", 16, 64, 1, 2, EVERYWHERE),
@@ -279,14 +244,14 @@ def spread(n: int, rows: int, c: Configuration) -> tuple[int, int]:
     return triton.cdiv(tiles, rounds), rounds
 
 
-def constants(c: Configuration, width: int, probabilities: bool, even: bool, upcast: bool) -> dict[str, int]:
+def constants(c: Configuration, width: int, even: bool, upcast: bool) -> dict[str, int]:
     """A configuration's compile-time arguments for heads of one width."""
     first, second, outer = pieces(width, c.layout)
     return {
         **{"D": width, "HEAD_STRIDE": width, "D0": first, "D1": second},
         **({"V1": outer} if c.kernel == "forward" else {}),
         **({"OWN": c.own} if c.kernel == "dkdv" else {}),
-        **{"TILE": c.loop, "PROBABILITIES": probabilities, "EVEN": even, "UPCAST": upcast},
+        **{"TILE": c.loop, "EVEN": even, "UPCAST": upcast},
     }
 
 
@@ -297,13 +262,10 @@ def require_supported(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"k: {k.shape[1]} keys, expected {FEWEST_KEYS} to {MOST_KEYS}; `attention` takes any number")
 
 
-def launch(
-    kernel: Any, c: Configuration, tensors: Sequence[Tensor | None], views: Sequence[Tensor], chosen: tuple[int, int]
-) -> None:
+def launch(kernel: Any, c: Configuration, tensors: Sequence[Tensor], views: Sequence[Tensor]) -> None:
     """One kernel over all stripes, heads and batch rows.
 
     Args:    tensors: the kernel's pointers in its order.  views: q, k, v (and grad_out), whose strides it takes.
-             chosen: how many heads and tokens were chosen.
     """
     q, k = views[:2]
     (batch, n, heads, width), m = q.shape, k.shape[1]
@@ -312,56 +274,34 @@ def launch(
     upcast = interpreting(kernel) and q.dtype == torch.bfloat16
     even = n % (c.loop * rounds) == 0
     strides = [stride for view in views for stride in view.stride()[:2]]
-    values = constants(c, width, probabilities=chosen != (0, 0), even=even, upcast=upcast)
+    values = constants(c, width, even=even, upcast=upcast)
     settings = {"num_warps": c.warps, "num_stages": c.stages}
-    kernel[key_tiles * stripes, heads, batch](*tensors, *strides, n, m, *chosen, rounds, **values, **settings)
+    kernel[key_tiles * stripes, heads, batch](*tensors, *strides, n, m, rounds, **values, **settings)
 
 
-def launch_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slots: tuple[Tensor, Tensor] | None = None,
-    chosen: tuple[int, int] = (0, 0),
-    options: Sequence[Configuration] = CONFIGURATIONS,
-) -> tuple[Tensor, Tensor]:
-    """out (B, N, H, d) and the chosen probabilities (B, P, N, T) fp32.
-
-    Args:    slots: (H,) and (80,) int32: a head's and a token's place among the chosen, -1 if it is not.
-             chosen: P and T.
-    """
+def launch_forward(q: Tensor, k: Tensor, v: Tensor, options: Sequence[Configuration] = CONFIGURATIONS) -> Tensor:
+    """out (B, N, H, d); see `cross_attention`."""
     require_supported(q, k, v)
-    batch, n = q.shape[:2]
     out = q.new_empty(q.shape)
-    probabilities = q.new_empty((batch, chosen[0], n, chosen[1]), dtype=torch.float32)
-    pointers, views = (q, k, v, out, probabilities, *(slots or (None, None))), (q, k, v)
-    run_first_that_fits(options, "forward", q, lambda c: launch(forward_kernel, c, pointers, views, chosen))
-    return out, probabilities
+    run_first_that_fits(options, "forward", q, lambda c: launch(forward_kernel, c, (q, k, v, out), (q, k, v)))
+    return out
 
 
 def launch_backward(
-    grad_out: Tensor,
-    grad_probabilities: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slots: tuple[Tensor, Tensor] | None = None,
-    options: Sequence[Configuration] = CONFIGURATIONS,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, options: Sequence[Configuration] = CONFIGURATIONS
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv, each contiguous, from what `launch_forward` took and the gradients of what it gave."""
+    """dq, dk, dv, each contiguous, from what `launch_forward` took and the gradient of what it gave."""
     require_supported(q, k, v)
     batch, n, heads, _ = q.shape
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    grad_out, grad_probabilities = readable(grad_out), grad_probabilities.contiguous()
-    views, chosen = (q, k, v, grad_out), (grad_probabilities.shape[1], grad_probabilities.shape[3])
-    given = (*views, grad_probabilities, *(slots or (None, None)))
+    views = (q, k, v, readable(grad_out))
     lse, delta = q.new_empty((2, batch, heads, n), dtype=torch.float32)
-    run_first_that_fits(options, "dq", q, lambda c: launch(dq_kernel, c, (*given, dq, lse, delta), views, chosen))
+    run_first_that_fits(options, "dq", q, lambda c: launch(dq_kernel, c, (*views, dq, lse, delta), views))
 
     def sum_stripes(c: Configuration) -> None:
         stripes, _ = spread(n, batch * heads * triton.cdiv(k.shape[1], c.own), c)
         parts = q.new_empty((2, stripes, *k.shape), dtype=torch.float32)
-        launch(dkdv_kernel, c, (*given, lse, delta, *parts), views, chosen)
+        launch(dkdv_kernel, c, (*views, lse, delta, *parts), views)
         dk.copy_(parts[0].sum(0))
         dv.copy_(parts[1].sum(0))
 
@@ -373,56 +313,32 @@ def launch_backward(
 # ---- registration ----------------------------------------------------------------------------------
 
 
-def _pair(head_slots: Tensor | None, token_slots: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    return None if head_slots is None or token_slots is None else (head_slots, token_slots)
-
-
 @torch.library.custom_op("ldm::cross_attention", mutates_args=())
-def cross_attention_op(
-    q: Tensor, k: Tensor, v: Tensor, head_slots: Tensor | None, token_slots: Tensor | None, heads: int, tokens: int
-) -> tuple[Tensor, Tensor]:
-    return launch_forward(q, k, v, _pair(head_slots, token_slots), (heads, tokens))
+def cross_attention_op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return launch_forward(q, k, v)
 
 
 @cross_attention_op.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, head_slots: Tensor | None, token_slots: Tensor | None, heads: int, tokens: int
-) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty((q.shape[0], heads, q.shape[1], tokens), dtype=torch.float32)
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.new_empty(q.shape)
 
 
 @torch.library.custom_op("ldm::cross_attention_backward", mutates_args=())
-def cross_attention_backward_op(
-    grad_out: Tensor,
-    grad_probabilities: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    head_slots: Tensor | None,
-    token_slots: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_backward(grad_out, grad_probabilities, q, k, v, _pair(head_slots, token_slots))
+def cross_attention_backward_op(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return launch_backward(grad_out, q, k, v)
 
 
 @cross_attention_backward_op.register_fake
-def _(
-    grad_out: Tensor,
-    grad_probabilities: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    head_slots: Tensor | None,
-    token_slots: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5])
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
 
 
-def _differentiate(ctx: Any, grad_out: Tensor, grad_probabilities: Tensor) -> tuple[Tensor | None, ...]:
-    return *cross_attention_backward_op(grad_out, grad_probabilities, *ctx.saved_tensors), None, None, None, None
+def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return cross_attention_backward_op(grad_out, *ctx.saved_tensors)
 
 
 cross_attention_op.register_autograd(_differentiate, setup_context=_save)
@@ -435,31 +351,7 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Returns: (B, N, H, d), contiguous: `.flatten(2)` is a view.
     Raises:  ValueError: when M or a tensor is not as above, or the tensors are on different devices.
     """
-    return cross_attention_op(q, k, v, None, None, 0, 0)[0]
-
-
-def cross_attention_probabilities(
-    q: Tensor, k: Tensor, v: Tensor, heads: Sequence[int], tokens: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """`cross_attention`, and where the chosen heads look for the chosen tokens; both differentiable.
-
-    Args:    heads: P different numbers in 0..H-1.  tokens: T different numbers in 0..M-1.
-    Returns: out (B, N, H, d); probabilities (B, P, N, T) fp32, [b, i, n, j] = how much of its attention position n
-             gives to token tokens[j] in head heads[i].
-    Raises:  ValueError: as `cross_attention`, and for heads or tokens that are not there, twice there, or none.
-    """
-    head_slots = _slots("heads", heads, q.shape[-2], q.shape[-2]).to(q.device)
-    token_slots = _slots("tokens", tokens, k.shape[1], MOST_KEYS).to(q.device)
-    return cross_attention_op(q, k, v, head_slots, token_slots, len(heads), len(tokens))
-
-
-def _slots(name: str, indices: Sequence[int], count: int, size: int) -> Tensor:
-    """(size,) int32: the place of each index among the chosen, -1 for those that were not."""
-    if not indices or len(set(indices)) < len(indices) or not set(indices) <= set(range(count)):
-        raise ValueError(f"{name}: {list(indices)}, expected different numbers from 0 to {count - 1}, at least one")
-    slots = torch.full((size,), -1, dtype=torch.int32)
-    slots[torch.tensor(indices)] = torch.arange(len(indices), dtype=torch.int32)
-    return slots
+    return cross_attention_op(q, k, v)
 
 
 # ---- for the compiler ------------------------------------------------------------------------------
@@ -468,21 +360,20 @@ def _slots(name: str, indices: Sequence[int], count: int, size: int) -> Tensor:
 KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel}
 
 
-def compile_spec(c: Configuration, probabilities: bool = False, even: bool = True) -> Spec:
+def compile_spec(c: Configuration, even: bool = True) -> Spec:
     """What to compile for one configuration, at its own head width and 77 keys."""
     fn = KERNELS[c.kernel]
-    constexprs = constants(c, c.width, probabilities, even, upcast=False)
+    constexprs = constants(c, c.width, even, upcast=False)
     strides = {name for name in fn.arg_names if name.endswith(("_batch", "_row"))}
-    sizes = {"N", "M", "P", "T", "rounds"}
-    fp32 = {"probabilities", "grad_probabilities", "lse", "delta", "dk", "dv"}
-    slots = {"head_slots", "token_slots"}
+    sizes = {"N", "M", "rounds"}
+    fp32 = {"lse", "delta", "dk", "dv"}
     promised = set(fn.arg_names) - constexprs.keys() - (sizes - {"N"} if even else sizes)
     first, second, outer = pieces(c.width, c.layout)
     executed = first + (second + outer) / 2 if c.kernel == "forward" else first + second
     return Spec(
-        name=f"cross_attention.{c}" + (" probabilities" if probabilities else "") + ("" if even else " uneven"),
+        name=f"cross_attention.{c}" + ("" if even else " uneven"),
         fn=fn,
-        signature=signature(fn, {"i32": sizes | strides, "*i32": slots, "*fp32": fp32, "constexpr": constexprs}),
+        signature=signature(fn, {"i32": sizes | strides, "*fp32": fp32, "constexpr": constexprs}),
         constexprs=constexprs,
         divisible=tuple(name for name in fn.arg_names if name in promised),
         num_warps=c.warps,
@@ -493,7 +384,6 @@ def compile_spec(c: Configuration, probabilities: bool = False, even: bool = Tru
 
 
 def compile_specs() -> Iterator[Spec]:
-    """What is shipped, for the compiler: every configuration, and with probabilities."""
+    """What is shipped, for the compiler: every configuration."""
     for c in CONFIGURATIONS:
         yield compile_spec(c)
-        yield compile_spec(c, probabilities=True)

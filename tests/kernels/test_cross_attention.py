@@ -1,11 +1,11 @@
-"""Cross-attention in Triton's interpreter against float64: output, weights, gradients; and what it refuses."""
+"""Cross-attention in Triton's interpreter against float64: output, gradients; and what it refuses."""
 
 import pytest
 import torch
 from ldm_kernels import cross_attention as kernel
 from ldm_kernels.attention import attention
 from ldm_kernels.configurations import Configuration, candidates
-from ldm_kernels.cross_attention import cross_attention, cross_attention_probabilities
+from ldm_kernels.cross_attention import cross_attention
 from torch import Tensor
 
 
@@ -25,15 +25,15 @@ def triple(batch: int, n: int, m: int, count: int, width: int, dtype: torch.dtyp
     return [heads(batch, length, count, width, dtype, seed) for seed, length in enumerate((n, m, m))]
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """out (B, N, H, d) and all weights (B, H, N, M), as the formula says it, in the inputs' precision."""
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """out (B, N, H, d), as the formula says it, in the inputs' precision."""
     weights = (torch.einsum("bnhd,bmhd->bhnm", q, k) * q.shape[-1] ** -0.5).softmax(-1)
-    return torch.einsum("bhnm,bmhd->bnhd", weights, v), weights
+    return torch.einsum("bhnm,bmhd->bnhd", weights, v)
 
 
 def formula_results(qkv: list[Tensor], grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
     inputs = [x.detach().to(dtype).requires_grad_() for x in qkv]
-    out, _ = softmax_attention(*inputs)
+    out = softmax_attention(*inputs)
     return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype))]
 
 
@@ -45,8 +45,8 @@ def assert_as_good_as_torch(qkv: list[Tensor], options: list[Configuration]) -> 
     grad = heads(*qkv[0].shape, qkv[0].dtype, seed=3)
     exact = formula_results(qkv, grad, torch.float64)
     peers = formula_results(qkv, grad, grad.dtype)
-    out, probabilities = kernel.launch_forward(*qkv, options=options)
-    results = [out, *kernel.launch_backward(grad, probabilities, *qkv, options=options)]
+    out = kernel.launch_forward(*qkv, options=options)
+    results = [out, *kernel.launch_backward(grad, *qkv, options=options)]
     rounding = (16 if grad.dtype == torch.float32 else 2) * torch.finfo(grad.dtype).eps
     for name, result, peer, truth in zip(("out", "dq", "dk", "dv"), results, peers, exact, strict=True):
         allowed = 2 * (peer - truth).abs().max() + rounding * truth.abs().max()
@@ -120,40 +120,6 @@ def test_logits_far_below_zero():
     torch.testing.assert_close(out, v.mean(1, keepdim=True).expand_as(out))
 
 
-# ---- weights ---------------------------------------------------------------------------------------
-
-
-def test_weights_of_chosen_heads_and_tokens():
-    """In the order in which they were asked for; out is what it is without them; both can be differentiated."""
-    qkv = [x.requires_grad_() for x in triple(2, 70, 77, 4, 40)]
-    chosen_heads, tokens = [2, 0], [76, 5, 63, 64]
-    out, weights = cross_attention_probabilities(*qkv, chosen_heads, tokens)
-    assert weights.shape == (2, 2, 70, 4)
-    assert torch.equal(out, cross_attention(*qkv))
-
-    exact = [x.detach().double().requires_grad_() for x in qkv]
-    expected_out, all_weights = softmax_attention(*exact)
-    expected = all_weights[:, chosen_heads][..., tokens]
-    torch.testing.assert_close(weights.double(), expected, rtol=1e-5, atol=1e-7)
-
-    grads = heads(2, 70, 4, 40, seed=3), heads(2, 2, 70, 4, seed=4)
-    mine = torch.autograd.grad([out, weights], qkv, grads)
-    theirs = torch.autograd.grad([expected_out, expected], exact, [g.double() for g in grads])
-    for result, truth in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(result.double(), truth, rtol=1e-5, atol=1e-5)
-
-
-def test_the_gradient_of_the_weights_alone():
-    """What moves attention towards a word: no gradient of out, none for v."""
-    qkv = [x.requires_grad_() for x in triple(1, 20, 77, 2, 40)]
-    exact = [x.detach().double().requires_grad_() for x in qkv]
-    cross_attention_probabilities(*qkv, [1], [4])[1].sum().backward()
-    softmax_attention(*exact)[1][:, 1, :, 4].sum().backward()
-    for x, y in zip(qkv[:2], exact[:2], strict=True):
-        torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-5, atol=1e-6)
-    assert qkv[2].grad.abs().max() == 0
-
-
 # ---- views, and as torch sees it -------------------------------------------------------------------
 
 
@@ -163,10 +129,9 @@ def test_a_view_gives_the_bits_of_its_copy():
     q = heads(20, 2, 2, 40).transpose(0, 1)
     grad = heads(2, 20, 2, 40, seed=1)
     views, copies = [q, k, v], [x.contiguous() for x in (q, k, v)]
-    none = grad.new_empty(2, 0, 20, 0)
     for mine, theirs in (
-        (kernel.launch_forward(*views)[0], kernel.launch_forward(*copies)[0]),
-        *zip(kernel.launch_backward(grad, none, *views), kernel.launch_backward(grad, none, *copies), strict=True),
+        (kernel.launch_forward(*views), kernel.launch_forward(*copies)),
+        *zip(kernel.launch_backward(grad, *views), kernel.launch_backward(grad, *copies), strict=True),
     ):
         assert torch.equal(mine, theirs)
         assert mine.is_contiguous()
@@ -174,12 +139,9 @@ def test_a_view_gives_the_bits_of_its_copy():
 
 def test_opcheck():
     qkv = [x.requires_grad_() for x in triple(1, 10, 77, 2, 40)]
-    torch.library.opcheck(kernel.cross_attention_op, (*qkv, None, None, 0, 0))
-    slots = kernel._slots("heads", [1], 2, 2), kernel._slots("tokens", [3, 70], 77, 80)
-    torch.library.opcheck(kernel.cross_attention_op, (*qkv, *slots, 1, 2))
+    torch.library.opcheck(kernel.cross_attention_op, tuple(qkv))
     plain = [x.detach() for x in qkv]
-    grads = heads(1, 10, 2, 40), heads(1, 1, 10, 2)
-    torch.library.opcheck(kernel.cross_attention_backward_op, (*grads, *plain, *slots))
+    torch.library.opcheck(kernel.cross_attention_backward_op, (heads(1, 10, 2, 40), *plain))
 
 
 def test_compiled_without_a_graph_break():
@@ -192,8 +154,8 @@ def test_compiled_without_a_graph_break():
 
 def test_an_empty_batch():
     qkv = [x.requires_grad_() for x in triple(0, 10, 77, 2, 40)]
-    out, weights = cross_attention_probabilities(*qkv, [0], [0])
-    assert (out.shape, weights.shape) == ((0, 10, 2, 40), (0, 1, 10, 1))
+    out = cross_attention(*qkv)
+    assert out.shape == (0, 10, 2, 40)
     assert [x.shape for x in torch.autograd.grad(out.sum(), qkv)] == [x.shape for x in qkv]
 
 
@@ -212,22 +174,6 @@ def test_heads_that_cannot_be_read_are_refused():
         cross_attention(q, k.half(), v)
 
 
-@pytest.mark.parametrize(
-    ("chosen_heads", "tokens", "complaint"),
-    [
-        ([2], [0], r"heads: \[2\], expected different numbers from 0 to 1"),
-        ([0, 0], [0], "heads: "),
-        ([], [0], "heads: "),
-        ([0], [77], r"tokens: \[77\], expected different numbers from 0 to 76"),
-        ([0], [-1], "tokens: "),
-        ([0], [], "tokens: "),
-    ],
-)
-def test_heads_and_tokens_that_are_not_there_are_refused(chosen_heads, tokens, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        cross_attention_probabilities(*triple(1, 10, 77, 2, 40), chosen_heads, tokens)
-
-
 # ---- for the compiler ------------------------------------------------------------------------------
 
 
@@ -241,7 +187,7 @@ def test_every_width_has_configurations_on_every_gpu(capability, monkeypatch):
 
 def test_specs_name_every_argument():
     specs = list(kernel.compile_specs())
-    assert len({spec.name for spec in specs}) == len(specs) == 2 * len(kernel.CONFIGURATIONS)
+    assert len({spec.name for spec in specs}) == len(specs) == len(kernel.CONFIGURATIONS)
     for spec in specs:
         assert list(spec.signature) == spec.fn.arg_names
         assert {name for name, kind in spec.signature.items() if kind == "constexpr"} == set(spec.constexprs)

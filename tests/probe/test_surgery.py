@@ -16,7 +16,7 @@ from ldm.checkpoint import CheckpointError
 from ldm.checkpoint.config_json import to_json
 from ldm.checkpoint.loading import build, load_parts
 from ldm.checkpoint.settings import infer_config
-from ldm.config import PHANTOM, SD15, Config, UNetConfig
+from ldm.config import SD15, UNetConfig
 from ldm.pipeline import PHANTOM_WEIGHTS
 from ldm.probe import surgery
 from ldm.unet import UNet, UNetBlocks
@@ -62,13 +62,6 @@ def differs(unet: UNet, other: UNet, inputs: tuple[Tensor, int, Tensor]) -> floa
 
 
 # ---- the configuration -----------------------------------------------------------------------------
-
-
-def test_an_old_configuration_still_loads():
-    fields = PHANTOM.to_dict()
-    for new in ("mid_attention", "transformer_depth"):
-        del fields["unet"][new]
-    assert Config.from_dict(json.loads(json.dumps(fields))) == PHANTOM
 
 
 def test_the_standard_configuration_writes_what_it_always_did():
