@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor
 
 import ldm
 from ldm.clip import CLIPTextEncoder
+from ldm.config import CLIPConfig
 from ldm.schedule import Schedule
 from ldm.train.finetune import Rounds, finetune
 from ldm.train.objective import FineTuning, Material
@@ -46,7 +48,8 @@ def train(out: Path, steps: int) -> None:
     """Go on with the run in `out` up to a step; every step is saved."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    frozen = {"clip": CLIPTextEncoder(TINY.clip), "vae": AutoencoderKL(TINY.vae)}
+    words = replace(TINY.clip, vocabulary=CLIPConfig().vocabulary)  # all, as of any model that can be loaded
+    frozen = {"clip": CLIPTextEncoder(words), "vae": AutoencoderKL(TINY.vae)}
     contexts = torch.randn(3, 9, 64, generator=torch.Generator().manual_seed(1))
     material = Material(np.array([f"{i}.png" for i in range(5)]), Stored(), torch.arange(5) % 2, contexts, 0.18215)
     recipe = FineTuning(steps=steps, batch=1, accumulate=1, lr=1e-3, ema_decay=0.9)
