@@ -59,7 +59,7 @@ def read(
     root, path = Path(root), Path(labels)
     path = path if path.is_file() else root / path
     frame, notes = _read(path)
-    file = columns.file or _file_column(path, frame)
+    file = columns.file or _file_column(root, path, frame)
     group = columns.group or _group_column(frame)
     for argument, name in (("file_column", file), ("group_column", group)):
         if name is not None:
@@ -110,10 +110,12 @@ def _read(path: Path) -> tuple[pd.DataFrame, list[str]]:
     return tables.read(path, (), separator, "cp1252"), [f"{path.name} is not in UTF-8, it was read as Windows-1252"]
 
 
-def _file_column(path: Path, frame: pd.DataFrame) -> str:
-    """The one column whose cells look like image files. Raises ValueError where none or several do."""
-    columns = [name for name in frame if frame[name].dtype == object or pd.api.types.is_string_dtype(frame[name])]
-    columns = [name for name in columns if tables.names(frame[name]).str.lower().str.endswith(EXTENSIONS).mean() > 0.5]
+def _file_column(root: Path, path: Path, frame: pd.DataFrame) -> str:
+    """The one column whose cells look like image files, or are some. Raises ValueError where none or several do."""
+    texts = [name for name in frame if frame[name].dtype == object or pd.api.types.is_string_dtype(frame[name])]
+    columns = [name for name in texts if tables.names(frame[name]).str.lower().str.endswith(EXTENSIONS).mean() > 0.5]
+    if not columns:
+        columns = [name for name in texts if (root / tables.names(frame[name]).iloc[0]).is_file()]
     if len(columns) != 1:
         among = f"{', '.join(columns)} look like it" if columns else f"it has {', '.join(map(str, frame))}"
         raise ValueError(f"file_column: which column of {path} names the files? {among}")

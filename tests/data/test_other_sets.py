@@ -242,6 +242,15 @@ def test_columns_of_words_become_labels(tmp_path):
     assert splits.grouped(images).test.size
 
 
+def test_files_without_extensions_are_told_by_being_there(tmp_path):
+    rows = [{"id": f"scans/IM{i}", "effusion": i % 2} for i in range(4)]
+    lookalikes.write_csv(tmp_path / "t.csv", ("id", "effusion"), rows)
+    for row in rows:
+        lookalikes.picture(tmp_path / "scans/x.png").rename(tmp_path / str(row["id"]))
+    images = folders.read(tmp_path, labels="t.csv")
+    assert images.files.tolist() == [str(tmp_path / str(row["id"])) for row in rows]
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

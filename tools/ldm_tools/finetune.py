@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ldm.data import images, tables
+from ldm.data import images, splits, tables
 from ldm.data.labelled import LabelledImages
 from ldm.data.reading import Reading
 from ldm.files import read_json, write_json
@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> None:
     with distributed.together(device) as processes:
         data = read(args, processes)
         split = chosen_split(data, args.split, seed=42)
+        for sentence in splits.uneven(data, split) if processes.first else ():
+            log.warning("%s", sentence)
         training, held_out = data.select(split.train), data.select(split.validation[: args.validate])
         if len(training) < args.batch:
             raise ValueError(f"--batch: got {args.batch}, more than the {len(training)} training images of {args.data}")
