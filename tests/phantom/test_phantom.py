@@ -16,7 +16,7 @@ from ldm_tools import phantom as command
 from PIL import Image
 
 from ldm.phantom import ATTRIBUTES, FREQUENCY, render, sample_attributes
-from ldm.phantom.chest import CTR_RANGE, SEVERITY_RANGE, draw_anatomy
+from ldm.phantom.chest_anatomy import CTR_RANGE, SEVERITY_RANGE, draw_anatomy
 from ldm.phantom.folders import write as write_phantoms
 from ldm.phantom.items import Order
 from ldm.phantom.label_files import CHEXPERT_COLUMNS, ISIC_PROBABILITIES
