@@ -204,7 +204,7 @@ class ImageStart:
     """Real images as the start of a traversal, see `ldm.traversal.run_folder.Start`.
 
     They are inverted at guidance 1 under the neutral prompt. So that the neutral branch retraces them at the plan's
-    guidance, its negative prompt should be the neutral one; see `ldm.inversion`.
+    guidance, its negative prompt should be the neutral one; see `ldm.traversal.inversion`.
     """
 
     def __init__(

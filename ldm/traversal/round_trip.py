@@ -39,7 +39,7 @@ class Inversion:
     method: Method = "fixed-point"
     steps: int = 50
     spacing: str = "leading"  # one of ldm.schedule.SPACINGS
-    guidance: float = 1.0  # see `ldm.inversion`
+    guidance: float = 1.0  # see `ldm.traversal.inversion`
     negative: str = ""
     fit: str = "squash"  # how an image is made square
     reading: Reading = AS_STORED  # how its file becomes pixels

@@ -25,7 +25,7 @@ from ldm.probe.parts import cross_attentions
 from ldm.probe.words import Word
 from ldm.traversal.inversion import ddim_inversion
 
-ITERATIONS = 2  # of the inversion, a step; see `ldm.inversion`
+ITERATIONS = 2  # of the inversion, a step; see `ldm.traversal.inversion`
 Bools = NDArray[np.bool_]
 
 

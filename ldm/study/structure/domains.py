@@ -1,4 +1,4 @@
-"""What the network is asked about: the drawn domains, their prompts and attributes, and how their rows are denoised.
+"""How the network is asked about the drawn domains: the settings, the contexts, and all rows denoised in one call.
 
 Letters: A attributes, B seeds, R rows of one batch, S steps, L tokens, D context width, C H W of a latent.
 """
