@@ -16,6 +16,7 @@ import torch
 
 from ldm import conditioning, guidance, pipeline, samplers, schedule
 from ldm.pipeline import StableDiffusion
+from ldm.unet import STANDARD_BLOCKS, UNetBlocks
 
 if TYPE_CHECKING:
     from ldm.traversal import bezier, inversion, prompt_tree
@@ -50,17 +51,18 @@ def load(
     backend: Literal["auto", "torch", "triton"] | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
     embeddings: Sequence[str | Path] = (),
+    blocks: UNetBlocks = STANDARD_BLOCKS,
 ) -> StableDiffusion:
     """Read a model, see `ldm.pipeline.load`, and install what makes its U-Net and text encoder fast where it runs.
 
-    Args:    path, device, dtype, ema, base, loras, embeddings: see there.
+    Args:    path, device, dtype, ema, base, loras, embeddings, blocks: see there.
              backend: "auto", as None: fused kernels on a GPU that has them; "torch"; "triton". See `ldm.fast.backend`.
     Raises:  what it raises. ValueError: "triton" where no kernel can run.
     """
     from ldm import fast
 
     fast.resolved(backend or "auto", torch.device(device))
-    sd = pipeline.load(path, device, dtype, ema=ema, base=base, loras=loras, embeddings=embeddings)
+    sd = pipeline.load(path, device, dtype, ema=ema, base=base, loras=loras, embeddings=embeddings, blocks=blocks)
     for network in (sd.unet, sd.clip):
         fast.install(network, kernels=backend or "auto")
     return sd

@@ -29,7 +29,7 @@ from ldm.prediction import Predicted
 from ldm.samplers import SAMPLERS, History, Sampler, Step, initial_noise, step_noise
 from ldm.schedule import SPACINGS, Schedule
 from ldm.tokenizer import Tokenizer
-from ldm.unet import UNet
+from ldm.unet import STANDARD_BLOCKS, UNet, UNetBlocks
 from ldm.vae import AutoencoderKL
 
 __all__ = ["PHANTOM_WEIGHTS", "WEIGHTS", "StableDiffusion", "load", "to_uint8"]
@@ -206,11 +206,13 @@ def load(
     base: str | Path | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
     embeddings: Sequence[str | Path] = (),
+    blocks: UNetBlocks = STANDARD_BLOCKS,
 ) -> StableDiffusion:
     """Read a model from a file or folder in any supported layout, as plain torch; see `ldm.checkpoint`.
 
     dtype: None keeps what is stored.  ema: "ema" or "plain", where a file holds both.  base: a whole model to take from
     what `path` lacks.  loras: files and weights, merged.  embeddings: files, whose words prompts may say.
+    blocks: that the file's U-Net was saved with.
     Raises CheckpointError (a ValueError): in one line what the path is instead, or which keys do not fit.
     """
     # In half precision the autoencoder is float32 all the same: in float16 its activations overflow, in bfloat16 images
@@ -218,7 +220,15 @@ def load(
     device = torch.device(device)
     vae_dtype = dtype if dtype is None else torch.float32
     loaded = checkpoint.load_parts(
-        path, dtype=dtype, vae_dtype=vae_dtype, device=device, ema=ema, base=base, loras=loras, embeddings=embeddings
+        path,
+        dtype=dtype,
+        vae_dtype=vae_dtype,
+        device=device,
+        ema=ema,
+        base=base,
+        loras=loras,
+        embeddings=embeddings,
+        blocks=blocks,
     )
     tokenizer = Tokenizer(loaded.config.clip.tokens, loaded.vocabulary)
     with checkpoint.naming(Path(path)):

@@ -26,7 +26,7 @@ from ldm.checkpoint.settings import PartConfig
 from ldm.checkpoint.vocabulary import Vocabulary
 from ldm.clip import CLIPTextEncoder
 from ldm.config import CLIPConfig, Config, DiffusionConfig, UNetConfig, VAEConfig
-from ldm.unet import UNet
+from ldm.unet import STANDARD_BLOCKS, UNet, UNetBlocks
 from ldm.vae import AutoencoderKL
 
 logger = logging.getLogger(__name__)
@@ -83,17 +83,17 @@ class _LeaveUninitialised(TorchFunctionMode):
         return kwargs["tensor"] if initialises else func(*args, **kwargs)
 
 
-def build(config: PartConfig) -> nn.Module:
-    """The network of a configuration, on the meta device: shapes and no memory."""
+def build(config: PartConfig, blocks: UNetBlocks = STANDARD_BLOCKS) -> nn.Module:
+    """The network of a configuration, on the meta device: shapes and no memory; blocks: of a U-Net."""
     with torch.device("meta"), _LeaveUninitialised():
         if isinstance(config, CLIPConfig):
             return CLIPTextEncoder(config)
         if isinstance(config, VAEConfig):
             return AutoencoderKL(config)
-        return UNet(config)
+        return UNet(config, blocks)
 
 
-def examine(checkpoint: Checkpoint) -> Examined:
+def examine(checkpoint: Checkpoint, blocks: UNetBlocks = STANDARD_BLOCKS) -> Examined:
     """Infer the configuration of each network there and explain every key; reads headers only."""
     configs, networks, expected = {}, {}, {}
     for part in PARTS:
@@ -102,7 +102,7 @@ def examine(checkpoint: Checkpoint) -> Examined:
         shapes = {name: tensor.shape for name, tensor in checkpoint.parts[part].items()}
         try:
             configs[part] = settings.infer_config(part, shapes, checkpoint.hidden.get(part))
-            networks[part] = build(configs[part])
+            networks[part] = build(configs[part], blocks)
         except (ValueError, ZeroDivisionError) as error:
             raise CheckpointError(
                 f"{checkpoint.path}: no {PART_NAMES[part]} has these shapes ({error}); numbers of heads and of groups "
@@ -126,6 +126,7 @@ def load_parts(
     base: str | Path | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
     embeddings: Sequence[str | Path] = (),
+    blocks: UNetBlocks = STANDARD_BLOCKS,
 ) -> Loaded:
     """Read a model: any of the layouts, its configuration told from its tensors.
 
@@ -135,6 +136,7 @@ def load_parts(
              ema: which U-Net weights, where the file has both: "ema" or "plain".
              base: a whole model, from which the networks come that `path` lacks.
              loras, embeddings: see `ldm.checkpoint.adapters`; files, of LoRA with their weights.
+             blocks: that the file's U-Net was saved with.
     Returns: the networks, their configuration and the report. On the CPU and in the stored dtype, parameters are views
              of the mapped file (`mapped`); otherwise copies. Peak memory: the weights and one tensor.
     Raises:  CheckpointError: when the path is not such a model, or any key is missing, unexpected or of wrong shape.
@@ -143,14 +145,14 @@ def load_parts(
     if base is not None:
         checkpoint = checkpoint.over(identify(base))
     checkpoint.require_complete()
-    if checkpoint.blocks:
+    if checkpoint.blocks != blocks.changes():
         raise CheckpointError(
-            f"{path}: its U-Net is built from other blocks ({checkpoint.blocks}), whose code is not in the file: "
-            "load it with ldm.probe.surgery.load and those classes"
+            f"{path}: its U-Net is built from the blocks ({checkpoint.blocks or 'standard'}), whose code is not in the "
+            f"file; got ({blocks.changes() or 'standard'}): give those classes, as blocks=UNetBlocks(...) or --blocks"
         )
     weight_set = ema if "unet_ema" in checkpoint.parts else None
     checkpoint = adapted(checkpoint.choose(ema), loras, embeddings)
-    examined = examine(checkpoint)
+    examined = examine(checkpoint, blocks)
     require_fit(checkpoint, examined.report)
     config = _whole(examined.configs, checkpoint)
 

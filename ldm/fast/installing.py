@@ -128,7 +128,8 @@ def install(
         replaced[f"{type(network).__name__}: one CUDA graph for each shape"] = 1
     report = Installed(network, backend, dict(replaced), graphed, forwards, moved)
     network.installed = report  # type: ignore[assignment]
-    logger.info("%s: %s", type(network).__name__, ", ".join(line.strip() for line in str(report).splitlines()))
+    if replaced:
+        logger.info("%s", ", ".join(line.strip() for line in str(report).splitlines()))
     return report
 
 

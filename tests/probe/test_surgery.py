@@ -145,7 +145,7 @@ def test_a_file_says_which_blocks_it_needs(unet, inputs, tmp_path):
     assert differs(surgery.load(path, blocks), changed, inputs) < 1e-5
     with pytest.raises(CheckpointError, match=r"transformer_block=WithMeanAttention\), got \(\)"):
         surgery.load(path, UNetBlocks())
-    with pytest.raises(CheckpointError, match=r"built from other blocks \(transformer_block=WithMeanAttention\)"):
+    with pytest.raises(CheckpointError, match=r"built from the blocks \(transformer_block=WithMeanAttention\)"):
         load_parts(path, base=PHANTOM_WEIGHTS)
     checkpoint.convert(path, tmp_path / "folder", layout="folder")
     assert checkpoint.identify(tmp_path / "folder").blocks == blocks.changes()

@@ -158,7 +158,7 @@ def made_up(titles: dict[str, str], layers: int = 3, count: int = 2) -> dict:
     names += [("cross-attention head", f"down_blocks.{i}.attn2.{head}") for i in range(layers) for head in range(8)]
     return {
         "attributes": titles,
-        "intact": {"effect": dict.fromkeys(titles, 1.0)},
+        "intact": {"effect": dict.fromkeys(titles, 1.0), "seeds": 4},
         "parts": [
             {
                 "kind": kind,
@@ -187,10 +187,23 @@ def test_the_map_shows_what_is_lost():
     np.testing.assert_allclose(shown[0, :2], [1 - first["a"], 1 - first["b"]])
     assert shown.shape == (2, 3)  # heads have their own figure
     panels = ablation_figures.figure_heads(found).axes
-    assert [panel.get_title() for panel in panels[:3]] == ["Attribute a", "Attribute b", "Attribute c"]
+    assert [panel.get_title().split("\n")[0] for panel in panels[:3]] == ["Attribute a", "Attribute b", "Attribute c"]
     assert panels[0].images[0].get_array().shape == (3, 8)
     panels = ablation_figures.figure_injection(found).axes
     assert panels[2].images[0].get_array().shape == (4, 3)  # and all layers, all steps
+
+
+def test_what_was_never_drawn_cannot_be_lost():
+    entry = made_up({"a": "Attribute a", "b": "Attribute b"})
+    entry["intact"]["effect"] = {"a": -0.003, "b": 0.5}
+    panel = ablation_figures.figure_parts({"chest": entry}).axes[0]
+    shown = np.ma.filled(panel.images[0].get_array(), np.nan)
+    assert np.isnan(shown[:, 0]).all()  # grey
+    assert np.isfinite(shown[:, 1]).all()
+    minus = "\N{MINUS SIGN}"
+    titles = [label.get_text() for label in panel.get_xticklabels()]
+    assert titles == [f"Attribute a\nintact {minus}0.00, n = 4", "Attribute b\nintact 0.50, n = 4"]
+    assert panel.images[0].get_clim() == (-1, 1)  # a part may also hold an attribute back
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

@@ -125,6 +125,7 @@ def measure(
 def intact_entry(intact: Intact, attributes: list[str]) -> dict[str, Any]:
     """The whole network, means over seeds."""
     return {
+        "seeds": intact.effect.shape[1],
         "effect": dict(zip(attributes, intact.effect.mean(dim=1).tolist(), strict=True)),
         "identity": or_none(float(intact.identity.nanmean())),
         "region": dict(zip(attributes, intact.regions.float().mean(dim=(1, 2, 3)).tolist(), strict=True)),

@@ -7,6 +7,7 @@ ldm inspect weights/phantom.safetensors --change transformer_depth=2 --change at
 
 import argparse
 import json
+import logging
 import math
 import re
 from collections import Counter
@@ -17,7 +18,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ldm.checkpoint import Examined, adapted, examine, identify, sha256
+from ldm import pipeline
+from ldm.checkpoint import Examined, adapted, examine, identify, save, sha256
 from ldm.checkpoint.adapters import read_embedding, read_lora
 from ldm.checkpoint.container import LazyTensor
 from ldm.checkpoint.layouts import PARTS
@@ -26,7 +28,9 @@ from ldm.checkpoint.report import require_fit
 from ldm.config import SD15, CLIPConfig, Config, UNetConfig, VAEConfig
 from ldm.probe import surgery, trace
 from ldm.unet import UNet
-from ldm_tools.options import add_adapters, lora_files
+from ldm_tools.options import add_adapters, lora_files, own_blocks
+
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("file", type=Path, help="a .safetensors file, or a folder")
     add_adapters(parser)
+    parser.add_argument("--blocks", metavar="FILE.py:NAME", help="a UNetBlocks of your own: the one it was saved with")
     parser.add_argument("--json", action="store_true", help="everything, as JSON")
     parser.add_argument("--keys", action="store_true", help="also list every key, as it is stored and as it is here")
     parser.add_argument(
@@ -60,11 +65,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=VALUE",
         help="a setting of the U-Net, as listed, such as heads=4: what a network with it would take over and cost",
     )
+    parser.add_argument("--out", type=Path, help="write the model with the changed U-Net as a new file, to train on")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the description. Raises CheckpointError when the path is no SD1.5 model, or its keys do not fit."""
-    examined = examine(adapted(identify(args.file), lora_files(args), args.embeddings))
+    _, blocks = own_blocks(args, args.file)
+    if (saved_with := identify(args.file).blocks) and saved_with != blocks.changes():
+        raise ValueError(f"{args.file}: its U-Net was saved with {saved_with}: name those by --blocks FILE.py:NAME")
+    examined = examine(adapted(identify(args.file), lora_files(args), args.embeddings), blocks)
+    if args.out and not args.change:
+        raise ValueError("--out: it writes a changed network; expected --change FIELD=VALUE, too; see ldm convert")
     if args.batch < 1:
         raise ValueError(f"--batch: got {args.batch}, expected 1 or more")
     facts = describe(examined, with_hashes=not args.no_hash)
@@ -89,6 +100,17 @@ def run(args: argparse.Namespace) -> None:
             print("\n".join(key_lines(examined)))
         print("\n".join(text), end="\n" if text else "")
     require_fit(examined.checkpoint, examined.report)
+    if args.out:
+        write_changed(args, changed)
+
+
+def write_changed(args: argparse.Namespace, config: UNetConfig) -> None:
+    """The model with the U-Net that was asked for, each tensor as the description says."""
+    _, blocks = own_blocks(args, args.file)
+    sd = pipeline.load(args.file, dtype=None, loras=lora_files(args), embeddings=args.embeddings, blocks=blocks)
+    unet, _ = surgery.rebuild(sd.unet, config)
+    save(args.out, {"clip": sd.clip, "vae": sd.vae, "unet": unet})
+    logger.info("wrote %s; ldm finetune --weights %s trains it on", args.out, args.out)
 
 
 def describe_adapters(args: argparse.Namespace) -> list[str]:
@@ -289,6 +311,11 @@ def describe_change(
     rows["total"] = [trace.Cost.of(cost.values()) for cost in costs]
     text = ["", "  the U-Net changed: " + ", ".join(_differences(before.config, config)) or "nothing"]
     text += [f"    {line}" for line in str(transplant).splitlines()]
+    if config.heads != before.config.heads:  # which no tensor's shape shows
+        text.append(
+            f"    heads {before.config.heads} -> {config.heads}: every attention's weights are carried over, and cut "
+            "into heads of another width, so the network computes something else until it is trained on"
+        )
     text += [f"    {'':16} {'parameters before':>18} {'after':>14} {'GFLOP before':>13} {'after':>10}"]
     for part, (old, new) in rows.items():
         flops = f"{old.flops / 1e9:>13,.3f} {new.flops / 1e9:>10,.3f}"

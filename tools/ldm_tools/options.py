@@ -1,6 +1,7 @@
 """The options that `generate` and `traverse` share."""
 
 import argparse
+import logging
 import math
 import re
 from dataclasses import replace
@@ -11,8 +12,13 @@ import torch
 
 import ldm
 from ldm import fast, pipeline
+from ldm.checkpoint import identify
 from ldm.samplers import SAMPLERS
 from ldm.schedule import SPACINGS
+from ldm.unet import STANDARD_BLOCKS, UNetBlocks
+from ldm_tools import own_code
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -33,6 +39,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         choices=("auto", *DTYPES),
         default="auto",
         help="of CLIP and U-Net; the autoencoder stays in float32 (default: float32 on the CPU, float16 on a GPU)",
+    )
+    parser.add_argument(
+        "--blocks",
+        metavar="FILE.py:NAME",
+        help="a UNetBlocks of your own, whose U-Net this is; into a standard one, its new branches come as zeros",
     )
     parser.add_argument(
         "--backend",
@@ -61,6 +72,14 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="add the word of a textual inversion: its file's name, or the one inside; repeat for several",
     )
+
+
+def own_blocks(args: argparse.Namespace, file: Path) -> tuple[UNetBlocks, UNetBlocks]:
+    """What --blocks names, and the blocks of the file: those, where it was saved with them, else the standard ones."""
+    if not args.blocks:
+        return STANDARD_BLOCKS, STANDARD_BLOCKS
+    wanted = own_code.load(args.blocks, "--blocks", UNetBlocks)
+    return wanted, STANDARD_BLOCKS if not identify(file).blocks else wanted
 
 
 def lora_files(args: argparse.Namespace) -> list[tuple[str | Path, float]]:
@@ -93,6 +112,7 @@ def load_model(args: argparse.Namespace) -> pipeline.StableDiffusion:
     dtype = DTYPES.get(args.dtype, torch.float16 if device.type == "cuda" else torch.float32)
     if dtype == torch.float32:  # float32 means float32: cuDNN would round convolutions to TF32's ten bits
         torch.backends.cudnn.allow_tf32 = False
+    wanted, blocks = own_blocks(args, args.weights)
     sd = ldm.load(
         args.weights,
         device,
@@ -102,7 +122,15 @@ def load_model(args: argparse.Namespace) -> pipeline.StableDiffusion:
         backend=args.backend,
         loras=lora_files(args) if hasattr(args, "loras") else (),
         embeddings=getattr(args, "embeddings", ()),
+        blocks=blocks,
     )
+    if wanted is not blocks:
+        from ldm.probe import surgery  # read where it is needed: every command imports this file
+
+        unet, transplant = surgery.rebuild(sd.unet, blocks=wanted)
+        logger.info("--blocks: the U-Net with %s\n%s", wanted.changes() or "standard blocks", transplant)
+        fast.install(unet, kernels=args.backend)
+        sd = replace(sd, unet=unet)
     if getattr(args, "cuda_graph", False):
         fast.install(sd.unet, kernels=args.backend, cuda_graph=True)
     return replace(sd, max_batch=limit)

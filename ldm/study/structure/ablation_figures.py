@@ -1,7 +1,7 @@
 """Figures of an ablation: what each part carries, each head, each layer at each time; and the images themselves.
 
-Drawn from what `ldm ablate` writes to ablation.json, one entry a domain. Colours: cividis, even in lightness, the
-same for all kinds of sight.
+Drawn from what `ldm ablate` writes to ablation.json, one entry a domain. Colours: cividis for probabilities, orange to
+purple for differences, which have a sign; the same for all kinds of sight. Grey: nothing was there to be lost.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,6 +22,8 @@ Found = Mapping[str, Any]  # domain -> its part of ablation.json
 Floats = NDArray[np.float64]
 
 SHARES = colormaps["cividis"].with_extremes(bad="#d9d9d9")
+LOST = colormaps["PuOr_r"].with_extremes(bad="#d9d9d9")
+DRAWN = 0.1  # an intact effect below this is no attribute that a part could carry
 WRITTEN = 0.05  # smaller values are left blank, so that the map can be read
 
 
@@ -29,7 +31,8 @@ WRITTEN = 0.05  # smaller values are left blank, so that the map can be read
 def figure_parts(domains: Found) -> Figure:
     """How much of each attribute's effect is lost without each part, and what else changes.
 
-    The first map: intact effect minus that without the part, mean over seeds. The others: how far the edit spills over
+    The first map: intact effect minus that without the part, mean over seeds; grey where the intact network does not
+    draw the attribute. The others: how far the edit spills over
     outside its region, and how far the neutral image moves, both in grey levels of 255.
     """
     rows = _rows(domains)
@@ -41,7 +44,7 @@ def figure_parts(domains: Found) -> Figure:
     figure = new_figure(PAGE_WIDTH, 0.135 * len(rows) + 1.6)
     widths = [len(titles), *(len(domains) for _ in side)]
     panels = figure.subplots(1, 3, sharey=True, squeeze=False, width_ratios=widths)[0]
-    image = _map(panels[0], lost, SHARES, 0.0, 1.0)
+    image = _map(panels[0], lost, LOST, -1.0, 1.0)
     panels[0].set_xticks(range(len(titles)), titles, rotation=40, ha="right", rotation_mode="anchor")
     panels[0].set_yticks(range(len(rows)), [label for *_, label in rows])
     panels[0].set_title("effect lost without the part")
@@ -50,7 +53,7 @@ def figure_parts(domains: Found) -> Figure:
         panel.set_xticks(range(len(domains)), list(domains), rotation=40, ha="right", rotation_mode="anchor")
         panel.set_title(title)
     _kinds(panels, [kind for kind, *_ in rows])
-    figure.colorbar(image, ax=panels[0], orientation="horizontal", label="probability", aspect=40, pad=0.02)
+    figure.colorbar(image, ax=panels[0], orientation="horizontal", label="probability lost", aspect=40, pad=0.02)
     figure.colorbar(greys, ax=list(panels[1:]), orientation="horizontal", label="grey levels", aspect=16, pad=0.02)
     return figure
 
@@ -60,14 +63,14 @@ def figure_heads(domains: Found) -> Figure:
     """The same for each head of each cross-attention: a panel an attribute, a row a layer, a column a head."""
     heads = {domain: [part for part in entry["parts"] if part["kind"] == HEAD] for domain, entry in domains.items()}
     panels_of = [
-        (_title(entry, name), _grid(heads[domain], entry["intact"]["effect"][name], name))
+        (_intact_title(entry, name), _grid(heads[domain], entry["intact"]["effect"][name], name))
         for domain, entry in domains.items()
         for name in entry["attributes"]
     ]
     layers = list(dict.fromkeys(part["label"] for part in next(iter(heads.values()))))
-    figure, panels = _panels(len(panels_of), 4, 0.19 * len(layers) + 0.55)
+    figure, panels = _panels(len(panels_of), 4, 0.19 * len(layers) + 0.7)
     for i, (panel, (title, values)) in enumerate(zip(panels, panels_of, strict=True)):
-        image = _map(panel, values, SHARES, 0.0, 1.0)
+        image = _map(panel, values, LOST, -1.0, 1.0)
         panel.set_title(title)
         panel.set_xticks(range(values.shape[1]))
         panel.set_yticks(range(len(layers)), layers if i % 4 == 0 else [""] * len(layers))
@@ -139,8 +142,8 @@ def _lost(domains: Found, names: Sequence[str]) -> tuple[Floats, list[str]]:
         by_name = {part["name"]: part for part in entry["parts"]}
         for attribute in entry["attributes"]:
             intact = entry["intact"]["effect"][attribute]
-            table.append([intact - by_name[name]["effect"][attribute] for name in names])
-            titles.append(_title(entry, attribute))
+            table.append([_lost_of(intact, by_name[name], attribute) for name in names])
+            titles.append(_intact_title(entry, attribute))
     return np.array(table).T, titles
 
 
@@ -157,8 +160,20 @@ def _grid(heads: Sequence[Mapping[str, Any]], intact: float, attribute: str) -> 
     """(layers, heads): what is lost of one attribute."""
     by_layer: dict[str, list[float]] = {}
     for part in heads:
-        by_layer.setdefault(part["name"].rpartition(".")[0], []).append(intact - part["effect"][attribute])
+        by_layer.setdefault(part["name"].rpartition(".")[0], []).append(_lost_of(intact, part, attribute))
     return np.array(list(by_layer.values()))
+
+
+def _lost_of(intact: float, part: Mapping[str, Any], attribute: str) -> float:
+    """What goes with a part; NaN where the intact network does not draw the attribute."""
+    return float(intact - part["effect"][attribute]) if intact >= DRAWN else float("nan")
+
+
+def _intact_title(entry: Mapping[str, Any], attribute: str) -> str:
+    """The attribute, its effect in the intact network, and of how many seeds all of it is the mean."""
+    intact = entry["intact"]
+    effect = f"{intact['effect'][attribute]:.2f}".replace("-", "\N{MINUS SIGN}")
+    return f"{_title(entry, attribute)}\nintact {effect}, n = {intact['seeds']}"
 
 
 def _title(entry: Mapping[str, Any], attribute: str) -> str:
