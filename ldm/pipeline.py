@@ -54,6 +54,7 @@ class StableDiffusion:
     files: tuple[Path, ...] = ()
     weight_set: checkpoint.WeightSet | None = None  # which U-Net weights, where the file holds both sets
     adapters: tuple[str, ...] = ()  # a line for each LoRA and embedding: its SHA-256, its file's name, its weight
+    prompt_chunks: int = 1  # of 75 tokens, each encoded by itself; see `ldm.tokenizer.Tokenizer.chunked`
     max_batch: int | None = None  # most rows in one U-Net call, see `ldm.guidance.guided`; None: all of them
 
     @property
@@ -83,8 +84,13 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """The contexts of some prompts: (B, L, D), in the U-Net's dtype. Raises NotFinite for NaN or Inf in them."""
-        contexts = self.clip(self.tokenizer(prompts).to(self.device)).to(self.dtype)
+        """The contexts of some prompts: (B, L, D), in the U-Net's dtype; L is 77 for each of `prompt_chunks`.
+
+        What a prompt loses at their end is said in the log. Raises NotFinite for NaN or Inf in the contexts.
+        """
+        self.tokenizer.say_cut(prompts, self.prompt_chunks)
+        ids = self.tokenizer.chunked(prompts, self.prompt_chunks).to(self.device)
+        contexts = self.clip(ids.flatten(0, 1)).unflatten(0, ids.shape[:2]).flatten(1, 2).to(self.dtype)
         if not is_finite(contexts):
             raise blame("text encoder", self.clip)
         return contexts
@@ -122,8 +128,8 @@ class StableDiffusion:
         model's own.  eta: of samplers that have one.  size: height and width of the latents; None: as trained.
         x_T: (B, 4, H/f, W/f) instead of the seeds' own noise; with `start`, the latents after so many steps, and
         `history` what that Step remembered.
-        Raises ValueError for an argument out of range or of a wrong shape, on the first `next`; NotFinite (one, too)
-        for NaN or Inf: on a GPU after the last step.
+        Raises ValueError for an argument out of range or of a wrong shape, on the first `next`, and its kind NotFinite
+        for NaN or Inf, on a GPU after the last step.
         """
         contexts = _over_steps(contexts, steps)
         steps = len(contexts)

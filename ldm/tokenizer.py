@@ -6,6 +6,8 @@ open_clip's own tokenizer does), truncated so that the end token stays last.
 """
 
 import gzip
+import logging
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
@@ -20,6 +22,9 @@ from torch import Tensor
 from ldm.checkpoint.vocabulary import Vocabulary
 from ldm.config import CONTEXT_TOKENS
 
+logger = logging.getLogger(__name__)
+
+CUT_EXAMPLES = 3
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = 49152 - 256 - 2  # the vocabulary file lists more than CLIP uses
 
@@ -85,6 +90,7 @@ class Tokenizer:
         self.padding = self.ids.get(given.padding, self.end)
         texts = sorted(self.added, key=len, reverse=True)  # of two that begin alike, the longer
         self._added_texts = regex.compile("(" + "|".join(map(regex.escape, texts)) + ")")
+        self._judged: set[str] = set()  # by say_cut
         self._merge = lru_cache(maxsize=65536)(self._merge_uncached)
 
     @property
@@ -131,13 +137,38 @@ class Tokenizer:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(B, 77) int64 of B prompts: start, text (cut if need be), end, padding; ValueError for a single string."""
+        return self.chunked(texts, 1)[:, 0]
+
+    def chunked(self, texts: Sequence[str], chunks: int) -> Tensor:
+        """(B, chunks, 77) int64: 75 tokens of a text after the other, each with start, end and padding of its own.
+
+        What is left at the end is cut off; `say_cut` says what. [AUTOMATIC1111's way, without its regard for commas]
+        """
         if isinstance(texts, str):
             raise ValueError(f'texts: a single string "{texts[:40]}", expected a list of prompts: ["{texts[:40]}"]')
-        rows = []
+        room, rows = self.tokens - 2, []
         for text in texts:
-            ids = [self.start, *self.encode(text)[: self.tokens - 2], self.end]
-            rows.append(ids + [self.padding] * (self.tokens - len(ids)))
-        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.tokens)
+            ids = self.encode(text)
+            for begin in range(0, chunks * room, room):
+                row = [self.start, *ids[begin : begin + room], self.end]
+                rows.append(row + [self.padding] * (self.tokens - len(row)))
+        return torch.tensor(rows, dtype=torch.int64).reshape(len(texts), chunks, self.tokens)
+
+    def chunks_for(self, texts: Sequence[str]) -> int:
+        """How many chunks hold the longest of some texts."""
+        return max((math.ceil(len(self.encode(text)) / (self.tokens - 2)) for text in texts), default=1) or 1
+
+    def say_cut(self, texts: Sequence[str], chunks: int = 1) -> None:
+        """Log, once for each text, what of it lies beyond the tokens that are read: all in one line."""
+        room = chunks * (self.tokens - 2)
+        new = [text for text in dict.fromkeys(texts) if text not in self._judged]
+        self._judged.update(new)
+        if cut := {text: ids for text in new if len(ids := self.encode(text)) > room}:
+            lost = "; ".join(
+                f'"{text[:40]}{"..." * (len(text) > 40)}" ({len(ids)} tokens) loses "{self.decode(ids[room:])}"'
+                for text, ids in list(cut.items())[:CUT_EXAMPLES]
+            )
+            logger.warning("%d of %d texts are longer than %d tokens: %s", len(cut), len(new), room, lost)
 
     def _merge_uncached(self, word: str) -> tuple[str, ...]:
         """Byte-pair merging of one word: again and again the neighbouring pair that was learnt first."""

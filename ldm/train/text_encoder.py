@@ -23,6 +23,7 @@ class CaptionTokens:
         distinct = sorted({text for phrasings in captions for text in phrasings})
         number = {text: i for i, text in enumerate(distinct)}
         self.texts = distinct
+        tokenizer.say_cut(distinct)
         self.ids = tokenizer(distinct)  # (captions, 77)
         self.choices = [np.array([number[text] for text in phrasings]) for phrasings in captions]
 

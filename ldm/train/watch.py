@@ -47,7 +47,7 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter  # seconds to import, and of use nowhere else
 
             forget_after(folder / LOG, start)
-            self.board = SummaryWriter(folder / "tensorboard", purge_step=start + 1 if start else None)
+            self.board = SummaryWriter(folder / "tensorboard", purge_step=start + 1 if start else 0)
 
     def note(self, step: int, row: Mapping[str, float | Mapping[str, float]]) -> None:
         """Numbers by name, or several under one name: {"loss": 0.1, "validation": {"0-249": 0.2}}."""

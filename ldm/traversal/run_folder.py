@@ -156,10 +156,12 @@ class _Run:
         return latents | (curves(result.latents, self.plan) if isinstance(self.plan, Traversal) else {})
 
 
-def model_record(sd: StableDiffusion) -> dict[str, str | None]:
+def model_record(sd: StableDiffusion) -> dict[str, Any]:
     """Of the model, what latents depend on."""
     dtype = str(sd.dtype).removeprefix("torch.")
-    return {"weights_sha256": sd.weights_sha256(), "weight_set": sd.weight_set, "dtype": dtype}
+    unusual: dict[str, Any] = {"adapters": list(sd.adapters)} if sd.adapters else {}
+    unusual |= {"prompt_chunks": sd.prompt_chunks} if sd.prompt_chunks != 1 else {}
+    return {"weights_sha256": sd.weights_sha256(), "weight_set": sd.weight_set, "dtype": dtype, **unusual}
 
 
 def versions() -> dict[str, str]:

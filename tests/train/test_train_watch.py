@@ -41,6 +41,16 @@ def test_tensorboard_shows_what_the_log_says(tmp_path):
     assert [event.step for event in events.Images("samples")] == [4]
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_repeats_no_step(tmp_path):
+    for loss in (5.0, 7.0):  # begun twice at step 0
+        log = Log(tmp_path, 0)
+        for step in (0, 1, 2):
+            log.note(step, {"loss": loss})
+        log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 7), (1, 7), (2, 7)]
+
+
 def test_a_log_of_another_process_writes_nothing(tmp_path):
     log = Log(tmp_path, 0, writes=False)
     log.note(1, {"loss": 1.0})

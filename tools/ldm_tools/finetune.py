@@ -181,6 +181,7 @@ def prepare(
     processes: Processes,
 ) -> Material:
     """Let the frozen networks say what they will say of some images."""
+    sd.tokenizer.say_cut(list(data.captions(args.template)))  # once for all, rather than batch by batch
     encode = sd.tokenizer if args.train_text_encoder else lambda prompts: sd.encode_prompts(prompts).float()
     contexts, places = objective.encode_captions(encode, data.captions(args.template))
     posteriors: Posteriors

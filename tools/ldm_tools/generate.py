@@ -12,7 +12,7 @@ from ldm.traversal import figures
 from ldm.traversal.plan import Generation, parse_integers
 from ldm.traversal.run_folder import run_generation
 from ldm.traversal.run_images import image_path
-from ldm_tools.options import add_adapters, add_model, add_sampling, latent_size, load_model
+from ldm_tools.options import add_adapters, add_model, add_sampling, latent_size, load_model, ready_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
         spacing=args.spacing or "leading",
         eta=args.eta,
     )
-    sd = load_model(args)
+    sd = ready_for(args, load_model(args), [args.prompt, args.negative])
     plan = replace(plan, latent_size=latent_size(args.size, sd), spacing=args.spacing or sd.schedule.spacing)
     record = run_generation(sd, plan, args.out)
     columns = math.ceil(math.sqrt(len(seeds)))

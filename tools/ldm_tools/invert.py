@@ -12,7 +12,7 @@ from typing import Any
 from ldm.schedule import SPACINGS
 from ldm.traversal.real_images import open_images, run_inversion
 from ldm.traversal.round_trip import FITS, METHODS, Inversion
-from ldm_tools.options import add_adapters, add_model, latent_size, load_model
+from ldm_tools.options import add_adapters, add_long_prompts, add_model, latent_size, load_model, ready_for
 from ldm_tools.reading import add_pixels, pixels
 
 MEASURED = ("round_trip_error", "psnr_db", "autoencoder_psnr_db")
@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", help="side of the images in pixels (default: as trained)")
     parser.add_argument("--max-batch", type=int, help="most rows in one U-Net call, to bound memory")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; continues a run cut off there")
+    add_long_prompts(parser)
     add_pixels(parser)
     add_model(parser)
     add_adapters(parser)
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
         reading=pixels(args),
     )
     images = open_images(args.image)
-    sd = load_model(args)
+    sd = ready_for(args, load_model(args), [args.prompt, args.negative])
     how = replace(how, spacing=args.spacing or sd.schedule.spacing)
     record = run_inversion(sd, how, images, args.out, latent_size=latent_size(args.size, sd))
     for entry in record["images"]:

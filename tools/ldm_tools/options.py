@@ -4,6 +4,7 @@ import argparse
 import logging
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -17,6 +18,8 @@ from ldm.samplers import SAMPLERS
 from ldm.schedule import SPACINGS
 from ldm.unet import STANDARD_BLOCKS, UNetBlocks
 from ldm_tools import own_code
+
+logger = logging.getLogger(__name__)
 
 logger = logging.getLogger(__name__)
 
@@ -177,6 +180,7 @@ def add_sampling(parser: argparse.ArgumentParser, guidance: float = 7.5) -> None
         "--guidance", type=float, default=guidance, help="classifier-free guidance scale (default %(default)s)"
     )
     parser.add_argument("--negative", default="", help="the prompt that guidance pushes away from (default: empty)")
+    add_long_prompts(parser)
     parser.add_argument("--eta", type=float, default=0.0, help="of ddim; 0: deterministic (default), 1: noisy as DDPM")
     parser.add_argument("--size", help="of the images in pixels, WIDTHxHEIGHT or one number (default: as trained)")
     parser.add_argument(
@@ -186,6 +190,27 @@ def add_sampling(parser: argparse.ArgumentParser, guidance: float = 7.5) -> None
     )
     add_cuda_graph(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder to write; continues a run cut off there")
+
+
+def add_long_prompts(parser: argparse.ArgumentParser) -> None:
+    """How prompts of more than 75 tokens are read."""
+    parser.add_argument(
+        "--long-prompts",
+        action="store_true",
+        help="read prompts of more than 75 tokens whole: 75 at a time, their contexts joined (default: cut off, and "
+        "what is lost is said)",
+    )
+
+
+def ready_for(
+    args: argparse.Namespace, sd: pipeline.StableDiffusion, prompts: Sequence[str]
+) -> pipeline.StableDiffusion:
+    """The model with room for these prompts where --long-prompts asks for it; what is read otherwise is said."""
+    if weighted := [text for text in prompts if re.search(r"\([^()]+:\d*\.?\d+\)", text)]:
+        logger.warning("weights of words have no meaning here, all of it is read as text: %r", weighted[0][:80])
+    if args.guidance == 1 and args.negative:
+        logger.warning("--negative: it has no effect at --guidance 1, which pushes away from nothing")
+    return replace(sd, prompt_chunks=sd.tokenizer.chunks_for(prompts)) if args.long_prompts else sd
 
 
 def max_batch(args: argparse.Namespace) -> int | None:

@@ -8,13 +8,14 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from ldm.pipeline import StableDiffusion
 from ldm.traversal.plan import SWAP_STEPS, Traversal, parse_integers
 from ldm.traversal.real_images import ImageStart, open_images
 from ldm.traversal.round_trip import FITS
 from ldm.traversal.run_folder import run_traversal
 from ldm.traversal.run_images import write_figures
 from ldm_tools.invert import round_trip
-from ldm_tools.options import add_adapters, add_model, add_sampling, latent_size, load_model, named_prompts
+from ldm_tools.options import add_adapters, add_model, add_sampling, latent_size, load_model, named_prompts, ready_for
 from ldm_tools.reading import add_pixels, pixels
 
 
@@ -66,6 +67,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(negative=None)  # empty, or with --image the neutral prompt
 
 
+def refuse_equal_prompts(sd: StableDiffusion, plan: Traversal) -> None:
+    """Raises ValueError for a style whose tokens are the neutral prompt's: its trajectory would stand still."""
+    ids = sd.tokenizer.chunked([plan.neutral, *plan.styles.values()], sd.prompt_chunks)
+    for (name, prompt), style in zip(plan.styles.items(), ids[1:], strict=True):
+        if style.equal(ids[0]):
+            longer = len(sd.tokenizer.encode(prompt)) > sd.prompt_chunks * (sd.tokenizer.tokens - 2)
+            why = "what it adds is cut off; shorten both, or give --long-prompts" if longer else "it is the same text"
+            raise ValueError(f"--style: {name} has the same tokens as the neutral prompt: {why}")
+
+
 def run(args: argparse.Namespace) -> None:
     """Raises ValueError for options that do not fit."""
     styles = named_prompts(args.style)
@@ -89,7 +100,8 @@ def run(args: argparse.Namespace) -> None:
         bezier_points=args.bezier_points,
         keep=tuple(args.keep.split(",")) if args.keep else (),
     )
-    sd = load_model(args)
+    sd = ready_for(args, load_model(args), [plan.neutral, *styles.values(), plan.negative])
+    refuse_equal_prompts(sd, plan)
     plan = replace(plan, latent_size=latent_size(args.size, sd), spacing=args.spacing or sd.schedule.spacing)
     start = ImageStart(sd, plan, images, args.inversion, args.fit, pixels(args)) if images else None
     record = run_traversal(sd, plan, args.out, images=not args.no_images, start=start)
