@@ -20,6 +20,7 @@ from ldm.data import dicom
 from ldm.data.reading import AS_STORED, PERCENTILES, Reading, used_bits
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".dcm", ".dicom")  # in any case
+TIFF_PHOTOMETRIC = 262  # 0: the least value is white
 NARROW = 0.25  # an image that uses less of its range is worth a remark
 
 
@@ -49,16 +50,24 @@ def _by_pillow(path: Path | str, reading: Reading) -> tuple[Image.Image, str, tu
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large files are no attack; the limit stays
         with Image.open(path) as opened:
             kind = f"{opened.format} {opened.mode}"
+            remarks = _of_several(opened)
+            least_is_white = opened.format == "TIFF" and opened.getexif().get(TIFF_PHOTOMETRIC) == 0
             image = ImageOps.exif_transpose(opened)
     if image.mode.startswith("I"):  # 16-bit grey: "I;16", in older Pillows "I"
-        pixels, remarks = eight_bits(np.asarray(image, dtype=np.int64), reading)
-        return Image.fromarray(pixels), kind, remarks
+        pixels, taken = eight_bits(np.asarray(image, dtype=np.int64), reading)
+        # Of 8 bits Pillow inverts such files itself.
+        return Image.fromarray(255 - pixels if least_is_white else pixels), kind, (*remarks, *taken)
     if image.mode == "F":
         raise ValueError("floating-point pixels, whose range is not known")
     if image.has_transparency_data:
-        image, remarks = _laid_on(image, reading.background)
-        return image, kind, remarks
-    return image.convert("L" if image.mode in ("1", "L") else "RGB"), kind, ()
+        image, laid = _laid_on(image, reading.background)
+        return image, kind, (*remarks, *laid)
+    return image.convert("L" if image.mode in ("1", "L") else "RGB"), kind, remarks
+
+
+def _of_several(opened: Image.Image) -> tuple[str, ...]:
+    """That a file holds more than the image that is read of it."""
+    return ("only the first of several pages or frames is read",) if getattr(opened, "n_frames", 1) > 1 else ()
 
 
 def eight_bits(values: NDArray[np.int64], reading: Reading) -> tuple[NDArray[np.uint8], tuple[str, ...]]:

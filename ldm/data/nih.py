@@ -2,16 +2,19 @@
 
 Data_Entry_2017[_v2020].csv          Image Index, Finding Labels, Follow-up #, Patient ID, ..., View Position, ...
 images/, images_001/images/ ...      00000001_000.png
+train_val_list.txt, test_list.txt    the official split, which has no validation part; patients are kept together
 """
 
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from ldm.data import places, radiography, tables
 from ldm.data.labelled import LabelledImages
 
 TABLE = "Data_Entry_2017*.csv"
+LISTS = {"train": "train_val_list.txt", "test": "test_list.txt"}
 NOTHING = "No Finding"
 # The words of CheXpert where it has the label, so that prompts and classifiers fit both.
 WORDS = {
@@ -55,7 +58,7 @@ def read(root: Path | str, *, csv: str = TABLE) -> LabelledImages:
     return radiography.assemble(
         name="nih",
         root=root,
-        frame=frame,
+        frame=_with_split(frame, names, root),
         files=places.in_folders(root, ("images_*/images", "images_*", "", "images"), names, ".png"),
         observations=radiography.one_hot_of_lists(lists, known),
         patients=np.char.add("patient", tables.strings(patients)),
@@ -63,3 +66,12 @@ def read(root: Path | str, *, csv: str = TABLE) -> LabelledImages:
         words=WORDS,
         columns=radiography.attributes_of({**WORDS, NOTHING: NOTHING}),
     )
+
+
+def _with_split(frame: pd.DataFrame, names: pd.Series, root: Path) -> pd.DataFrame:
+    """With the official split as a column, where its two lists are there."""
+    parts = {part: root / name for part, name in LISTS.items()}
+    if not all(path.is_file() for path in parts.values()):
+        return frame
+    named = {image: part for part, path in parts.items() for image in path.read_text().split()}
+    return frame.assign(split=names.map(named))

@@ -13,6 +13,7 @@ from ldm.data.labelled import LabelledImages
 from ldm.files import complete
 
 PARTS = ("train", "validation", "test")
+OFFICIAL = "split"  # column of a reader's frame, if its data set has one
 HELD_OUT = 0.15  # the paper's share for test, and again of the rest for validation
 PAPER_FRACTIONS = ((1 - HELD_OUT) ** 2, (1 - HELD_OUT) * HELD_OUT, HELD_OUT)
 PAPER_SEED = 42
@@ -136,6 +137,17 @@ def uneven(images: LabelledImages, split: Split) -> list[str]:
             shown = ", ".join(f"{here[part]:,} in {part} ({due[part]:.0f} would be its share)" for part in PARTS)
             sentences.append(f"{name} is uneven: of {total:,} images that show it {shown}; try --split stratified")
     return sentences
+
+
+def official(images: LabelledImages) -> Split:
+    """The one that the data set's own files give, such as MIMIC-CXR's.
+
+    Raises:  ValueError: when they give none.
+    """
+    if OFFICIAL not in images.frame:
+        raise ValueError(f"split: {images.root} holds no official split of {images.name}; expected grouped, or a file")
+    given = images.frame[OFFICIAL].to_numpy(dtype=object)
+    return Split(*(np.flatnonzero(given == name) for name in PARTS))
 
 
 def paper(images: LabelledImages) -> Split:

@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from ldm.data import images
@@ -70,6 +71,22 @@ def test_percentiles_by_option(tmp_path):
     assert (loaded[0, 10:50] == 0).all()
     assert (loaded[99, 50:] == 255).all()
     assert abs(int(loaded[50, 0]) - 128) < 3
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_tiff_whose_least_value_is_white(tmp_path, bits):
+    """As film scanners write them; Pillow inverts 8 bits itself, and leaves 16 as they are."""
+    values = np.linspace(0, 2**bits - 1, 64).astype(f"uint{bits}").reshape(8, 8)
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="miniswhite")
+    tifffile.imwrite(tmp_path / "b.tif", values, photometric="minisblack")
+    white, black = (load_image(tmp_path / name, 8)[..., 0].astype(int) for name in ("a.tif", "b.tif"))
+    np.testing.assert_array_equal(white, 255 - black)
+    assert white[0, 0] == 255
+
+
+def test_a_file_of_several_pages_says_so(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.stack([ramp(8, 8)] * 2), photometric="minisblack")
+    assert decode(tmp_path / "a.tif").remarks == ("only the first of several pages or frames is read",)
 
 
 def test_a_narrow_range_is_remarked_on(tmp_path):

@@ -114,6 +114,8 @@ def test_mimic_joins_three_tables(tmp_path):
     assert images.groups.tolist() == ["p10000032", "p10000764"]
     assert images.labels.tolist() == [[1, 1], [0, 0]]
     assert images.frame["split"].tolist() == ["train", "validation"]
+    parts = {name: rows.tolist() for name, rows in splits.official(images).parts().items()}
+    assert parts == {"train": [0], "validation": [1], "test": []}
     assert images.captions()[1] == "Chest X-ray of a subject with No Finding"
     assert images.notes[0].startswith("2 of 4 images have no labels or no frontal view")
     assert len(folders.read(tmp_path, frontal_only=False)) == 3
@@ -137,6 +139,15 @@ def test_nih_has_pipes(tmp_path):
         "Chest X-ray of a subject with Pleural Thickening, Hernia",
     ]
     assert images.counts() == {"Effusion": 1, "Hernia": 1}
+
+
+def test_nih_has_an_official_split(tmp_path):
+    with pytest.raises(ValueError, match="holds no official split of nih"):
+        splits.official(folders.read(lookalikes.nih(tmp_path)))
+    (tmp_path / "train_val_list.txt").write_text("00000001_000.png\n00000001_001.png\n00000003_000.png\n")
+    (tmp_path / "test_list.txt").write_text("00000002_000.png\n")
+    split = splits.official(folders.read(tmp_path))
+    assert (split.train.tolist(), split.validation.tolist(), split.test.tolist()) == ([0, 1, 3], [], [2])
 
 
 def test_nih_with_a_label_that_is_none(tmp_path):

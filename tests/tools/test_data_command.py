@@ -189,7 +189,7 @@ def test_traps_of_chexpert(tmp_path):
     [
         (["--csv", "trian.csv"], "csv: no 'trian.csv'"),
         (["--attributes", "pleural_efusion"], "did you mean 'pleural_effusion'?"),
-        (["--split", "gruoped"], "split: got 'gruoped', expected grouped, stratified, paper, or a csv file"),
+        (["--split", "gruoped"], "split: got 'gruoped', expected grouped, stratified, official, paper, or a csv file"),
         (["--row", "91"], "row: 91 is not among the 90 images"),
         (["--row", "0"], "row: 0 is not among the 90 images"),
         (["--show", "-1"], "show: got -1"),

@@ -24,7 +24,12 @@ from ldm_tools.reading import FOLDER, add_reading, listed
 log = logging.getLogger(__name__)
 
 SMALL = 128  # px; of more, a CPU is warned
-SPLITS = {"grouped": splits.grouped, "stratified": splits.stratified, "paper": splits.paper}
+SPLITS = {
+    "grouped": splits.grouped,
+    "stratified": splits.stratified,
+    "official": splits.official,
+    "paper": splits.paper,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +74,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "--split",
         choices=SPLITS,
         default="grouped",
-        help="stratified: each part with its share of every label; paper: its own, which leaks (default grouped)",
+        help="grouped (default): no patient or lesion in two parts; stratified: and each part with its share of every "
+        "label; official: the data set's own; paper: the paper's, which leaks",
     )
     parser.add_argument("--max-bad", type=int, default=0, help="image files that may be broken (default %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")

@@ -33,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--row", type=int, metavar="N", help="the image in row N of the label file, counted from 1")
     parser.add_argument("--template", default="paper", choices=TEMPLATES, help="wording of captions (default paper)")
     parser.add_argument(
-        "--split", metavar="grouped|stratified|paper|FILE",
+        "--split", metavar="grouped|stratified|official|paper|FILE",
         help="grouped: by patient or lesion (default); stratified: and each part with its share of every label; "
-        "paper: the paper's, which leaks; or one that was saved",
+        "official: the data set's own; paper: the paper's, which leaks; or one that was saved",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=42, help="of the grouped split (default 42)")
     parser.add_argument("--save-split", type=Path, metavar="FILE", help="write the split as csv")
@@ -131,11 +131,13 @@ def chosen_split(data: LabelledImages, name: str, seed: int) -> splits.Split:
         return splits.grouped(data, seed)
     if name == "stratified":
         return splits.stratified(data, seed)
+    if name == "official":
+        return splits.official(data)
     if name == "paper":
         return splits.paper(data)
     if not Path(name).is_file():
         raise ValueError(
-            f"split: got {name!r}, expected grouped, stratified, paper, or a csv file that --save-split wrote"
+            f"split: got {name!r}, expected grouped, stratified, official, paper, or a csv file that --save-split wrote"
         )
     return splits.load(name, data)
 
