@@ -1,6 +1,6 @@
 """The front door: recognise which data set a folder holds by its label files and their columns, and read it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,37 +82,48 @@ def read(
     root: Path | str,
     *,
     data_set: str | None = None,
+    csv: str | None = None,
+    attributes: Sequence[str] | None = None,
+    uncertain: str | None = None,
+    empty: str | None = None,
+    frontal_only: bool | None = None,
+    layout: str | None = None,
+    artifacts: Path | str | None = None,
+    threshold: float | None = None,
+    diagnoses: Sequence[str] | None = None,
     labels: Path | str | None = None,
     columns: Columns | None = None,
+    caption: str | None = None,
     reading: Reading = AS_STORED,
-    **options: Any,
 ) -> LabelledImages:
-    """Read the data set that a folder holds.
+    """Read the data set that a folder holds; what is None is as its reader has it.
 
-    Args:    data_set: one of SETS, where a folder holds several.  labels: a table of one's own, and its `columns`.
+    Args:    data_set: one of SETS, where a folder holds several.  csv: the label file's name.
+             attributes: labels that `LabelledImages.labels` holds.
+             uncertain, empty, frontal_only, layout: of chests, see `ldm.data.chexpert`.
+             artifacts, threshold, diagnoses: of skin, see `ldm.data.isic`.
+             labels, columns, caption: a table of one's own, see `ldm.data.table`.
              reading: how the image files become pixels.
-             options: `csv`, `frontal_only`, `uncertain`, `empty`, `attributes`, `layout`, `artifacts`, `threshold`,
-             `diagnoses`, `caption`, as of the readers; None: the reader's own default.
     Raises:  ValueError: when it holds none, when what it holds cannot be read, or for an option that the set lacks.
     """
     root = Path(root)
-    given = {name: value for name, value in options.items() if value is not None}
+    policies: dict[str, Any] = {"uncertain": uncertain, "empty": empty}
+    of_sets: dict[str, Any] = {"csv": csv, "frontal_only": frontal_only, "layout": layout, **policies}
+    of_sets |= {"artifacts": artifacts, "threshold": threshold, "diagnoses": diagnoses}
+    given = {name: value for name, value in of_sets.items() if value is not None}
     if labels is not None:
-        refuse_idle(given, ("caption", "uncertain", "empty", "attributes"), "a table of your own")
-        return replace(table.read(root, labels, columns or Columns(), **given), reading=reading)
-    if columns is not None or "caption" in given:
+        refuse_idle(given | ({"data_set": data_set} if data_set else {}), tuple(policies), "a table of your own")
+        images = table.read(root, labels, columns or Columns(), caption=caption or table.CAPTION, **given)
+    elif columns is not None or caption is not None:
         raise ValueError("columns: file, label and group columns and captions belong to --labels, which is missing")
-    name, file = _recognised(root, given.get("csv"), data_set)
-    known = SETS[name]
-    if file is not None:
-        given["csv"] = file
-    wanted = given.pop("attributes", None)
-    refuse_idle(given, known.options, known.title, root)
-    images = known.read(root, **given)
-    return replace(images if wanted is None else images.with_attributes(wanted), reading=reading)
+    else:
+        name, file = _recognised(root, csv, data_set)
+        refuse_idle(given, SETS[name].options, SETS[name].title, root)
+        images = SETS[name].read(root, **(given if file is None else given | {"csv": file}))
+    return replace(images if attributes is None else images.with_attributes(attributes), reading=reading)
 
 
-def refuse_idle(given: dict[str, Any], known: Sequence[str], title: str, root: Path | None = None) -> None:
+def refuse_idle(given: Mapping[str, Any], known: Sequence[str], title: str, root: Path | None = None) -> None:
     """ValueError for an option that would do nothing."""
     for name in given:
         if name == "artifacts" and name not in known:

@@ -44,14 +44,13 @@ def read(
     caption: str = CAPTION,
     uncertain: str = "ones",
     empty: str = "zero",
-    attributes: Sequence[str] | None = None,
 ) -> LabelledImages:
     """Read a table of one's own.
 
     Args:    root: the folder below which the files lie; they may also be named from the table's own folder, or in
              full.  labels: the table, as it is or in `root`.  caption: see `ldm.data.wording.Sentence`.
-             uncertain, empty: as of `ldm.data.chexpert.read`.  attributes: None: all labels.
-    Returns: rows in file order.
+             uncertain, empty: as of `ldm.data.chexpert.read`.
+    Returns: rows in file order; every label is an attribute.
     Raises:  ValueError: for a column that is not there, cannot be told, or has cells that are no labels.
     """
     tables.one_of("uncertain", uncertain, radiography.UNCERTAIN)
@@ -92,7 +91,7 @@ def read(
         columns=known,
         notes=tuple(notes),
     )
-    return images.with_attributes(list(known) if attributes is None else attributes)
+    return images.with_attributes(list(known))
 
 
 def _read(path: Path) -> tuple[pd.DataFrame, list[str]]:
