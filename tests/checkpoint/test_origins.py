@@ -13,6 +13,7 @@ from ldm_tools.cli import main
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import FORMAT, TINY, part, single, write_folder, write_single
 
+import ldm.checkpoint
 from ldm.checkpoint import CheckpointError, convert, examine, identify, layouts, load_parts
 from ldm.checkpoint.report import require_fit
 
@@ -589,3 +590,11 @@ def test_a_variant_of_unknown_name_is_taken_when_it_is_the_only_one(tmp_path):
     with pytest.raises(CheckpointError, match=r"which of .*mine.*, .*yours.*\?") as error:
         identify(folder)
     assert str(refused_at) in str(error.value)
+
+
+def test_the_document_has_a_row_for_each_of_these():
+    lines = (Path(ldm.checkpoint.__file__).parent / "README.md").read_text().splitlines()
+    told = {tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines if line.startswith("|")}
+    assert {(name, description) for name, (_, description) in LOADED.items()} <= told
+    assert set(REFUSED) <= {row[0] for row in told}
+    assert len(LOADED) + len(REFUSED) >= 40
