@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ldm
-from ldm import probe
+from ldm import checkpoint, probe
 from ldm.blocks import BasicTransformerBlock
 from ldm.data import captions, folders
 from ldm.phantom.prompts import CELLS
@@ -137,9 +137,10 @@ def test_the_sampler_has_its_order_and_the_commands_have_it(tmp_path, monkeypatc
 # ---- a block ---------------------------------------------------------------------------------------
 
 
-def test_the_block_begins_as_the_old_network_and_learns(sd, capsys):
+def test_the_block_begins_as_the_old_network_is_saved_and_learns(sd, tmp_path, capsys):
     names = {"torch": torch, "nn": nn, "Tensor": Tensor, "surgery": surgery, "sd": sd}
     names |= {"BasicTransformerBlock": BasicTransformerBlock, "UNetBlocks": UNetBlocks}
+    names |= {"ldm": ldm, "checkpoint": checkpoint, "path": tmp_path / "gated.safetensors"}
     exec(BLOCKS["block"] + BLOCKS["its use"], names)
     assert "gate" in str(names["transplant"].new)
     assert "new, initialised" in capsys.readouterr().out
@@ -148,6 +149,8 @@ def test_the_block_begins_as_the_old_network_and_learns(sd, capsys):
     x_t, context = torch.randn(1, *sd.latent_shape, generator=generator), torch.randn(1, 77, 64, generator=generator)
     with torch.no_grad():
         assert torch.equal(names["unet"](x_t, 500, context), sd.unet(x_t, 500, context))
+    written = names["again"].unet.state_dict()
+    assert all(torch.equal(tensor, written[name]) for name, tensor in names["unet"].state_dict().items())
 
     gates = [p for name, p in names["unet"].named_parameters() if name.endswith("gate")]
     F.mse_loss(names["unet"].requires_grad_(True)(x_t, 500, context), x_t).backward()
