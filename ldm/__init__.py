@@ -53,7 +53,7 @@ def load(
     embeddings: Sequence[str | Path] = (),
     blocks: UNetBlocks = STANDARD_BLOCKS,
 ) -> StableDiffusion:
-    """Read a model, see `ldm.pipeline.load`, and install what makes its U-Net and text encoder fast where it runs.
+    """Read a model, see `ldm.pipeline.load`, and install what makes its networks fast where it runs.
 
     Args:    path, device, dtype, ema, base, loras, embeddings, blocks: see there.
              backend: "auto", as None: fused kernels on a GPU that has them; "torch"; "triton". See `ldm.fast.backend`.
@@ -65,4 +65,5 @@ def load(
     sd = pipeline.load(path, device, dtype, ema=ema, base=base, loras=loras, embeddings=embeddings, blocks=blocks)
     for network in (sd.unet, sd.clip):
         fast.install(network, kernels=backend or "auto")
+    fast.install(sd.vae, kernels=backend or "auto", packed=False, channels_last=False)  # in float32
     return sd

@@ -7,6 +7,7 @@ Letters: B batch, C channels, N = H*W positions, L context tokens, D context wid
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -78,13 +79,23 @@ def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module).forward is kind.forward and not any(hooks) and "forward" not in vars(module)
 
 
-# What a module's class computes -> what is installed instead, and what that saves. A class with a forward of its own is
-# none of these, and stays as it is.
-FORWARDS: dict[Callable[..., Any], tuple[Callable[..., Any], str]] = {
-    ResnetBlock.forward: (resnet, "time, group norm and SiLU in one kernel"),
-    nn.GroupNorm.forward: (group_norm, "group norm in one kernel"),
-    Attention.forward: (attention, "attention in one kernel"),
-    SelfAttention.forward: (causal_attention, "causal attention in one kernel"),
-    GEGLU.forward: (geglu, "gate and GELU in one kernel"),
-    BasicTransformerBlock.forward: (transformer_block, "residual and layer norm in one kernel"),
+@dataclass(frozen=True)
+class Replacement:
+    """What is installed instead of a forward, and what is gained: by a kernel, and by torch alone where it is anything.
+
+    A class with a forward of its own is in no table, and stays as it is.
+    """
+
+    forward: Callable[..., Any]
+    by_kernel: str
+    in_torch: str = ""
+
+
+FORWARDS: dict[Callable[..., Any], Replacement] = {
+    ResnetBlock.forward: Replacement(resnet, "time, group norm and SiLU in one kernel", "SiLU in place"),
+    nn.GroupNorm.forward: Replacement(group_norm, "group norm in one kernel"),
+    Attention.forward: Replacement(attention, "attention in one kernel"),
+    SelfAttention.forward: Replacement(causal_attention, "causal attention in one kernel"),
+    GEGLU.forward: Replacement(geglu, "gate and GELU in one kernel", "gate in place"),
+    BasicTransformerBlock.forward: Replacement(transformer_block, "residual and layer norm in one kernel"),
 }

@@ -87,7 +87,7 @@ def install(
     What an earlier call installed is undone first, so the last one says what holds. Only modules whose forward is the
     standard one are replaced: blocks of one's own stay as they are.
 
-    Args:    network: the U-Net or the text encoder, where it is to run.  kernels: see `ldm.fast.backend`.
+    Args:    network: one of the three networks, on the device where it is to run.  kernels: see `ldm.fast.backend`.
              packed: q, k, v by one matrix product, k and v of a context likewise.
              channels_last: the layout of the weights that convolutions and norms are fastest in.
              None of either: where kernels run in half precision.  cuda_graph: launch each call as one; a U-Net.
@@ -109,11 +109,12 @@ def install(
     forwards: list[tuple[nn.Module, Any]] = []
     ops = Ops(kernels if backend == "triton" else "torch")
     for module in _replaceable(network):
-        forward, gain = FORWARDS[type(module).forward]
-        if backend == "triton" or (packed and forward is attention):
-            module.forward = partial(forward, ops, module)
+        replacement = FORWARDS[type(module).forward]
+        gain = replacement.by_kernel if backend == "triton" else replacement.in_torch
+        if gain or (packed and replacement.forward is attention):
+            module.forward = partial(replacement.forward, ops, module)
             forwards.append((module, module.forward))
-        if backend == "triton":
+        if gain:
             replaced[f"{type(module).__name__}: {gain}"] += 1
     if packed and (count := pack(network)):
         replaced["Attention: projections packed into one matrix product"] = count

@@ -19,7 +19,10 @@ PROMPT_TOKENS = range(64, 81)  # that one block of the cross-attention kernel ho
 
 @dataclass(frozen=True)
 class Ops:
-    """Kernels "auto": on CUDA, wherever dtype and shape are what they were made for; "triton": always."""
+    """Kernels "auto": on CUDA, wherever dtype and shape are what they were made for; "triton": always; "torch": never.
+
+    Torch works in place where that loses nothing: while no gradients are asked for, on what nobody else holds.
+    """
 
     kernels: Backend
 
@@ -47,7 +50,8 @@ class Ops:
         """(..., 2C) -> (..., C): the first half times gelu(the second), with the exact (erf) GELU."""
         if not self.served(x, made_for=True):
             value, gate = x.chunk(2, dim=-1)
-            return value * F.gelu(gate)
+            gate = F.gelu(gate)
+            return value * gate if torch.is_grad_enabled() else gate.mul_(value)
         from ldm_kernels.geglu import geglu as kernel
 
         return kernel(x)
@@ -65,7 +69,7 @@ class Ops:
         if time is not None:
             x = x + time[:, :, None, None]
         x = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-        return F.silu(x) if silu else x
+        return F.silu(x, inplace=not torch.is_grad_enabled()) if silu else x
 
     def add_layer_norm(self, x: Tensor, branch: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         """A branch added to the residual stream, and the LayerNorm that reads the sum.

@@ -62,7 +62,11 @@ def test_the_report_counts_what_was_replaced_in_a_line_each():
         "   1 x UNet: one CUDA graph for each shape",
     ]
     assert sum(installed.replaced.values()) == 39
-    assert str(fast.install(unet())) == "UNet: plain torch, nothing replaced"
+    assert str(fast.install(unet())).splitlines() == [
+        "   8 x ResnetBlock: SiLU in place",
+        "   4 x GEGLU: gate in place",
+    ]
+    assert str(fast.install(copy.deepcopy(small("clip")))) == "CLIPTextEncoder: plain torch, nothing replaced"
 
 
 def test_names_classes_and_weights_stay():
@@ -98,9 +102,32 @@ def test_installed_again_the_last_call_says_what_holds():
     before, eps = laid(network), network(*CALL)
     first = fast.install(network, kernels="triton", packed=True, channels_last=True)
     assert fast.install(network, kernels="triton").replaced.keys() < first.replaced.keys()
-    assert fast.install(network).replaced == {}
+    assert fast.install(network).replaced == {"ResnetBlock: SiLU in place": 8, "GEGLU: gate in place": 4}
     assert same(laid(network), before)
     assert torch.equal(network(*CALL), eps)
+
+
+def test_in_place_torch_gives_the_same_bits_and_places():
+    """What `ldm.load` installs on a CPU."""
+    plain, network, every = unet(), unet(), probe.places(unet())
+    expected = plain(*CALL)
+    fast.install(network)
+    assert torch.equal(network(*CALL), expected)
+    with probe.capture(plain, *every) as these, probe.capture(network, *every) as those:
+        assert torch.equal(network(*CALL), plain(*CALL))
+    assert all(torch.equal(activation, those[place]) for place, (activation,) in these.runs.items())
+    with torch.enable_grad():
+        (gradient,), (same_gradient,) = (
+            torch.autograd.grad(of(*CALL).sum(), of.conv_in.weight) for of in (plain, network)
+        )
+    assert torch.equal(gradient, same_gradient)
+
+
+def test_the_autoencoder_in_place_gives_the_same_bits():
+    vae, z = copy.deepcopy(small("vae")), randn(1, 4, 4, 4)
+    expected = vae.decode(z)
+    fast.install(vae)
+    assert torch.equal(vae.decode(z), expected)
 
 
 def test_every_place_is_seen_with_the_plain_networks_values():
