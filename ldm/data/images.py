@@ -1,4 +1,4 @@
-"""Image files to squares of pixels: decoded in worker processes, in order, and looked through before."""
+"""Image files to pixels of one size: decoded in worker processes, in order, and looked through before."""
 
 import hashlib
 import json
@@ -38,19 +38,22 @@ class Broken(NamedTuple):
     reason: str
 
 
-def load_image(path: Path | str, size: int, fit: str = "squash", reading: Reading = AS_STORED) -> NDArray[np.uint8]:
-    """Decode an image and bring it to a square, with LANCZOS.
+def load_image(
+    path: Path | str, size: int | tuple[int, int], fit: str = "squash", reading: Reading = AS_STORED
+) -> NDArray[np.uint8]:
+    """Decode an image and bring it to one size, with LANCZOS.
 
-    Args:    size: the side in pixels.  fit: "squash" ignores the aspect ratio, as the paper does; "crop" takes the
-             centre; "pad" keeps all and adds black.  reading: what the file leaves open.
-    Returns: (size, size, 3); grey images have three equal channels.
+    Args:    size: height and width in pixels, or the side of a square.
+             fit: "squash" ignores the aspect ratio, as the paper does; "crop" takes the centre; "pad" keeps all and
+             adds black.  reading: what the file leaves open.
+    Returns: (height, width, 3); grey images have three equal channels.
     Raises:  ValueError: when the file cannot be decoded, or for an unknown fit.
     """
     return load_with_remarks(path, size, fit, reading)[0]
 
 
 def load_with_remarks(
-    path: Path | str, size: int, fit: str, reading: Reading
+    path: Path | str, size: int | tuple[int, int], fit: str, reading: Reading
 ) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
     """`load_image`, and what had to be decided in decoding."""
     if fit not in FITS:
@@ -62,12 +65,13 @@ def load_with_remarks(
     return np.array(_fitted(image, size, fit).convert("RGB")), remarks
 
 
-def _fitted(image: Image.Image, size: int, fit: str) -> Image.Image:
+def _fitted(image: Image.Image, size: int | tuple[int, int], fit: str) -> Image.Image:
+    height, width = size if isinstance(size, tuple) else (size, size)
     if fit == "pad":
-        return ImageOps.pad(image, (size, size), Image.Resampling.LANCZOS, color=0)
+        return ImageOps.pad(image, (width, height), Image.Resampling.LANCZOS, color=0)
     if fit == "crop":
-        return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    return image.resize((size, size), Image.Resampling.LANCZOS)
+        return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def reason(error: Exception) -> str:

@@ -87,15 +87,13 @@ class Originals:
         fit: str,
         reading: Reading = AS_STORED,
     ) -> None:
-        """shape: (C, H, W) of the latents.  Raises ValueError for a size that is not square, or a damaged file."""
+        """shape: (C, H, W) of the latents.  Raises ValueError for a damaged file."""
         _, height, width = shape
         scale = sd.config.vae.downscale
-        if height != width:
-            raise ValueError(f"size: got {width * scale}x{height * scale}, expected a square: images are made square")
         self.sd, self.images = sd, images
         self.pixels = {}
         for seed, image in images.items():
-            self.pixels[seed], remarks = load_with_remarks(image.file, height * scale, fit, reading)
+            self.pixels[seed], remarks = load_with_remarks(image.file, (height * scale, width * scale), fit, reading)
             for remark in remarks:
                 log.warning("%s: %s", image.file, remark)
 

@@ -41,7 +41,7 @@ class Inversion:
     spacing: str = "leading"  # one of ldm.schedule.SPACINGS
     guidance: float = 1.0  # see `ldm.traversal.inversion`
     negative: str = ""
-    fit: str = "squash"  # how an image is made square
+    fit: str = "squash"  # how an image is brought to that size
     reading: Reading = AS_STORED  # how its file becomes pixels
 
     def settings(self) -> dict[str, Any]:

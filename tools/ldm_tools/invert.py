@@ -54,9 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "acts as 1: so an image inverted at 1 is retraced at 7.5",
     )
     parser.add_argument(
-        "--fit", choices=FITS, default="squash", help="how an image is made square (default %(default)s)"
+        "--fit", choices=FITS, default="squash", help="how an image is brought to --size (default %(default)s)"
     )
-    parser.add_argument("--size", help="side of the images in pixels (default: as trained)")
+    parser.add_argument("--size", help="of the images in pixels, WIDTHxHEIGHT or one number (default: as trained)")
     parser.add_argument("--max-batch", type=int, help="most rows in one U-Net call, to bound memory")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; continues a run cut off there")
     add_long_prompts(parser)

@@ -59,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="fixed-point",
         help="see `ldm invert` (default %(default)s)",
     )
-    real.add_argument("--fit", choices=FITS, default="squash", help="how an image is made square (default %(default)s)")
+    real.add_argument(
+        "--fit", choices=FITS, default="squash", help="how an image is brought to --size (default %(default)s)"
+    )
     add_pixels(parser)
     add_model(parser)
     add_adapters(parser)
