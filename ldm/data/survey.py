@@ -18,6 +18,7 @@ from ldm.data.reading import AS_STORED, Reading
 
 NAMED = 3  # files of each kind of oddity
 FLAT = 2.0  # grey levels of standard deviation below which an image is one colour
+TINT = 8  # of a grey image, the largest difference between channels
 SIDE = 64  # of the thumbnail by which a negative is told
 
 
@@ -56,10 +57,16 @@ def _facts(file: str, reading: Reading, chests: bool) -> Facts | Broken:
         kind=kind,
         size=image.size,
         flat=float(pixels.std()) < FLAT,
-        negative=chests and looks_negative(image),
+        negative=chests and is_grey(image) and looks_negative(image),
         remarks=remarks,
         digest=hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest(),
     )
+
+
+def is_grey(image: Image.Image) -> bool:
+    """Whether the channels are alike, up to what JPEG does to them."""
+    small = np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.int16)
+    return bool(np.ptp(small, axis=-1).max() < TINT)
 
 
 def looks_negative(image: Image.Image) -> bool:

@@ -39,9 +39,14 @@ def test_a_survey_says_what_it_saw(files):
     assert f"perhaps negatives, with dark bones (--invert reads a folder of negatives): {files[2]}" in text
 
 
-def test_skin_has_no_negatives(files):
+def test_skin_has_no_negatives(files, tmp_path):
     facts, _ = survey(files, chests=False)
     assert not any(one.negative for one in facts)
+    skin = np.rint(255 * phantom.render("skin", 0, {}, size=64).image).astype(np.uint8)
+    Image.fromarray(skin).save(tmp_path / "skin.png")
+    drawn(2, negative=True).convert("RGB").save(tmp_path / "chest.jpg")
+    facts, _ = survey([str(tmp_path / "skin.png"), str(tmp_path / "chest.jpg")])
+    assert [one.negative for one in facts] == [False, True]  # a colour image is no radiograph
 
 
 def test_workers_and_inversion_change_what_they_should(files):

@@ -150,6 +150,8 @@ def test_fewer_steps_have_the_same_shares_of_swaps():
     assert many.plan.swap_steps == tuple(range(5, 50, 5))  # where the authors' fit they are taken
     (own,) = evaluate.phantom_tasks(parsed("--sampled-swap-steps", "4,8", "--cells", "chest"), (4,))
     assert (own.plan.swap_steps, own.averaged) == ((4, 8), (4,))
+    (half,) = evaluate.phantom_tasks(parsed("--sampled-swap-steps", "4,8,40", "--cells", "chest"), None)
+    assert half.averaged == (4, 8)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import argparse
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from ldm.names import nearest
 from ldm.phantom.prompts import CELLS
 from ldm.pipeline import StableDiffusion
 from ldm.study import classifier as classifiers
-from ldm.study.evaluation import report
+from ldm.study.evaluation import report, steps
 from ldm.study.evaluation.cells import cell_of_run
 from ldm.study.evaluation.instruments import Instruments
 from ldm.study.evaluation.judges import Judge, choose
@@ -46,9 +45,6 @@ SAMPLED = {
     },
 }
 BASELINE_SEEDS = 8
-TRUTH_SWAP_STEPS = (5, 10, 15, 25, 35)
-AUTHORS_STEPS = 50
-EARLY = 0.3  # of the steps: the latest swap that CFRT averages, as the authors' 15 of 50
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     phantoms.add_argument("--truth-seeds", type=int, help="rendered patients (default: as many as --seeds)")
     phantoms.add_argument(
         "--truth-swap-steps",
-        help=f"of those (default {','.join(map(str, TRUTH_SWAP_STEPS))}, and those of --swap-steps)",
+        help=f"of those (default {','.join(map(str, steps.TRUTH))}, and those of --swap-steps)",
     )
     phantoms.add_argument("--truth-guidance", type=float, help=f"of those (default {SAMPLED['truth_guidance']})")
     phantoms.add_argument("--max-batch", type=int, help="most rows in one U-Net call, to bound memory")
@@ -234,32 +230,23 @@ def task_of_run(folder: Path, averaged: tuple[int, ...] | None) -> Task:
     """
     cell, plan = cell_of_run(folder)
     if averaged is None:
-        averaged = predictions.AVERAGED_SWAP_STEPS
-        if not set(averaged) <= set(plan.swap_steps):
-            latest = EARLY * plan.steps
-            averaged = tuple(sorted(s for s in plan.swap_steps if s <= latest)) or (min(plan.swap_steps),)
+        averaged = steps.early(plan.swap_steps, plan.steps)
+        if averaged != steps.AVERAGED:
             shown = ", ".join(map(str, averaged))
             log.info("%s: CFRT averages swap steps %s of its %d (--swap-steps names others)", folder, shown, plan.steps)
     return Task(cell=cell, plan=plan, run=folder, averaged=averaged)
 
 
-def shares(swap_steps: Sequence[int], steps: int) -> tuple[int, ...]:
-    """Swap steps of 50 where there are fewer: 5, 10, 15 of 50 are 2, 4, 6 of 20. As they are where all fit."""
-    if max(SWAP_STEPS) <= steps:
-        return tuple(swap_steps)
-    return tuple(sorted({max(1, round(s * steps / AUTHORS_STEPS)) for s in swap_steps}))
-
-
 def phantom_tasks(args: argparse.Namespace, averaged: tuple[int, ...] | None) -> list[Task]:
     """The cells of the phantoms, sampled here. Args: averaged: None: the authors' swap steps, or their shares."""
     seeds = parse_integers(args.seeds, "--seeds")
-    swap_steps = shares(SWAP_STEPS, args.steps)
+    swap_steps, early = steps.shares(SWAP_STEPS, args.steps), steps.shares(steps.AVERAGED, args.steps)
     if args.sampled_swap_steps is not None:
         swap_steps = parse_integers(args.sampled_swap_steps, "--sampled-swap-steps")
+        early = steps.early(swap_steps, args.steps)
     elif swap_steps != SWAP_STEPS:
         log.info("swap steps %s of %d (--sampled-swap-steps names others)", ", ".join(map(str, swap_steps)), args.steps)
-    if averaged is None:
-        averaged = shares(predictions.AVERAGED_SWAP_STEPS, args.steps)
+    averaged = averaged or early
     few = min(BASELINE_SEEDS, len(seeds)) if len(seeds) > 1 else 0  # the linear direction is a mean over other seeds
     names = [name.strip() for name in args.cells.split(",")]
     for name in names:
@@ -282,7 +269,7 @@ def phantom_tasks(args: argparse.Namespace, averaged: tuple[int, ...] | None) ->
             baseline_seeds=few if args.baseline_seeds is None else min(args.baseline_seeds, len(seeds)),
             truth_seeds=len(seeds) if args.truth_seeds is None else args.truth_seeds,
             truth_swap_steps=(
-                tuple(sorted({*shares(TRUTH_SWAP_STEPS, args.steps), *averaged}))
+                tuple(sorted({*steps.shares(steps.TRUTH, args.steps), *averaged}))
                 if args.truth_swap_steps is None
                 else parse_integers(args.truth_swap_steps, "--truth-swap-steps")
             ),

@@ -33,6 +33,8 @@ from ldm_tools.finetune_options import add_data, add_recipe, add_run, check, rec
 from ldm_tools.options import add_model, latent_size, load_model
 from ldm_tools.reading import FOLDER, add_reading
 
+SHEET = 16  # prompts on a sheet of samples
+
 log = logging.getLogger(__name__)
 
 
@@ -84,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
                     save_every=args.save_every,
                     held_out=watch.validation_examples(held) if held else (),
                     sample_every=args.sample_every,
-                    sample=partial(watch.draw_samples, sd, training.prompts(args.template)),
+                    sample=partial(watch.draw_samples, sd, training.prompts(args.template)[:SHEET]),
                 )
                 done = finetune.finetune(learner, sd.schedule, material, folder, rounds, stop)
             except Interrupted:
