@@ -20,10 +20,7 @@ def first_bad_weight(network: nn.Module) -> tuple[int, str]:
 
 
 def blame(name: str, network: nn.Module, when: str = "") -> NotFinite:
-    """The error for a network whose output is not finite though its input was.
-
-    name: what to call it.  when: such as "at step 3".
-    """
+    """The error for a network, called `name`, whose output is not finite though its input was; when: "at step 3"."""
     count, first = first_bad_weight(network)
     what = " ".join(filter(None, (f"the {name}'s output is not finite", when)))
     if count:
@@ -38,10 +35,7 @@ def blame(name: str, network: nn.Module, when: str = "") -> NotFinite:
 
 
 class Watch:
-    """Finds the first step at which a run's latents are not finite; waits for the device at the end only.
-
-    On the CPU, where there is nothing to wait for, a step is judged at once.
-    """
+    """Finds the first step at which a run's latents are not finite: at once on a CPU, on a GPU at the end."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network

@@ -31,10 +31,7 @@ class GuidedNetwork(Protocol):
 
 
 def implied(prediction: Prediction, output: Tensor, x_t: Tensor, alphas_cumprod: float) -> tuple[Tensor, Tensor]:
-    """(eps, x0_pred) of a network's output at a noise level.
-
-    Raises: ValueError: for eps where there is no signal, or x0 where there is no noise.
-    """
+    """(eps, x0_pred) of a network's output at a noise level; ValueError where it says nothing of one of them."""
     alpha, std = math.sqrt(alphas_cumprod), math.sqrt(1 - alphas_cumprod)
     if prediction == "v":
         return alpha * output + std * x_t, alpha * x_t - std * output
@@ -49,10 +46,9 @@ def implied(prediction: Prediction, output: Tensor, x_t: Tensor, alphas_cumprod:
 
 
 class Predicted:
-    """An eps_fn for samplers, of a guided network that predicts something else.
+    """An eps_fn for samplers, of a guided network that predicts something else."""
 
-    Guidance is the same for each: all three are linear in each other at one x_t and t, and its two weights add up to 1.
-    """
+    # Guidance is the same for each: all three are linear in each other at one x_t, t, and its weights add up to 1.
 
     def __init__(self, guided: GuidedNetwork, prediction: Prediction, schedule: Schedule) -> None:
         self.guided = guided

@@ -51,10 +51,7 @@ class Schedule:
 
     @classmethod
     def of(cls, config: DiffusionConfig) -> Schedule:
-        """The schedule that a model was trained on, in diffusers' words: scaled_linear is `sd15`'s kind.
-
-        Raises: ValueError for a beta_schedule of another name, or betas outside (0, 1).
-        """
+        """The schedule of a model, in diffusers' words; ValueError for a beta_schedule of another name."""
         first, last, count = config.beta_start, config.beta_end, config.train_steps
         if config.trained_betas is not None:
             betas = torch.tensor(config.trained_betas, dtype=torch.float64)

@@ -5,13 +5,17 @@ folders, identification and foreign (what is it?), settings and config_json (its
 report (every key), loading, saving, adapters. README.md says what becomes of each origin.
 """
 
-from ldm.checkpoint.adapters import adapted
+from typing import TYPE_CHECKING, Any
+
 from ldm.checkpoint.container import CheckpointError, naming, sha256
 from ldm.checkpoint.identification import Checkpoint, WeightSet, identify
 from ldm.checkpoint.loading import Examined, Loaded, examine, load_parts
 from ldm.checkpoint.report import KeyReport, KeysDoNotFit
-from ldm.checkpoint.saving import convert, save
 from ldm.checkpoint.settings import infer_config
+
+if TYPE_CHECKING:
+    from ldm.checkpoint.adapters import adapted
+    from ldm.checkpoint.saving import convert, save
 
 __all__ = [
     "Checkpoint",
@@ -31,3 +35,16 @@ __all__ = [
     "save",
     "sha256",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What loading has no need of, read when it is first asked for."""
+    if name == "adapted":
+        from ldm.checkpoint import adapters
+
+        return adapters.adapted
+    if name in ("convert", "save"):
+        from ldm.checkpoint import saving
+
+        return getattr(saving, name)
+    raise AttributeError(f"module 'ldm.checkpoint' has no attribute {name!r}")

@@ -17,7 +17,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint import config_json, settings
-from ldm.checkpoint.adapters import adapted, adapter_lines
 from ldm.checkpoint.container import CheckpointError, LazyTensor
 from ldm.checkpoint.identification import PART_NAMES, Checkpoint, WeightSet, identify
 from ldm.checkpoint.layouts import PARTS
@@ -151,7 +150,12 @@ def load_parts(
             f"file; got ({blocks.changes() or 'standard'}): give those classes, as blocks=UNetBlocks(...) or --blocks"
         )
     weight_set = ema if "unet_ema" in checkpoint.parts else None
-    checkpoint = adapted(checkpoint.choose(ema), loras, embeddings)
+    checkpoint = checkpoint.choose(ema)
+    lines: tuple[str, ...] = ()
+    if loras or embeddings:
+        from ldm.checkpoint.adapters import adapted, adapter_lines  # read only where there are any
+
+        checkpoint, lines = adapted(checkpoint, loras, embeddings), adapter_lines(loras, embeddings)
     examined = examine(checkpoint, blocks)
     require_fit(checkpoint, examined.report)
     config = _whole(examined.configs, checkpoint)
@@ -181,7 +185,7 @@ def load_parts(
         weight_set=weight_set,
         vocabulary=checkpoint.vocabulary,
         diffusion=checkpoint.diffusion,
-        adapters=adapter_lines(loras, embeddings),
+        adapters=lines,
     )
 
 

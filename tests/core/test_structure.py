@@ -220,6 +220,38 @@ def test_an_allowed_import_is_not(path, text):
     assert violations(parse(path, text)) == []
 
 
+# ---- how much a reader opens ------------------------------------------------------------------------
+
+
+def opened(*modules: str) -> list[Source]:
+    """What is read to understand some modules: they, and whatever of ours they import, on and on."""
+    by_name = {source.module: source for source in SOURCES}
+    seen: dict[str, Source] = {}
+    waiting = list(modules)
+    while waiting:
+        if (name := waiting.pop()) in by_name and name not in seen:
+            seen[name] = by_name[name]
+            waiting += [other for other, _, _ in imports(seen[name]) if other != "ldm"]
+    return list(seen.values())
+
+
+def test_the_unet_is_read_in_one_sitting():
+    sources = opened("ldm.unet")
+    assert {source.module for source in sources} == {"ldm.unet", "ldm.blocks", "ldm.config"}
+    assert sum((ROOT / source.path).read_text(encoding="utf-8").count("\n") for source in sources) <= 750
+
+
+def test_the_core_is_code_rather_than_docstrings():
+    core = [source for source in SOURCES if room(source.module) == "core"]
+    lines = sum((ROOT / source.path).read_text(encoding="utf-8").count("\n") for source in core)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    texts = [node.body[0] for source in core for node in ast.walk(source.tree)
+             if isinstance(node, documented) and ast.get_docstring(node)]  # fmt: skip
+    assert (
+        sum(text.end_lineno - text.lineno + 1 for text in texts) < 0.155 * lines
+    )  # every seventh line or so; equations of the schedule included
+
+
 # ---- what may not be here --------------------------------------------------------------------------
 
 

@@ -17,7 +17,6 @@ from ldm.checkpoint import identify
 from ldm.samplers import SAMPLERS
 from ldm.schedule import SPACINGS
 from ldm.unet import STANDARD_BLOCKS, UNetBlocks
-from ldm_tools import own_code
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +80,8 @@ def own_blocks(args: argparse.Namespace, file: Path) -> tuple[UNetBlocks, UNetBl
     """What --blocks names, and the blocks of the file: those, where it was saved with them, else the standard ones."""
     if not args.blocks:
         return STANDARD_BLOCKS, STANDARD_BLOCKS
+    from ldm_tools import own_code  # read where it is needed: every command imports this file
+
     wanted = own_code.load(args.blocks, "--blocks", UNetBlocks)
     return wanted, STANDARD_BLOCKS if not identify(file).blocks else wanted
 
