@@ -156,12 +156,11 @@ def settings_in(path: Path, part: str) -> dict[str, Any]:
     if unknown := sorted(name for name in fields if name not in known and not name.startswith("_")):
         logger.warning("%s: unknown fields, which change nothing here: %s", path, ", ".join(unknown))
     told = {ours: fields[theirs] for ours, theirs in SETTINGS[part].items() if fields.get(theirs) is not None}
-    if "mid_block_type" in fields:
-        if fields["mid_block_type"] not in _MIDDLES:
-            raise CheckpointError(
-                f"{path}: mid_block_type is {fields['mid_block_type']!r}, expected one of {', '.join(_MIDDLES)}"
-            )
-        told["mid_attention"] = _MIDDLES[fields["mid_block_type"]]
+    if part == "unet" and "mid_block_type" in fields:
+        middle = fields["mid_block_type"]
+        if not isinstance(middle, str) or middle not in _MIDDLES:
+            raise CheckpointError(f"{path}: mid_block_type is {middle!r}, expected one of {', '.join(_MIDDLES)}")
+        told["mid_attention"] = _MIDDLES[middle]
     return told
 
 

@@ -218,7 +218,8 @@ def refuse_other_folders(path: Path) -> None:
 
 def refuse_other_classes(path: Path, fields: Mapping[str, Any]) -> None:
     """Raises CheckpointError when a config.json says that it belongs to another network than SD1.5's three."""
-    names = [str(fields.get("_class_name") or ""), *map(str, fields.get("architectures") or ())]
+    several = fields.get("architectures")
+    names = [str(fields.get("_class_name") or ""), *(map(str, several) if isinstance(several, list) else ())]
     for name in names:
         for pattern, what in _CLASSES.items():
             if pattern in name:

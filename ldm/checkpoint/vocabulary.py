@@ -39,6 +39,8 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     """
     whole, settings = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
     model = whole.get("model") or {}
+    if not isinstance(model, dict):
+        raise CheckpointError(f"{folder / 'tokenizer.json'}: not a tokenizer (its model is {model!r})")
     if whole and (model.get("type", "BPE") != "BPE" or model.get("end_of_word_suffix", "</w>") != "</w>"):
         raise CheckpointError(
             f"{folder / 'tokenizer.json'}: a {model.get('type')} tokenizer ending words in "

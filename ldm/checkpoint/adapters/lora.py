@@ -172,6 +172,8 @@ def _number(path: Path, tensor: LazyTensor) -> float:
 def _scale(path: Path, module: str, rank: int, config: Mapping[str, Any]) -> float:
     """PEFT's rule: alpha by module where alpha_pattern names it, over the rank or its root."""
     pattern = config.get("alpha_pattern") or {}
+    if not isinstance(pattern, dict):
+        raise CheckpointError(f"{path}: alpha_pattern is {pattern!r}, expected modules and their alphas")
     own = next((pattern[key] for key in pattern if module == key or module.endswith(f".{key}")), None)
     alpha = own if own is not None else config.get("lora_alpha", rank)
     if not isinstance(alpha, int | float):
@@ -194,7 +196,7 @@ def _tool_and_settings(file: TensorFile) -> tuple[str, dict[str, Mapping[str, An
         return "kohya", {}
     try:
         told = json.loads(file.header.metadata.get(METADATA_KEY, "{}"))
-        fields = [key.split(".", 1) for key in told]
+        fields = [key.split(".", 1) for key in dict(told) if "." in key]
         settings = {
             ours: {key: told[f"{front}.{key}"] for first, key in fields if first == front}
             for front, ours in _PARTS.items()
