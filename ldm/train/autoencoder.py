@@ -3,13 +3,23 @@
 Letters: B batch, H W image height and width, z the unscaled latent.
 """
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ldm.train.phantom_set import PhantomSet, draw
 from ldm.vae import AutoencoderKL, DiagonalGaussian
+
+
+class Images(Protocol):
+    """A training set: a length, and batches (B, 3, H, W) in [-1, 1]."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int], /) -> Tensor: ...
 
 
 def reconstruction_loss(images: Tensor, decoded: Tensor) -> Tensor:
@@ -25,28 +35,49 @@ def reconstruction_loss(images: Tensor, decoded: Tensor) -> Tensor:
     return error.abs().mean() + edges + squares
 
 
-def autoencoder_loss(
-    vae: AutoencoderKL, data: PhantomSet, step: int, batch: int, seed: int, kl_weight: float = 5e-4
-) -> Tensor:
-    """Reconstruction from a posterior sample, plus kl_weight times the KL per latent element (nats)."""
-    images = data.batch(draw(seed, step, len(data), batch))
+def autoencoder_loss(vae: AutoencoderKL, images: Tensor, noise: Tensor, kl_weight: float = 5e-4) -> Tensor:
+    """Reconstruction from a posterior sample, plus kl_weight times the KL per latent element (nats).
+
+    Args:    images: (B, 3, H, W) in [-1, 1].  noise: (B, C, H/f, W/f) standard normal, what the sample is drawn with.
+    """
     with torch.autocast(images.device.type, torch.bfloat16):
-        moments = vae.moments(images).float()
-        posterior = DiagonalGaussian.from_moments(moments)
-        noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + step))
+        posterior = DiagonalGaussian.from_moments(vae.moments(images).float())
         decoded = vae.decode(posterior.sample(noise)).float()
     return reconstruction_loss(images, decoded) + kl_weight * posterior.kl().mean() / noise[0].numel()
 
 
+def decoder_loss(decoder: nn.ModuleDict, images: Tensor, z: Tensor) -> Tensor:
+    """Reconstruction of images (B, 3, H, W) from latents z (B, C, H/f, W/f). Args: decoder: of `decoding_half`."""
+    with torch.autocast(images.device.type, torch.bfloat16):
+        decoded = decoder["decoder"](decoder["post_quant_conv"](z)).float()
+    return reconstruction_loss(images, decoded)
+
+
+def decoding_half(vae: AutoencoderKL) -> nn.ModuleDict:
+    """What leads from z to images: it can learn on while latents stay as they are."""
+    return nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
+
+
+def posterior_noise(vae: AutoencoderKL, images: Tensor, seed: int, step: int) -> Tensor:
+    """The noise of a step, for images (B, 3, H, W): (B, C, H/f, W/f), on their device."""
+    batch, _, height, width = images.shape
+    f = vae.config.downscale
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return torch.randn(batch, vae.config.latent_channels, height // f, width // f, generator=generator).to(
+        images.device
+    )
+
+
 @torch.no_grad()
-def normalise_latents(vae: AutoencoderKL, data: PhantomSet, images: int = 2048, batch: int = 64) -> None:
+def normalise_latents(vae: AutoencoderKL, data: Images, images: int = 2048, batch: int = 64) -> None:
     """Rescale z so that the scaled latents have mean 0 and standard deviation 1 in every channel.
 
     SD1.5's factor 0.18215 was measured to do this for its autoencoder. Here the autoencoder is changed to fit the
     factor: z' = k (z - m) is folded into the 1x1 convolutions on both sides of z, which leaves the images unchanged.
     """
     seen = range(min(images, len(data)))
-    means = torch.cat([vae.encode(data.batch(seen[i : i + batch])).mean for i in seen[::batch]]).double()
+    device = vae.quant_conv.weight.device
+    means = torch.cat([vae.encode(data.batch(seen[i : i + batch]).to(device)).mean for i in seen[::batch]]).double()
     m = means.mean(dim=(0, 2, 3))
     k = 1.0 / (vae.config.scaling_factor * means.std(dim=(0, 2, 3)))
 
@@ -62,10 +93,21 @@ def normalise_latents(vae: AutoencoderKL, data: PhantomSet, images: int = 2048, 
 
 
 @torch.no_grad()
-def encode_all(vae: AutoencoderKL, data: PhantomSet, batch: int = 64) -> Tensor:
-    """The posterior of every image, scaled: (N, 8, H/8, W/8) float32, mean and standard deviation of the latents."""
-    rows = []
+def encode_all(vae: AutoencoderKL, data: Images, batch: int = 64) -> Tensor:
+    """The posterior of every image, scaled: (N, 2 C, H/f, W/f) float32, mean and standard deviation of C channels."""
+    rows, device = [], vae.quant_conv.weight.device
     for i in tqdm(range(0, len(data), batch), desc="encoding", mininterval=5):
-        posterior = vae.encode(data.batch(range(i, min(i + batch, len(data)))))
-        rows.append(torch.cat([posterior.mean, (0.5 * posterior.logvar).exp()], dim=1) * vae.config.scaling_factor)
+        posterior = vae.encode(data.batch(range(i, min(i + batch, len(data)))).to(device))
+        latents = torch.cat([posterior.mean, (0.5 * posterior.logvar).exp()], dim=1) * vae.config.scaling_factor
+        rows.append(latents.cpu())
     return torch.cat(rows)
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """How well images (B, 3, H, W) in [-1, 1] come back from the mean of their posterior: (B,) decibels.
+
+    PSNR = 10 log10(2^2 / mean squared error), of images that range over 2.
+    """
+    decoded = vae.decode(vae.encode(images).mean).clamp(-1, 1)
+    return 10 * torch.log10(4 / (decoded - images).square().mean(dim=(1, 2, 3)).clamp(min=1e-10))

@@ -18,18 +18,36 @@ Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # eps = network(x_t, t, co
 
 
 def diffusion_loss(unet: UNet, x_0: Tensor, context: Tensor, schedule: Schedule, generator: torch.Generator) -> Tensor:
-    """The mean squared error of the predicted noise.
+    """The mean squared error of the predicted noise, at times and with noise that are drawn here.
 
-    The times of a batch are spread evenly with a common random shift: each is uniform on its own, and together they
+    Args:    x_0: (B, C, h, w) scaled latents.  context: (B, L, D).  generator: on the CPU, whatever the device.
+    """
+    return noise_error(unet, x_0, *draw_noise(x_0, schedule, generator), context, schedule)
+
+
+def draw_noise(x_0: Tensor, schedule: Schedule, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """eps (B, C, h, w) and the times t (B,) of a batch.
+
+    The times are spread evenly with a common random shift: each is uniform on its own, and together they
     vary the loss less than independent draws [Kingma et al. 2021, "Variational diffusion models", appendix I].
-
-    Args:    x_0: (B, 4, h, w) scaled latents.  context: (B, L, D).
     """
     batch, count = len(x_0), len(schedule)
     spread = (torch.arange(batch) / batch + torch.rand((), generator=generator)) % 1.0
     t = (spread * count).long().clamp(max=count - 1)
-    eps = torch.randn(x_0.shape, generator=generator)
-    return F.mse_loss(predict_noise(unet, x_0, eps, t, context, schedule, autocast=torch.bfloat16), eps)
+    return torch.randn(x_0.shape, generator=generator).to(x_0.device), t.to(x_0.device)
+
+
+def noise_error(
+    unet: UNet, x_0: Tensor, eps: Tensor, t: Tensor, context: Tensor, schedule: Schedule, gamma: float = 0.0
+) -> Tensor:
+    """The mean squared error of the predicted noise.
+
+    Args:    as of `predict_noise`.  gamma: of `min_snr_weights`; 0 weights all times alike.
+    """
+    predicted = predict_noise(unet, x_0, eps, t, context, schedule, autocast=torch.bfloat16)
+    if not gamma:
+        return F.mse_loss(predicted, eps)
+    return (min_snr_weights(schedule, t, gamma) * (predicted - eps).square().mean(dim=(1, 2, 3))).mean()
 
 
 def predict_noise(

@@ -92,11 +92,15 @@ class Learner:
     # --- a step ---
 
     def learn(self, step: int, loss: Tensor) -> Taken:
-        """Step 0, 1, ... of the run, on its loss. Raises NotFinite before anything is learnt."""
+        """Step 0, 1, ... of the run, on its loss; one without a graph has left its gradients already, unscaled.
+
+        Raises NotFinite before anything is learnt.
+        """
         if not math.isfinite(value := loss.item()):
             raise NotFinite(f"the loss at step {step + 1} is {value}")
-        self.trained.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        if loss.requires_grad:
+            self.trained.zero_grad(set_to_none=True)
+            self.scaler.scale(loss).backward()
         return Taken(value, self.update(step))
 
     def update(self, step: int) -> float:

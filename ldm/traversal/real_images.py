@@ -45,6 +45,8 @@ from ldm.traversal.store import load_seed, run_seeds
 
 log = logging.getLogger(__name__)
 
+ENOUGH_DB = 27.0  # of an autoencoder; below, hair and ruler marks are gone
+
 LOST = 0.05  # relative error of a latent from which on its round trip is worth a warning: it can be seen
 
 
@@ -127,7 +129,10 @@ class Originals:
                 save_image(image_path(out, seed, "original"), original)
                 encoded, back = (load_pixels(image_path(out, seed, name)) for name in ("encoded", retraced))
                 entry["psnr_db"] = finite(peak_signal_noise_ratio(original, back))
-                entry["autoencoder_psnr_db"] = finite(peak_signal_noise_ratio(original, encoded))
+                alone = finite(peak_signal_noise_ratio(original, encoded))
+                entry["autoencoder_psnr_db"] = alone
+                if alone is not None and alone < ENOUGH_DB:
+                    log.warning("%s: %s", image.file, too_little(alone))
                 rows.append([original, encoded, back, figures.difference(back, original)])
             if not error < LOST:  # NaN too
                 log.warning("%s: lost, its latent comes back with a relative error of %.2g", image.file, error)
@@ -137,6 +142,14 @@ class Originals:
             columns = ["original", "autoencoder", retraced, "change"]
             save_image(out / "comparison.png", figures.grid(rows, names, columns))
         return [entries[seed] for seed in sorted(entries)]
+
+
+def too_little(psnr: float) -> str:
+    """What an autoencoder's PSNR below ENOUGH_DB means."""
+    return (
+        f"the autoencoder alone brings it back to {psnr:.1f} dB; below {ENOUGH_DB:.0f} dB thin lines and "
+        "colours are lost whatever is done to the latents: another model, or `ldm train-small` on such images"
+    )
 
 
 # ---- images into a folder --------------------------------------------------------------------------

@@ -287,9 +287,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("data"))
 
 
-def test_what_comes_out_is_what_goes_in_again(tmp_path, weights, data, capsys):
+def test_what_comes_out_is_what_goes_in_again(tmp_path, weights, data, capsys, caplog):
     out = tmp_path / "out"
     assert cli.main(command(weights, data, out, "--steps", "3", "--save-every", "2", "--caption-dropout", "0.1")) == 0
+    assert "the autoencoder alone brings it back to" in caplog.text  # of random weights, which is said before training
     assert "after 3 steps" in capsys.readouterr().out
     before, after = ldm.load(weights), ldm.load(out / "last.safetensors")
     for part in ("clip", "vae"):

@@ -21,6 +21,7 @@ COMMANDS = {
     "bench": ("ldm_tools.bench", "what things cost here: samplers, networks, kernels, the traversal"),
     "phantom": ("ldm_tools.phantom", "draw a data set of phantoms in the files of CheXpert or ISIC 2019"),
     "train-phantom": ("ldm_tools.train_phantom", "train the shipped model anew"),
+    "train-small": ("ldm_tools.train_small", "train a small model from scratch on folders of labelled images"),
     "judge-phantom": ("ldm_tools.judge_phantom", "count and look at what the shipped model draws when asked"),
     "inspect": ("ldm_tools.inspect", "what a checkpoint is, and what becomes of every key"),
     "convert": ("ldm_tools.convert", "write a checkpoint in another layout or precision"),

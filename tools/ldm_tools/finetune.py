@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -20,13 +21,16 @@ from ldm.data import images, splits, tables
 from ldm.data.labelled import LabelledImages
 from ldm.data.reading import Reading
 from ldm.files import read_json, write_json
+from ldm.images import from_uint8
 from ldm.pipeline import StableDiffusion
 from ldm.train import distributed, finetune, objective, watch
+from ldm.train.autoencoder import reconstruction_psnr
 from ldm.train.distributed import Processes
 from ldm.train.latent_cache import Interrupted, Posteriors, Preprocessing, Uncached, build, fingerprint
 from ldm.train.objective import FineTuning, Material
 from ldm.train.run_folder import LAST, RunFolder, stop_on_signals
 from ldm.train.unet_learner import UNetLearner
+from ldm.traversal.real_images import ENOUGH_DB, too_little
 from ldm_tools import reading
 from ldm_tools.data import chosen_split
 from ldm_tools.finetune_options import add_data, add_recipe, add_run, check, recipe_of
@@ -36,6 +40,8 @@ from ldm_tools.reading import FOLDER, add_reading
 SHEET = 16  # prompts on a sheet of samples
 
 log = logging.getLogger(__name__)
+
+MEASURED_IMAGES = 8  # that the autoencoder is tried on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +83,8 @@ def run(args: argparse.Namespace) -> None:
             )
         preprocessing = preprocessing_of(args, sd, data.reading)
         folder = run_folder(args, sd, training, recipe, preprocessing, processes)
+        if processes.first:
+            measure_autoencoder(sd, training, preprocessing)
         learner = UNetLearner(sd.unet, recipe, processes, args.shard, sd.clip if args.train_text_encoder else None)
         with stop_on_signals() as stop:
             try:
@@ -101,6 +109,19 @@ def run(args: argparse.Namespace) -> None:
         print(f"stopped at step {done} of {recipe.steps}; the same command with --resume auto goes on")
     else:
         print(f"{folder.path / LAST}: the model after {done} steps on {len(training)} images")
+
+
+def measure_autoencoder(sd: StableDiffusion, data: LabelledImages, preprocessing: Preprocessing) -> None:
+    """Say how well the frozen autoencoder brings back some of the images: what it loses is lost to the U-Net."""
+    rows = np.linspace(0, len(data) - 1, min(MEASURED_IMAGES, len(data))).astype(int)
+    size, fit = preprocessing.size, preprocessing.fit
+    pixels = np.stack([images.load_image(data.files[row], size, fit, data.reading) for row in rows])
+    batch = from_uint8(pixels).to(sd.device, sd.vae.quant_conv.weight.dtype)
+    psnr = float(reconstruction_psnr(sd.vae, batch).mean())
+    if psnr < ENOUGH_DB:
+        log.warning("%s: of %d images, %s", data.root, len(rows), too_little(psnr))
+    else:
+        log.info("%s: the autoencoder brings %d images back to %.1f dB", data.root, len(rows), psnr)
 
 
 def run_folder(

@@ -5,31 +5,21 @@ on more of what it finds hard. About two hours and a half on two cores.
 """
 
 import argparse
-import json
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from ldm import checkpoint
-from ldm.clip import CLIPTextEncoder
 from ldm.config import PHANTOM
-from ldm.files import complete
-from ldm.schedule import Schedule
 from ldm.tokenizer import Tokenizer
-from ldm.train import autoencoder, diffusion, text_encoder
+from ldm.train import small_model
 from ldm.train.learner import Recipe
-from ldm.train.loop import fit
 from ldm.train.phantom_set import PhantomSet, draw
-from ldm.unet import UNet
-from ldm.vae import AutoencoderKL
+from ldm.train.small_model import Draw, Round, shrunk
+from ldm.train.text_encoder import CaptionTokens
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +37,6 @@ REFINEMENTS = (
     (Recipe(steps=1400, lr=6e-4, ema_decay=0.998), {"chest": 6, "skin": 26}),
     (Recipe(steps=1800, lr=7e-4, ema_decay=0.998), {"chest": 6, "skin": 14, "gel_bubble": 6, "ruler": 6}),
 )
-CAPTION_DROPOUT = 0.1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,114 +62,31 @@ def run(args: argparse.Namespace) -> None:
     if args.out.exists() and not args.force:
         raise ValueError(f"--out: {args.out} exists; pass --force to replace it once training is done")
     args.work.mkdir(parents=True, exist_ok=True)
-    continue_only(args.work / "recipe.json", {"seed": args.seed, "shrink": args.shrink})
+    small_model.continue_only(args.work / "recipe.json", {"seed": args.seed, "shrink": args.shrink})
     data = PhantomSet(args.work, max(64, IMAGES // args.shrink), FIRST_SEED)
     tokenizer = Tokenizer()
-    tokens = text_encoder.CaptionTokens(data.captions, tokenizer)
+    tokens = CaptionTokens(data.captions, tokenizer)
+    clip, vae, unet = networks = small_model.build(PHANTOM, args.seed)
 
-    torch.manual_seed(args.seed)  # the initial weights; everything else has generators of its own
-    vae = AutoencoderKL(PHANTOM.vae)
-    clip = CLIPTextEncoder(PHANTOM.clip)
-    text_encoder.initialise(clip)
-    unet = UNet(PHANTOM.unet)
-    diffusion.initialise(unet)
-    for network in (vae, unet):  # the layout that convolutions are fastest in on a CPU
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    def any_of(batch: int) -> Draw:
+        return lambda step: draw(args.seed, step, len(data), batch)
 
-    latents = train_autoencoder(vae, data, args)
-    train_text_encoder(clip, latents, tokens, args)
-    train_unet(unet, latents, clip, tokens, tokenizer([""]), data, args)
-    checkpoint.save(args.out, {"clip": clip, "vae": vae, "unet": unet}, dtype=torch.float16, overwrite=args.force)
+    latents = small_model.train_autoencoder(
+        vae, data, any_of(AUTOENCODER_BATCH), shrunk(AUTOENCODER, args.shrink), args.work, args.seed
+    )
+    small_model.train_text_encoder(
+        clip, latents, tokens, any_of(TEXT_ENCODER_BATCH), shrunk(TEXT_ENCODER, args.shrink), args.work, args.seed
+    )
+    rounds = [Round("unet", shrunk(UNET, args.shrink), any_of(UNET_BATCH))]
+    for i, (recipe, kinds) in enumerate(REFINEMENTS, start=1):
+        rounds.append(Round(f"refinement{i}", shrunk(recipe, args.shrink), by_kind(data, kinds, args.seed)))
+    contexts = small_model.contexts_of(clip, tokens.ids, tokenizer([""]))
+    small_model.train_unet(unet, latents, contexts, tokens, rounds, args.work, args.seed)
+    checkpoint.save(args.out, networks._asdict(), dtype=torch.float16, overwrite=args.force)
     log.info("wrote %s", args.out)
 
 
-def train_autoencoder(vae: AutoencoderKL, data: PhantomSet, args: argparse.Namespace) -> Tensor:
-    """Stage 1. Returns the latents of all images: (N, 8, 16, 16), mean and standard deviation, scaled."""
-    latents, weights = args.work / "latents.safetensors", args.work / "vae.safetensors"
-    if latents.exists():
-        vae.load_state_dict(load_file(weights))
-        return load_file(latents)["latents"]
-
-    def loss_at(step: int) -> Tensor:
-        return autoencoder.autoencoder_loss(vae, data, step, AUTOENCODER_BATCH, args.seed)
-
-    fit("autoencoder", vae, loss_at, shrunk(AUTOENCODER, args.shrink), args.work)
-    autoencoder.normalise_latents(vae, data, images=min(2048, len(data)))
-    encoded = autoencoder.encode_all(vae, data)
-    store(weights, dict(vae.state_dict()))
-    store(latents, {"latents": encoded})
-    return encoded
-
-
-def train_text_encoder(
-    clip: CLIPTextEncoder, latents: Tensor, tokens: text_encoder.CaptionTokens, args: argparse.Namespace
-) -> None:
-    """Stage 2. The image tower and the temperature are thrown away."""
-    c = PHANTOM.vae.latent_channels
-    model = text_encoder.ContrastiveModel(clip, (c, *latents.shape[2:]))
-
-    def loss_at(step: int) -> Tensor:
-        images = draw(args.seed, step, len(latents), TEXT_ENCODER_BATCH)
-        return text_encoder.contrastive_loss(model, latents[images, :c], tokens.draw(images, args.seed, step), tokens)
-
-    fit("text_encoder", model, loss_at, shrunk(TEXT_ENCODER, args.shrink), args.work)
-
-
-def train_unet(
-    unet: UNet,
-    latents: Tensor,
-    clip: CLIPTextEncoder,
-    tokens: text_encoder.CaptionTokens,
-    empty: Tensor,
-    data: PhantomSet,
-    args: argparse.Namespace,
-) -> None:
-    """The other stages. The text encoder is frozen: the context of every caption is computed once."""
-    with torch.no_grad():
-        contexts = clip(torch.cat([tokens.ids, empty]))  # the last one is the empty caption's
-    schedule = Schedule.sd15()
-
-    def loss_of(images: NDArray[np.int64], step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        mean, std = latents[images].chunk(2, dim=1)
-        x_0 = mean + std * torch.randn(mean.shape, generator=generator)
-        captions = tokens.draw(images, args.seed, step)
-        captions = diffusion.drop_captions(captions, len(contexts) - 1, CAPTION_DROPOUT, generator)
-        return diffusion.diffusion_loss(unet, x_0, contexts[captions], schedule, generator)
-
-    def loss_at(images_of: Callable[[int], NDArray[np.int64]], before: int, step: int) -> Tensor:
-        return loss_of(images_of(step), before + step)
-
-    def draw_by_kind(batch: Mapping[str, int]) -> Callable[[int], NDArray[np.int64]]:
-        kinds = {name: data.having(name) for name in batch}
-        return lambda step: np.concatenate(
-            [rows[draw(args.seed, step, len(rows), batch[name])] for name, rows in kinds.items()]
-        )
-
-    rounds = [("unet", UNET, lambda step: draw(args.seed, step, len(latents), UNET_BATCH))]
-    for i, (recipe, batch) in enumerate(REFINEMENTS, start=1):
-        rounds.append((f"refinement{i}", recipe, draw_by_kind(batch)))
-    done = 0  # so that no noise is drawn twice
-    for name, recipe, images_of in rounds:
-        recipe = shrunk(recipe, args.shrink)
-        fit(name, unet, partial(loss_at, images_of, done), recipe, args.work)
-        done += recipe.steps
-
-
-def continue_only(note: Path, asked: dict[str, int]) -> None:
-    """Write down what a work folder is for; ValueError when it was begun for something else."""
-    if not note.exists():
-        note.write_text(json.dumps(asked) + "\n")
-    elif (begun := json.loads(note.read_text())) != asked:
-        raise ValueError(f"--work: {note.parent} was begun with {begun}, asked for {asked}; use another folder")
-
-
-def shrunk(recipe: Recipe, by: int) -> Recipe:
-    """The same recipe with fewer steps."""
-    return replace(recipe, steps=max(2, recipe.steps // by), warmup=recipe.warmup // by)
-
-
-def store(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file."""
-    with complete(path) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+def by_kind(data: PhantomSet, batch: Mapping[str, int], seed: int) -> Draw:
+    """Batches that hold so many images of each domain, or with each attribute."""
+    kinds = {name: data.having(name) for name in batch}
+    return lambda step: np.concatenate([of[draw(seed, step, len(of), batch[name])] for name, of in kinds.items()])
