@@ -23,12 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "StableDiffusion",
-    "bezier",
     "conditioning",
     "guidance",
-    "inversion",
     "load",
-    "prompt_tree",
     "samplers",
     "schedule",
 ]

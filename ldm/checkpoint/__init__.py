@@ -14,8 +14,9 @@ from ldm.checkpoint.report import KeyReport, KeysDoNotFit
 from ldm.checkpoint.settings import infer_config
 
 if TYPE_CHECKING:
-    from ldm.checkpoint.adapters import adapted
-    from ldm.checkpoint.saving import convert, save
+    from ldm.checkpoint.adapters import adapted as adapted
+    from ldm.checkpoint.saving import convert as convert
+    from ldm.checkpoint.saving import save as save
 
 __all__ = [
     "Checkpoint",
@@ -25,14 +26,11 @@ __all__ = [
     "KeysDoNotFit",
     "Loaded",
     "WeightSet",
-    "adapted",
-    "convert",
     "examine",
     "identify",
     "infer_config",
     "load_parts",
     "naming",
-    "save",
     "sha256",
 ]
 
