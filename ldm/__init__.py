@@ -19,7 +19,9 @@ from ldm.pipeline import StableDiffusion
 from ldm.unet import STANDARD_BLOCKS, UNetBlocks
 
 if TYPE_CHECKING:
-    from ldm.traversal import bezier, inversion, prompt_tree
+    from ldm.traversal import bezier as bezier
+    from ldm.traversal import inversion as inversion
+    from ldm.traversal import prompt_tree as prompt_tree
 
 __all__ = [
     "StableDiffusion",
