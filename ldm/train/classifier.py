@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ldm.checkpoint.dialects import unwrapped
 from ldm.data.images import iterate, load_image
 from ldm.data.labelled import LabelledImages
 from ldm.files import complete
@@ -61,6 +62,7 @@ class Training:
     batch: int = 128
     seed: int = 0
     pretrained: bool = True  # start from ImageNet weights, where they can be had
+    start: str = ""  # sha256 of the file that it starts from instead, where there is one
 
 
 TRAININGS = {  # of CheXpert and ISIC 2019
@@ -167,6 +169,23 @@ def imagenet_weights(model: str) -> dict[str, Tensor] | None:
     return weights
 
 
+def take_over(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Start from the weights of a network of the same kind; the last layer is left as it is where its size differs.
+
+    Raises:  ValueError: a tensor of the network is missing, or has another shape.
+    """
+    own = network.state_dict()
+    last = tuple(name for name in own if name.startswith(f"{network.pretrained_cfg['classifier']}."))  # type: ignore[index]
+    taken = {name: weights[key] for key, name in unwrapped(weights).items() if name in own}
+    if any(name not in taken or taken[name].shape != own[name].shape for name in last):
+        taken |= {name: own[name] for name in last}
+    for name, value in own.items():
+        came = tuple(taken[name].shape) if name in taken else "nothing"
+        if came != tuple(value.shape):
+            raise ValueError(f"start: {came} for {name}, expected {tuple(value.shape)}: weights of another network")
+    network.load_state_dict(taken)
+
+
 class ClassifierLearner(Learner):
     """A network in training, and its weights where the validation loss was the lowest so far."""
 
@@ -257,12 +276,14 @@ def train(
     device: torch.device,
     workers: int = 0,
     cached: bool = True,
+    initial: Mapping[str, Tensor] | None = None,
 ) -> Classifier:
     """Train, or go on with the run whose checkpoint (NAME.training.safetensors) lies beside `out`.
 
     Args:    out: where the classifier will be saved, by the caller.
              workers: processes that read images; they do not change the result.
              cached: decode each image once, into a folder beside `out` that is deleted at the end.
+             initial: of `take_over`, instead of ImageNet's weights; `training.start` is their file's sha256.
     Returns: the classifier of the lowest validation loss; its report says how it was trained.
     Raises:  ValueError: when a class is missing, the loss is not finite, or the checkpoint is of another run.
     """
@@ -272,8 +293,10 @@ def train(
     pos_weight = positive_weights(training_images.labels).to(device)
 
     torch.manual_seed(training.seed)
-    pretrained = imagenet_weights(training.model) if training.pretrained else None
+    pretrained = imagenet_weights(training.model) if training.pretrained and initial is None else None
     network = classifier.build(training.model, len(attributes), pretrained).to(device)
+    if initial is not None:
+        take_over(network, initial)
     statistics = channel_statistics(network)
     settings = asdict(training) | {"imagenet": pretrained is not None, "images": fingerprint(training_images)}
     batch = min(training.batch, count)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import f1_score, roc_auc_score
 from torch.nn import functional as F
 
+from ldm import checkpoint
 from ldm.data import folders, splits
 from ldm.data.labelled import LabelledImages
 from ldm.data.reading import Reading
@@ -282,6 +283,28 @@ def test_weights_on_disk_are_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert torch.equal(weights["conv_stem.weight"], stored["conv_stem.weight"])
 
 
+def test_training_starts_from_weights_of_the_same_network() -> None:
+    torch.manual_seed(1)
+    given = classifier.build("test_efficientnet", 1000).state_dict()
+    network = classifier.build("test_efficientnet", 3)
+    head = network.state_dict()["classifier.weight"].clone()
+    training.take_over(network, {f"module.{name}": value for name, value in given.items()})
+    started = network.state_dict()
+    assert torch.equal(started["conv_stem.weight"], given["conv_stem.weight"])
+    assert torch.equal(started["classifier.weight"], head)  # of 3 attributes, not of 1,000 classes
+
+    again = classifier.build("test_efficientnet", 3)
+    training.take_over(again, started)
+    assert torch.equal(again.state_dict()["classifier.weight"], head)
+
+
+def test_weights_of_another_network_are_refused() -> None:
+    given = dict(classifier.build("test_efficientnet", 3).state_dict())
+    del given["conv_stem.weight"]
+    with pytest.raises(ValueError, match=r"start: nothing for conv_stem.weight, expected \(24, 3, 3, 3\)"):
+        training.take_over(classifier.build("test_efficientnet", 3), given)
+
+
 # ---- scores ----------------------------------------------------------------------------------------
 
 
@@ -387,6 +410,18 @@ def test_eval_repeats_the_report(trained: Path, skin: Path, tmp_path: Path, caps
     table = capsys.readouterr().out
     assert table.splitlines()[0] == "| attribute | n | positives | accuracy | F1 | AUROC | ECE |"
     assert len(table.splitlines()) == 2 + 5
+
+
+def test_a_run_from_given_weights_kept_in_half_the_bytes(trained: Path, skin: Path, tmp_path: Path) -> None:
+    out = tmp_path / "half.safetensors"
+    quick = [option for option in QUICK if option != "--from-scratch"]
+    command = ["classify", "train", str(skin), "--out", str(out), *quick, "--start", str(trained), "--float16"]
+    assert cli.main(command) == 0
+    assert {value.dtype for value in load_file(out).values()} == {torch.float16, torch.int64}
+    report = classifier.load(out).report
+    assert report["training"]["start"] == checkpoint.sha256(trained)  # type: ignore[index]
+    assert cli.main(["classify", "eval", str(out), str(skin), "--out", str(tmp_path / "scores.json")]) == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["scores"] == report["test"]  # tested as it is read
 
 
 def test_eval_of_some_attributes_on_all_images(trained: Path, skin: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
+from ldm import checkpoint
 from ldm.data import images, splits
 from ldm.data.labelled import LabelledImages
 from ldm.files import write_json
@@ -50,6 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--weight-decay", type=float, help="AdamW's")
     training.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default 0)")
     training.add_argument("--from-scratch", action="store_true", help="leave ImageNet weights alone")
+    training.add_argument(
+        "--start",
+        type=Path,
+        metavar="FILE.safetensors",
+        help="weights of the same network to start from, such as ImageNet's from elsewhere, or a classifier's",
+    )
+    training.add_argument("--float16", action="store_true", help="store the weights in half the bytes")
     training.add_argument(
         "--soften", action="store_true", help="blur and noise training images too, for images made by an autoencoder"
     )
@@ -96,6 +105,8 @@ def run_training(args: argparse.Namespace) -> None:
     """Train, test, and save both the classifier and what the test said."""
     if classifier.checked_name(args.out).exists():
         raise ValueError(f"--out: {args.out} exists; remove it or choose another name")
+    if args.start is not None and args.from_scratch:
+        raise ValueError("--start: not with --from-scratch; leave one of them out")
     for name in ("size", "epochs", "batch", "lr"):
         if (value := getattr(args, name)) is not None and not value > 0:
             raise ValueError(f"--{name}: got {value}, expected more than 0")
@@ -116,14 +127,18 @@ def run_training(args: argparse.Namespace) -> None:
         lr=default.lr if args.lr is None else args.lr,
         weight_decay=default.weight_decay if args.weight_decay is None else args.weight_decay,
         augmentation=replace(default.augmentation, soften=args.soften),
-        pretrained=not args.from_scratch,
+        pretrained=not args.from_scratch and args.start is None,
+        start="" if args.start is None else checkpoint.sha256(args.start),
     )
     if args.device == "cpu" and training.size > SMALL:
         times = (training.size / SMALL) ** 2
         log.warning("%s at %d px on a CPU: --size %d has %.0f times fewer pixels", args.model, args.size, SMALL, times)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     learned, unseen = data.select(split.train), data.select(split.validation)
-    trained = train(learned, unseen, training, args.out, torch.device(args.device), args.workers, not args.no_cache)
+    device, initial = torch.device(args.device), None if args.start is None else load_file(args.start)
+    trained = train(learned, unseen, training, args.out, device, args.workers, not args.no_cache, initial)
+    if args.float16:
+        trained.network.half().float()  # tested as it will be read
     rows = scores.scores(predict(trained, test, args.workers), test.labels, test.groups, data.attributes)
     report = {
         "data_set": data.name,
@@ -134,7 +149,8 @@ def run_training(args: argparse.Namespace) -> None:
         **trained.report,
         "test": scores.to_json(rows),
     }
-    classifier.save(args.out, replace(trained, report=report))
+    stored = torch.float16 if args.float16 else torch.float32
+    classifier.save(args.out, replace(trained, report=report), stored)
     checkpoint_path(args.out).unlink()
     print(scores.table(rows))
 
