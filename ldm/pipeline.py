@@ -27,6 +27,7 @@ from ldm.guidance import GuidedEps, guided
 from ldm.images import to_uint8
 from ldm.prediction import Predicted
 from ldm.samplers import SAMPLERS, History, Sampler, Step, initial_noise, step_noise
+from ldm.samplers.names import meaning
 from ldm.schedule import SPACINGS, Schedule
 from ldm.tokenizer import Tokenizer
 from ldm.unet import STANDARD_BLOCKS, UNet, UNetBlocks
@@ -114,6 +115,7 @@ class StableDiffusion:
         negative: Contexts | Tensor | None = None,
         sampler: str | Sampler = "ddim",
         spacing: str | Sequence[float] | None = None,
+        end: str | None = None,
         eta: float | None = None,
         size: tuple[int, int] | None = None,
         x_T: Tensor | None = None,
@@ -124,8 +126,9 @@ class StableDiffusion:
 
         contexts: see `ldm.conditioning`; a tensor (B or 1, L, D) holds for all steps.  steps: S; None: as many as there
         are contexts for, 50 for a tensor.  guidance_scale, negative: see `guided`.  sampler: a name in
-        `ldm.samplers.SAMPLERS`, or your own.  spacing: a name in `ldm.schedule.SPACINGS`, or the S timesteps; None: the
-        model's own.  eta: of samplers that have one.  size: height and width of the latents; None: as trained.
+        `ldm.samplers.SAMPLERS`, one that users know (`ldm.samplers.names`), or your own.  spacing: a name in
+        `ldm.schedule.SPACINGS`, or the S timesteps; None: the model's own.  end: one of `ldm.schedule.ENDS`, likewise.
+        eta: of samplers that have one.  size: height and width of the latents; None: as trained.
         x_T: (B, 4, H/f, W/f) instead of the seeds' own noise; with `start`, the latents after so many steps, and
         `history` what that Step remembered.
         Raises ValueError for an argument out of range or of a wrong shape, on the first `next`, and its kind NotFinite
@@ -137,15 +140,18 @@ class StableDiffusion:
             x_T = initial_noise(seeds, (self.latent_shape[0], *(size or self.latent_shape[1:])))
         if len(x_T) != len(seeds):
             raise ValueError(f"x_T: expected {len(seeds)} rows, one a seed, got {len(x_T)}")
-        method = _named("sampler", sampler, SAMPLERS) if isinstance(sampler, str) else sampler
-        spacing = self.schedule.spacing if spacing is None else spacing
+        if isinstance(sampler, str):
+            sampler, spacing = meaning(sampler, spacing, SAMPLERS)
+        method = SAMPLERS[sampler] if isinstance(sampler, str) else sampler
+        schedule = self.schedule if end is None else self.schedule.ending_at(end)
+        spacing = schedule.spacing if spacing is None else spacing
         if isinstance(spacing, str):
-            spacing = _named("spacing", spacing, SPACINGS)(steps, self.schedule)
+            spacing = _named("spacing", spacing, SPACINGS)(steps, schedule)
         watch = Watch(self.unet)
         for step in method(
             self.guided(contexts, guidance_scale, negative),
             x_T.to(self.device),
-            self.schedule,
+            schedule,
             steps,
             eta=eta,
             start=start,

@@ -5,6 +5,8 @@ to-noise ratio, e^-lambda the sigma of EDM and k-diffusion; between two entries 
 
 Papers: DDPM = Ho et al. 2020, arXiv:2006.11239.  EDM = Karras et al. 2022, arXiv:2206.00364.  DPM-Solver = Lu et al.
 2022, arXiv:2206.00927.  AYS = Sabour et al. 2024, arXiv:2404.14507.  Lin et al. 2023, arXiv:2305.08891.
+DDIM = Song et al. 2020, arXiv:2010.02502.  Beta sampling = Lee et al. 2024, arXiv:2407.12173.  Laplace = Hang et al.
+2024, arXiv:2407.03297.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from ldm.config import DiffusionConfig
 
+ENDS = ("sigma_min", "zero")  # where a run can end
 TRAIN_STEPS = 1000  # T: the network was trained on t = 0 (almost clean) .. 999 (almost pure noise)
 
 
@@ -31,6 +34,7 @@ class Schedule:
     final_alpha_cumprod: float  # stands for alphas_cumprod[-1] when the last step leaves the table
     spacing: str = "leading"  # how it is visited unless told otherwise: one of SPACINGS
     steps_offset: int = 1  # of leading
+    to_zero: bool = False  # runs visit t = 0 and step on to no noise at all; see `ending_at`
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> Schedule:
@@ -86,6 +90,16 @@ class Schedule:
         alphas_cumprod = roots**2
         alphas = torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
         return replace(self, betas=1 - alphas, alphas_cumprod=alphas_cumprod)
+
+    def ending_at(self, end: str) -> Schedule:
+        """The schedule whose runs end at one of `ENDS`: sigma_min, t = 0's level; zero, one step further.
+
+        Under zero, as in k-diffusion, levels that are spread to the clean end visit t = 0; leading and trailing do not.
+        """
+        if end not in ENDS:
+            raise ValueError(f"end: expected one of {', '.join(ENDS)}, got {end!r}")
+        final = 1.0 if end == "zero" else float(self.alphas_cumprod[0])
+        return replace(self, final_alpha_cumprod=final, to_zero=end == "zero")
 
     def __len__(self) -> int:
         """T, the number of training timesteps."""
@@ -180,6 +194,62 @@ def log_snr(steps: int, schedule: Schedule, *, endpoint: bool = False) -> tuple[
     return _at_sigmas(schedule, [math.exp(-noisy - u * (clean - noisy)) for u in _fractions(steps, endpoint)])
 
 
+def exponential(steps: int, schedule: Schedule, *, endpoint: bool = False) -> tuple[float, ...]:
+    """Equal strides in log sigma: `log_snr` by the name that k-diffusion's users know."""
+    return log_snr(steps, schedule, endpoint=endpoint)
+
+
+def polyexponential(steps: int, schedule: Schedule, *, rho: float = 1.0, endpoint: bool = False) -> tuple[float, ...]:
+    """A power of equal strides in log sigma: rho above 1 has shorter ones where it is clean; 1 is `exponential`.
+
+    log sigma_i = log sigma_min + (1 - u)^rho log(sigma_max / sigma_min)                           [k-diffusion]
+    """
+    return _in_log_sigma(steps, schedule, endpoint, lambda u, noisy, clean: clean + (1 - u) ** rho * (noisy - clean))
+
+
+def kl_optimal(steps: int, schedule: Schedule, *, endpoint: bool = False) -> tuple[float, ...]:
+    """Equal strides in arctan sigma: best for a Gaussian of unit width.                      [AYS, section 3]"""
+
+    def log_sigma(u: np.ndarray, noisy: float, clean: float) -> np.ndarray:
+        ends = np.arctan(np.exp([noisy, clean]))
+        return np.log(np.tan(ends[0] + u * (ends[1] - ends[0])))
+
+    return _in_log_sigma(steps, schedule, endpoint, log_sigma)
+
+
+def laplace(steps: int, schedule: Schedule, *, scale: float = 0.5, endpoint: bool = False) -> tuple[float, ...]:
+    """Quantiles of Laplace's distribution of log sigma around 0, cut off at the schedule's ends.        [Laplace]
+
+    log sigma_i = F^-1((1 - u) F(log sigma_max) + u F(log sigma_min)),   F(x) = 1 - e^(-x / scale) / 2 for x > 0
+    """
+
+    def log_sigma(u: np.ndarray, noisy: float, clean: float) -> np.ndarray:
+        # By tails, which keep their digits: at the noisy end 1 - F is 0.002.
+        above, below = 0.5 * math.exp(-noisy / scale), 0.5 * math.exp(clean / scale)
+        upper = above + u * (1 - above - below)  # 1 - F of each level
+        lower = below + (1 - u) * (1 - above - below)
+        return np.where(upper < 0.5, -scale * np.log(2 * upper), scale * np.log(2 * lower))
+
+    return _in_log_sigma(steps, schedule, endpoint, log_sigma)
+
+
+def quadratic(steps: int, train_steps: int = TRAIN_STEPS, *, endpoint: bool = False) -> tuple[float, ...]:
+    """Equal strides in the root of t: (T - 1) (1 - u)^2, whole or not.                   [DDIM, appendix D.2]"""
+    _check_steps(steps, train_steps)
+    return tuple((train_steps - 1) * (1 - u) ** 2 for u in _fractions(steps, endpoint))
+
+
+def beta(
+    steps: int, train_steps: int = TRAIN_STEPS, *, a: float = 0.6, b: float = 0.6, endpoint: bool = False
+) -> tuple[float, ...]:
+    """Quantiles of Beta(a, b) in t: dense at both ends. t_i = (T - 1) F^-1(1 - u)             [Beta sampling]"""
+    from scipy.special import betaincinv
+
+    _check_steps(steps, train_steps)
+    quantiles = betaincinv(a, b, 1 - np.array(_fractions(steps, endpoint)))
+    return tuple(round(t, 9) for t in ((train_steps - 1) * quantiles).tolist())
+
+
 AYS_SD15_SIGMAS = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
 
 
@@ -197,10 +267,16 @@ Spacing = Callable[[int, Schedule], tuple[float, ...]]
 SPACINGS: dict[str, Spacing] = {
     "leading": lambda steps, schedule: leading(steps, schedule.steps_offset, len(schedule)),
     "trailing": lambda steps, schedule: trailing(steps, len(schedule)),
-    "linspace": lambda steps, schedule: linspace(steps, len(schedule)),
-    "karras": karras,
-    "log_snr": log_snr,
-    "align_your_steps": align_your_steps,
+    "linspace": lambda steps, schedule: linspace(steps, len(schedule), endpoint=schedule.to_zero),
+    "quadratic": lambda steps, schedule: quadratic(steps, len(schedule), endpoint=schedule.to_zero),
+    "beta": lambda steps, schedule: beta(steps, len(schedule), endpoint=schedule.to_zero),
+    "karras": lambda steps, schedule: karras(steps, schedule, endpoint=schedule.to_zero),
+    "log_snr": lambda steps, schedule: log_snr(steps, schedule, endpoint=schedule.to_zero),
+    "exponential": lambda steps, schedule: exponential(steps, schedule, endpoint=schedule.to_zero),
+    "polyexponential": lambda steps, schedule: polyexponential(steps, schedule, endpoint=schedule.to_zero),
+    "laplace": lambda steps, schedule: laplace(steps, schedule, endpoint=schedule.to_zero),
+    "kl_optimal": lambda steps, schedule: kl_optimal(steps, schedule, endpoint=schedule.to_zero),
+    "align_your_steps": lambda steps, schedule: align_your_steps(steps, schedule, endpoint=schedule.to_zero),
 }
 EVEN_SPACINGS = ("leading", "trailing", "linspace")  # in t, up to rounding
 
@@ -221,6 +297,16 @@ def _check_signal(schedule: Schedule) -> None:
 def _fractions(steps: int, endpoint: bool) -> list[float]:
     """How far along the run each step begins: from 0 to just before 1, or to 1 itself."""
     return np.linspace(0, 1, steps, endpoint=endpoint).tolist()
+
+
+def _in_log_sigma(
+    steps: int, schedule: Schedule, endpoint: bool, log_sigma: Callable[[np.ndarray, float, float], np.ndarray]
+) -> tuple[float, ...]:
+    """Timesteps at log_sigma(u, noisiest, cleanest), for u along the run."""
+    _check_steps(steps, len(schedule))
+    _check_signal(schedule)
+    noisy, clean = (-float(lambda_t) for lambda_t in schedule.lambdas[[-1, 0]])
+    return _at_sigmas(schedule, np.exp(log_sigma(np.array(_fractions(steps, endpoint)), noisy, clean)).tolist())
 
 
 def _at_sigmas(schedule: Schedule, sigmas: Sequence[float]) -> tuple[float, ...]:

@@ -96,7 +96,7 @@ def test_errors_fall_with_the_order_of_the_method_also_after_a_swap():
 @pytest.mark.parametrize("budget", [10, 20, 40, 100])
 def test_all_runs_of_a_spacing_visit_the_level_of_its_swap(spacing, budget):
     swap = swap_timestep(spacing, SCHEDULE)
-    assert 500 < swap < 800  # log_snr has no level closer than 757
+    assert 450 < swap < 800  # log_snr has no level closer than 757, laplace none than 491
     for sampler in COMPARED:
         timesteps = SPACINGS[spacing](steps_for(sampler, budget), SCHEDULE)
         assert timesteps[fork_step(timesteps, swap)] == pytest.approx(swap, abs=0.5)

@@ -46,6 +46,16 @@ def test_every_sampler_goes_by_its_name(name):
     assert_same(sampled(sampler=name, spacing=timesteps), expected)
 
 
+def test_names_that_users_know_and_ends():
+    assert_same(sampled(sampler="k_lms_karras"), sampled(sampler="lms", spacing="karras"))
+    to_zero = SCHEDULE.ending_at("zero")
+    timesteps = SPACINGS["karras"](5, to_zero)
+    found = sampled(sampler="dpmpp_2m_karras", end="zero")
+    assert [step.t for step in found] == [*timesteps]
+    assert found[-1].t == 0
+    assert torch.equal(found[-1].x_prev, found[-1].x0_pred)
+
+
 def test_a_sampler_of_ones_own_goes_as_itself():
     mine = Sampler("mine", lambda now, then, x_t, eps, run: x_t - 0.1 * eps, order=None)
     assert_same(sampled(sampler=mine), by_hand(constant(PROMPT, 5), mine))
@@ -80,6 +90,8 @@ def test_no_gradients_are_recorded_and_the_callers_mode_is_left_alone():
     ("options", "message"),
     [
         ({"sampler": "dim"}, "sampler: expected one of ddim, .*, got 'dim'"),
+        ({"sampler": "lms_karras", "spacing": "beta"}, "spacing: got 'beta' beside sampler 'lms_karras'"),
+        ({"end": "nought"}, "end: expected one of sigma_min, zero, got 'nought'"),
         ({"spacing": "even"}, "spacing: expected one of leading, .*, got 'even'"),
         ({"contexts": constant(PROMPT, 4)}, "steps: expected 4, as many as there are contexts for, got 5"),
         ({"x_T": torch.zeros(3, *SHAPE)}, "x_T: expected 2 rows, one a seed, got 3"),
