@@ -14,7 +14,7 @@ Nothing here switches gradients off: wrap the loop in `torch.no_grad()` to sampl
 """
 
 from ldm.samplers import multistep, one_step
-from ldm.samplers.driver import EpsFn, History, Level, Noise, Run, Sampler, Step, StepFn
+from ldm.samplers.driver import EpsFn, History, Level, Noise, Run, Sampler, Step, StepFn, noise_levels
 from ldm.samplers.noise import initial_noise, step_noise
 
 ddim = Sampler("ddim", one_step.ddim, order=1, eta=0.0, from_pure_noise=True)
@@ -57,6 +57,7 @@ __all__ = [
     "heun",
     "initial_noise",
     "lms",
+    "noise_levels",
     "plms",
     "step_noise",
     "unipc",

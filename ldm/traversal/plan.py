@@ -6,7 +6,8 @@ The defaults are the paper's.
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from ldm.conditioning import Indexing, neutral_steps
 from ldm.samplers import SAMPLERS, Sampler
@@ -29,6 +30,14 @@ class Sampling:
     eta: float = 0.0  # of ddim
     latent_size: tuple[int, int] | None = None  # height, width; None: the size that the model was trained at
     keep: tuple[str, ...] = ()  # quantities of every step to save, out of x_t, x0_pred, eps
+    own_code: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # "sampler", "spacing" -> file, sha256
+
+    def settings(self) -> dict[str, Any]:
+        """For run.json: files of one's own are mentioned where there are any, so that older folders can be grown."""
+        entries = asdict(self)
+        if not self.own_code:
+            del entries["own_code"]
+        return entries
 
     def __post_init__(self) -> None:
         """Everything that can be wrong before a network is at hand."""
@@ -41,9 +50,11 @@ class Sampling:
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta: expected 0..1, got {self.eta}")
         if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
+            raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)} or FILE.py:NAME, got {self.sampler!r}")
         if self.spacing not in SPACINGS:
-            raise ValueError(f"spacing: expected one of {', '.join(SPACINGS)}, got {self.spacing!r}")
+            raise ValueError(
+                f"spacing: expected one of {', '.join(SPACINGS)}, FILE.py:NAME or FILE.json, got {self.spacing!r}"
+            )
         if SAMPLERS[self.sampler].even and self.spacing not in EVEN_SPACINGS:
             raise ValueError(f"spacing: {self.sampler} expects one of {', '.join(EVEN_SPACINGS)}, got {self.spacing!r}")
         if self.eta and SAMPLERS[self.sampler].eta is None:

@@ -6,8 +6,8 @@ Letters: B images, C H W of a latent.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -43,12 +43,15 @@ class Inversion:
     negative: str = ""
     fit: str = "squash"  # how an image is brought to that size
     reading: Reading = AS_STORED  # how its file becomes pixels
+    own_code: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # "spacing" -> file, sha256
 
     def settings(self) -> dict[str, Any]:
         """For run.json: a reading as usual is not mentioned, so that older folders can be grown."""
         entries = asdict(self)
         if self.reading == AS_STORED:
             del entries["reading"]
+        if not self.own_code:
+            del entries["own_code"]
         return entries
 
     def __post_init__(self) -> None:
@@ -60,7 +63,9 @@ class Inversion:
         if not 1 <= self.steps <= TRAIN_STEPS:
             raise ValueError(f"steps: expected 1..{TRAIN_STEPS}, got {self.steps}")
         if self.spacing not in SPACINGS:
-            raise ValueError(f"spacing: expected one of {', '.join(SPACINGS)}, got {self.spacing!r}")
+            raise ValueError(
+                f"spacing: expected one of {', '.join(SPACINGS)}, FILE.py:NAME or FILE.json, got {self.spacing!r}"
+            )
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance: expected a finite number, got {self.guidance}")
         if self.fit not in FITS:

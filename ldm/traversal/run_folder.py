@@ -12,7 +12,6 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -126,7 +125,7 @@ class _Run:
             "max_batch": self.sd.max_batch,
             "weights": [str(path) for path in self.sd.files],
             **self.model,
-            **asdict(plan),
+            **plan.settings(),
             **self.start.record(latents, out, earlier),
             "seeds": seeds,
             "latent_size": self.shape[1:],
@@ -137,7 +136,7 @@ class _Run:
 
     def sampled(self) -> tuple[Path, int]:
         """The file of latents, with all of the plan's seeds in it, and the U-Net rows that were computed for it now."""
-        settings = {**asdict(self.plan), **self.model, "latent_size": self.shape[1:], **self.start.settings}
+        settings = {**self.plan.settings(), **self.model, "latent_size": self.shape[1:], **self.start.settings}
         del settings["seeds"]  # so that a folder may grow by further seeds
         rows = len(self.plan.seeds) * self.rows_a_seed
         at_once = max(1, (self.sd.max_batch or 1) // (self.branches * rows_a_latent(self.plan.guidance)))

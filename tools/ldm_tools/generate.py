@@ -12,7 +12,7 @@ from ldm.traversal import figures
 from ldm.traversal.plan import Generation, parse_integers
 from ldm.traversal.run_folder import run_generation
 from ldm.traversal.run_images import image_path
-from ldm_tools.options import add_adapters, add_model, add_sampling, latent_size, load_model, ready_for
+from ldm_tools.options import add_adapters, add_model, add_sampling, latent_size, load_model, ready_for, take_own
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Raises ValueError for options that do not fit."""
     seeds = parse_integers(args.seeds, "--seeds")
+    sources = take_own(args)
     plan = Generation(  # before the weights are read, so that bad options are refused at once
         prompt=args.prompt,
         seeds=seeds,
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
         sampler=args.sampler,
         spacing=args.spacing or "leading",
         eta=args.eta,
+        own_code=sources,
     )
     sd = ready_for(args, load_model(args), [args.prompt, args.negative])
     plan = replace(plan, latent_size=latent_size(args.size, sd), spacing=args.spacing or sd.schedule.spacing)

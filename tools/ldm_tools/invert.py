@@ -9,10 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ldm.schedule import SPACINGS
 from ldm.traversal.real_images import open_images, run_inversion
 from ldm.traversal.round_trip import FITS, METHODS, Inversion
-from ldm_tools.options import add_adapters, add_long_prompts, add_model, latent_size, load_model, ready_for
+from ldm_tools.options import (
+    add_adapters,
+    add_long_prompts,
+    add_model,
+    add_spacing,
+    latent_size,
+    load_model,
+    ready_for,
+    take_own,
+)
 from ldm_tools.reading import add_pixels, pixels
 
 MEASURED = ("round_trip_error", "psnr_db", "autoencoder_psnr_db")
@@ -39,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default %(default)s)",
     )
     parser.add_argument("--steps", type=int, default=50, help="sampling steps (default %(default)s)")
-    parser.add_argument("--spacing", choices=SPACINGS, help="of the steps (default: the model's own, leading in SD1.5)")
+    add_spacing(parser)
     parser.add_argument(
         "--guidance",
         type=float,
@@ -67,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises ValueError for options that do not fit."""
+    sources = take_own(args)
     how = Inversion(  # before the weights are read, so that bad options are refused at once
         prompt=args.prompt,
         method=args.method,
@@ -76,6 +85,7 @@ def run(args: argparse.Namespace) -> None:
         negative=args.negative,
         fit=args.fit,
         reading=pixels(args),
+        own_code=sources,
     )
     images = open_images(args.image)
     sd = ready_for(args, load_model(args), [args.prompt, args.negative])

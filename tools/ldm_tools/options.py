@@ -175,8 +175,13 @@ def add_sampling(parser: argparse.ArgumentParser, guidance: float = 7.5) -> None
     """Steps, guidance, seeds, size, memory, launches, output."""
     parser.add_argument("--seeds", default="0", help="such as 0-15 or 0,3,8 (default %(default)s); a seed is an image")
     parser.add_argument("--steps", type=int, default=50, help="sampling steps (default %(default)s)")
-    parser.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="default: %(default)s")
-    parser.add_argument("--spacing", choices=SPACINGS, help="of the steps (default: the model's own, leading in SD1.5)")
+    parser.add_argument(
+        "--sampler",
+        default="ddim",
+        help=f"one of {', '.join(SAMPLERS)}, or your own, FILE.py:NAME, as ldm/samplers/README.md shows (default: "
+        "%(default)s)",
+    )
+    add_spacing(parser)
     parser.add_argument(
         "--guidance", type=float, default=guidance, help="classifier-free guidance scale (default %(default)s)"
     )
@@ -191,6 +196,27 @@ def add_sampling(parser: argparse.ArgumentParser, guidance: float = 7.5) -> None
     )
     add_cuda_graph(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder to write; continues a run cut off there")
+
+
+def add_spacing(parser: argparse.ArgumentParser) -> None:
+    """Which timesteps a run visits."""
+    parser.add_argument(
+        "--spacing",
+        help=f"of the steps: one of {', '.join(SPACINGS)}, or your own, FILE.py:NAME, or a FILE.json that "
+        "`ldm bench samplers --optimise spacing` wrote (default: the model's own, leading in SD1.5)",
+    )
+
+
+def take_own(args: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """Load what --sampler and --spacing name by a file, and leave its name in args: option -> file, sha256."""
+    from ldm_tools import own_code  # read where it is needed: every command imports this file
+
+    sources: dict[str, dict[str, str]] = {}
+    if getattr(args, "sampler", None):
+        args.sampler, sources["sampler"] = own_code.sampler(args.sampler)
+    if args.spacing:
+        args.spacing, sources["spacing"] = own_code.spacing(args.spacing)
+    return {option: source for option, source in sources.items() if source}
 
 
 def add_long_prompts(parser: argparse.ArgumentParser) -> None:

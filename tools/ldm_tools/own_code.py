@@ -1,11 +1,16 @@
-"""What a user wrote in a file of their own, named on the command line as FILE.py:NAME."""
+"""What a user wrote in a file of their own, named on the command line as FILE.py:NAME: blocks, samplers, spacings."""
 
 import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
+from ldm.checkpoint import sha256
+from ldm.files import read_json
 from ldm.names import nearest
+from ldm.samplers import SAMPLERS, own
+from ldm.schedule import SPACINGS
 
 Kind = TypeVar("Kind")
 
@@ -16,6 +21,54 @@ def load(text: str, option: str, kind: type[Kind]) -> Kind:
     Raises: ValueError, naming the option: another form, no such file or name, code that fails, or an object that is
             not of this kind.
     """
+    _, module, name = _module(text, option)
+    value = getattr(module, name)
+    if not isinstance(value, kind):
+        raise ValueError(f"{option}: {text} is of type {type(value).__name__}, expected {kind.__name__}")
+    return value
+
+
+def sampler(text: str) -> tuple[str, dict[str, str]]:
+    """A name in SAMPLERS as it is; FILE.py:NAME is loaded, tried, and put there for as long as the command runs.
+
+    Returns: its name there, and for run.json the file and its SHA-256; nothing for a name that was there.
+    Raises:  ValueError: see `ldm.samplers.own.sampler`.
+    """
+    if ".py" not in text:
+        return text, {}
+    path, module, name = _module(text, "--sampler")
+    facts = getattr(module, "FACTS", {})
+    if not isinstance(facts, dict):
+        raise ValueError(f"--sampler: FACTS of {path} is of type {type(facts).__name__}, expected a dict of facts")
+    known = f"{path.name}:{name}"
+    if facts and all(isinstance(of_one, dict) for of_one in facts.values()):
+        facts = facts.get(name, {})
+    SAMPLERS[known] = own.sampler(known, getattr(module, name), facts)
+    return known, _source(path)
+
+
+def spacing(text: str) -> tuple[str, dict[str, str]]:
+    """The same of SPACINGS; FILE.json holds timesteps, as `ldm bench samplers --optimise spacing` writes them."""
+    if ".py" in text:
+        path, module, name = _module(text, "--spacing")
+        known = f"{path.name}:{name}"
+        SPACINGS[known] = own.spacing(known, getattr(module, name))
+        return known, _source(path)
+    path = Path(text)
+    if path.suffix != ".json":
+        return text, {}
+    if not path.is_file():
+        raise ValueError(f"--spacing: there is no file {path}")
+    SPACINGS[path.name] = own.stored_spacing(path.name, read_json(path))
+    return path.name, _source(path)
+
+
+def _source(path: Path) -> dict[str, str]:
+    return {"file": path.name, "sha256": sha256(path)}
+
+
+def _module(text: str, option: str) -> tuple[Path, ModuleType, str]:
+    """FILE.py, run, and NAME, seen to be in it. Raises ValueError, naming the option."""
     file, colon, name = text.rpartition(":")
     path = Path(file)
     if not colon or path.suffix != ".py" or not name.isidentifier():
@@ -33,7 +86,4 @@ def load(text: str, option: str, kind: type[Kind]) -> Kind:
         raise ValueError(f"{option}: {path} failed with {type(error).__name__}: {error}") from error
     if not hasattr(module, name):
         raise ValueError(f"{option}: {path} has no {name!r}{nearest(name, vars(module))}")
-    value = getattr(module, name)
-    if not isinstance(value, kind):
-        raise ValueError(f"{option}: {text} is of type {type(value).__name__}, expected {kind.__name__}")
-    return value
+    return path, module, name

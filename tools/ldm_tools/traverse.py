@@ -15,7 +15,16 @@ from ldm.traversal.round_trip import FITS
 from ldm.traversal.run_folder import run_traversal
 from ldm.traversal.run_images import write_figures
 from ldm_tools.invert import round_trip
-from ldm_tools.options import add_adapters, add_model, add_sampling, latent_size, load_model, named_prompts, ready_for
+from ldm_tools.options import (
+    add_adapters,
+    add_model,
+    add_sampling,
+    latent_size,
+    load_model,
+    named_prompts,
+    ready_for,
+    take_own,
+)
 from ldm_tools.reading import add_pixels, pixels
 
 
@@ -87,6 +96,7 @@ def run(args: argparse.Namespace) -> None:
             f"--seeds: got {args.seeds!r} beside --image, expected one or the other: an image has its own start"
         )
     images = open_images(args.image)
+    sources = take_own(args)
     plan = Traversal(  # before the weights are read, so that bad options are refused at once
         neutral=args.neutral,
         styles=styles,
@@ -98,6 +108,7 @@ def run(args: argparse.Namespace) -> None:
         sampler=args.sampler,
         spacing=args.spacing or "leading",
         eta=args.eta,
+        own_code=sources,
         indexing=args.indexing,
         bezier_points=args.bezier_points,
         keep=tuple(args.keep.split(",")) if args.keep else (),

@@ -8,7 +8,7 @@ One seed is in memory at a time, whatever their number.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -213,7 +213,7 @@ def _truth(place: Workplace, task: Task, votes: summary.Votes) -> dict[str, Json
 def settings_of(instruments: Instruments, plan: Traversal) -> Json:
     """Everything that one seed's numbers depend on."""
     settings = {
-        **asdict(plan),
+        **plan.settings(),
         **instruments.fingerprint,
         "latent_size": list(latent_shape(instruments.sd, plan)[1:]),
         "frames": [FRAMES[0], FRAMES[-1]],
