@@ -42,7 +42,7 @@ def phantom_trajectory(domain, seed, attribute, head, heads, kind):
     )
 
 
-def phantom_domain(name, attributes, patients):
+def phantom_domain(name, attributes, patients, note=""):
     heads = tuple(attribute.replace("_", " ").capitalize() for attribute in attributes)
     return Domain(
         name=name,
@@ -67,6 +67,7 @@ def phantom_domain(name, attributes, patients):
             MapPoint(None, "neutral", None, 3.0, 9.0),
         ),
         summary=[(heads[0], {"CFRT": "0.98", "LPIPS": "0.08"}), (heads[1], {"CFRT": "0.97"})],
+        note=note,
     )
 
 
@@ -78,7 +79,7 @@ def explorer():
         note="All images are drawn.",
         domains=(
             phantom_domain("chest", ("pleural_effusion", "support_devices"), ((0, "generated"), (7, "rendered"))),
-            phantom_domain("skin", ("hair", "ink"), ((3, "generated"),)),
+            phantom_domain("skin", ("hair", "ink"), ((3, "generated"),), note=f"Real; credit: {NASTY}"),
         ),
     )
 
@@ -405,6 +406,7 @@ def test_a_finger_drags(open_page):
 def test_domain_attribute_patient_and_path_can_be_chosen(open_page):
     page = open_page("#chest/pleural_effusion/0/0")
     assert page.locator("#known").is_hidden()
+    assert page.locator("#domain-note").is_hidden()
     choose(page, "attributes", "Support devices")
     assert chosen(page, "attributes") == "support_devices"
     assert page.locator("#heads li.target").inner_text().startswith("Support devices")
@@ -421,6 +423,7 @@ def test_domain_attribute_patient_and_path_can_be_chosen(open_page):
     assert chosen(page, "attributes") == "hair"
     assert page.locator("#known").is_hidden()
     assert page.locator("#summary th[scope=row]").all_inner_texts() == ["Hair", "Ink"]
+    assert page.locator("#domain-note").text_content() == f"Real; credit: {NASTY}"
     until(page, "location.hash.startsWith('#skin/hair/3/')")
 
 

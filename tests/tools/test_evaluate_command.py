@@ -8,10 +8,14 @@ import pytest
 from ldm_tools import evaluate
 from ldm_tools.cli import main
 
+from ldm.phantom.prompts import Cell
+from ldm.study import shipped
 from ldm.study.classifier import PHANTOM_CLASSIFIERS
 from ldm.study.evaluation.judges import Judge, choose
+from ldm.study.evaluation.run import Task
 
 CHEST = PHANTOM_CLASSIFIERS["chest"]
+SHIPPED = list(dict.fromkeys(file for model in shipped.MODELS for file in model.classifiers.values()))
 
 STEPS = (5, 10, 15, 20)
 HEADER = ",".join(["seed", "path", *(f"{s}_{a}" for a in ("hair", "ink") for s in ("neutral", *STEPS))])
@@ -142,15 +146,15 @@ def parsed(*options: str) -> argparse.Namespace:
 
 
 def test_fewer_steps_have_the_same_shares_of_swaps():
-    (few,) = evaluate.phantom_tasks(parsed("--steps", "10", "--cells", "chest", "--seeds", "0-1"), None)
+    (few,) = evaluate.sampled_tasks(parsed("--steps", "10", "--cells", "chest", "--seeds", "0-1"), None)
     assert few.plan.swap_steps == (1, 2, 3, 4, 5, 6, 7, 8, 9)
     assert few.averaged == (1, 2, 3)
     assert few.truth_swap_steps == (1, 2, 3, 5, 7)
-    (many,) = evaluate.phantom_tasks(parsed("--steps", "100", "--cells", "chest"), None)
+    (many,) = evaluate.sampled_tasks(parsed("--steps", "100", "--cells", "chest"), None)
     assert many.plan.swap_steps == tuple(range(5, 50, 5))  # where the authors' fit they are taken
-    (own,) = evaluate.phantom_tasks(parsed("--sampled-swap-steps", "4,8", "--cells", "chest"), (4,))
+    (own,) = evaluate.sampled_tasks(parsed("--sampled-swap-steps", "4,8", "--cells", "chest"), (4,))
     assert (own.plan.swap_steps, own.averaged) == ((4, 8), (4,))
-    (half,) = evaluate.phantom_tasks(parsed("--sampled-swap-steps", "4,8,40", "--cells", "chest"), None)
+    (half,) = evaluate.sampled_tasks(parsed("--sampled-swap-steps", "4,8,40", "--cells", "chest"), None)
     assert half.averaged == (4, 8)
 
 
@@ -170,32 +174,53 @@ def test_a_run_is_scored_by_its_own_early_swaps(tmp_path, swap_steps, averaged, 
 
 
 def test_the_judge_of_a_run():
-    assert choose(("pleural_effusion",), None, {}) == Judge(CHEST, {"pleural_effusion": "pleural_effusion"})
-    mapped = choose(("water", "support_devices"), None, {"water": "pleural_effusion"})
+    assert choose(("pleural_effusion",), SHIPPED, {}) == Judge(CHEST, {"pleural_effusion": "pleural_effusion"})
+    mapped = choose(("water", "support_devices"), SHIPPED, {"water": "pleural_effusion"})
     assert mapped == Judge(CHEST, {"water": "pleural_effusion", "support_devices": "support_devices"})
-    some = choose(("effusion", "support_devices"), None, {})
+    some = choose(("effusion", "support_devices"), SHIPPED, {})
     assert (some.file, dict(some.styles)) == (CHEST, {"support_devices": "support_devices"})
     assert some.lacking.startswith("effusion: no CFRT, flip rate and probabilities, for a shipped classifier has no")
-    nobody = choose(("glasses",), None, {})
+    nobody = choose(("glasses",), SHIPPED, {})
     assert (nobody.file, nobody.styles) == (None, {})
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("given", "arguments", "complaint"),
     [
-        ((("hair",), CHEST, {}), "the classifier has no 'hair'; it has .*--map STYLE=ATTRIBUTE"),
-        ((("hair",), None, {"hiar": "hair"}), "--map: no style 'hiar'; did you mean 'hair'"),
-        ((("x",), None, {"x": "hiar"}), "--map: no classifier has 'hiar'; did you mean 'hair'"),
+        (True, (("hair",), [CHEST], {}), "the classifier has no 'hair'; it has .*--map STYLE=ATTRIBUTE"),
+        (False, (("hair",), SHIPPED, {"hiar": "hair"}), "--map: no style 'hiar'; did you mean 'hair'"),
+        (False, (("x",), SHIPPED, {"x": "hiar"}), "--map: no classifier has 'hiar'; did you mean 'hair'"),
     ],
 )
-def test_judges_that_do_not_fit(arguments, complaint):
+def test_judges_that_do_not_fit(given, arguments, complaint):
     with pytest.raises(ValueError, match=complaint):
-        choose(*arguments)
+        choose(*arguments, given=given)
+
+
+def test_a_run_of_the_real_model_is_judged_by_its_classifier():
+    """Both skin classifiers know hair: that of the model whose images they are goes first."""
+    run = Task(
+        cell=Cell("x", "x", "", {}), plan=evaluate.sampled_tasks(parsed("--cells", "nevus"), None)[0].plan, run=Path()
+    )
+    for weights, name in ((shipped.REAL.weights, "real_skin_classifier"), (Path("own.safetensors"), "skin_classifier")):
+        files = evaluate.classifiers_for(run, parsed(), weights)
+        assert choose(("hair",), files, {}).file.stem == name
+
+
+def test_every_cell_is_sampled_by_the_model_that_it_belongs_to():
+    tasks = evaluate.sampled_tasks(parsed(), None)
+    assert [task.cell.name for task in tasks] == ["chest", "melanoma", "nevus", "real_melanoma", "real_nevus"]
+    weights = [evaluate.weights_for(task, parsed()).name for task in tasks]
+    assert weights == ["phantom.safetensors"] * 3 + ["real.safetensors"] * 2
+    assert [task.truth_seeds for task in tasks] == [16, 16, 16, 0, 0]  # nobody knows a real lesion's counterfactual
+    for model in shipped.MODELS:
+        given = parsed("--weights", str(model.weights))
+        assert [task.cell.name for task in evaluate.sampled_tasks(given, None)] == list(model.cells)
 
 
 def test_what_was_not_typed_fits_what_was():
-    one = evaluate.phantom_tasks(parsed("--seeds", "3"), (5, 20))
+    one = evaluate.sampled_tasks(parsed("--seeds", "3"), (5, 20))
     assert {task.baseline_seeds for task in one} == {0}  # no other seeds to take a mean over
     assert {task.truth_swap_steps for task in one} == {(5, 10, 15, 20, 25, 35)}
-    (many,) = evaluate.phantom_tasks(parsed("--seeds", "0-19", "--cells", "nevus"), (5, 10, 15))
+    (many,) = evaluate.sampled_tasks(parsed("--seeds", "0-19", "--cells", "nevus"), (5, 10, 15))
     assert (many.baseline_seeds, many.truth_seeds, many.truth_swap_steps) == (8, 20, (5, 10, 15, 25, 35))

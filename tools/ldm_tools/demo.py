@@ -1,16 +1,20 @@
-"""`ldm demo`: the main job. Both phantom domains, several seeds, every attribute, with the shipped model."""
+"""`ldm demo`: the main job. Real skin and both kinds of phantoms, several seeds, every attribute."""
 
 import argparse
 import shlex
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import ldm
 from ldm import pipeline
 from ldm.files import write_json
 from ldm.phantom.prompts import DOMAINS, GUIDANCE, Cell
-from ldm.study import classifier
+from ldm.study import classifier, shipped
 from ldm.study.evaluation import pictures
 from ldm.study.evaluation.instruments import Instruments
 from ldm.study.evaluation.trajectories import stacked
@@ -23,17 +27,39 @@ from ldm.traversal.run_images import trajectory_columns, trajectory_rows, write_
 from ldm.traversal.store import load_seed
 
 MAP_STEPS = (5, 15, 25)  # the swaps that the map of the latents shows
-NOTE = "Drawn phantoms and a small model trained on them: nothing here is a patient. Every image was made from noise."
+NOTE = "Small models, trained on two CPU cores. Every image here was made from noise, and none is of a patient."
+DRAWN = "Drawn phantoms: the model learned drawings, whose true counterfactuals are known."
+
+
+@dataclass(frozen=True)
+class Part:
+    """One domain of the demo."""
+
+    name: str
+    cell: Cell
+    weights: Path
+    classifier: Path
+    note: str
+
+
+def parts() -> list[Part]:
+    """Real skin, then what the phantoms have."""
+    nevus = shipped.REAL.cells["real_nevus"]
+    real = Part("real_skin", nevus, shipped.REAL.weights, shipped.REAL.classifiers[nevus.name], shipped.REAL.note)
+    drawn = [
+        Part(name, cell, pipeline.PHANTOM_WEIGHTS, classifier.PHANTOM_CLASSIFIERS[name], DRAWN)
+        for name, cell in DOMAINS.items()
+    ]
+    return [real, *drawn]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command to `parser`."""
     parser.description = (
-        "Run the paper's traversal on drawn chest X-rays and skin lesions with the model in weights/: for every "
-        "attribute nine swap steps and a Bezier curve of 50 points. Writes index.html, a page to drag along the "
-        "trajectories on; overview.png; and for each domain figure.png, curve.gif, images/, latents.safetensors and "
-        "run.json. About two minutes on two CPU cores; no "
-        "network needed."
+        "Run the paper's traversal with the two models in weights/: that of real dermoscopies, and that of drawn chest "
+        "X-rays and skin lesions. For every attribute nine swap steps and a Bezier curve of 50 points. "
+        "Writes index.html, a page to drag along the trajectories on; overview.png; and for each domain figure.png, "
+        "curve.gif, images/, latents.safetensors and run.json. About two minutes on two CPU cores; no network needed."
     )
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write (default %(default)s)")
     parser.add_argument("--seeds", default="0-2", help="which patients, such as 0-7 (default %(default)s)")
@@ -43,21 +69,28 @@ def run(args: argparse.Namespace) -> None:
     """Raises ValueError when the shipped weights are missing or the folder holds something else."""
     began = time.monotonic()
     seeds = parse_integers(args.seeds, "--seeds")
-    sd = ldm.load(pipeline.PHANTOM_WEIGHTS)
+    load = cache(ldm.load)  # two domains share a model
     records, overview, pages = {}, [], []
-    for domain, cell in DOMAINS.items():
-        plan = Traversal(neutral=cell.neutral, styles=cell.styles, seeds=seeds, guidance=GUIDANCE)
-        records[domain] = run_traversal(sd, plan, args.out / domain, label=domain)
-        write_figures(args.out / domain, plan, title=f'{domain}: "{cell.neutral}"')
-        overview += trajectory_rows(args.out / domain, plan, seeds[0])
-        pages.append(page(sd, cell, plan, args.out / domain))
+    for part in parts():
+        sd, out = load(part.weights), args.out / part.name
+        plan = Traversal(neutral=part.cell.neutral, styles=part.cell.styles, seeds=seeds, guidance=GUIDANCE)
+        records[part.name] = run_traversal(sd, plan, out, label=part.name)
+        write_figures(out, plan, title=f'{part.name}: "{part.cell.neutral}"')
+        kind = part.name.replace("_", " ")
+        overview += [(f"{kind}: {style}", images) for style, images in trajectory_rows(out, plan, seeds[0])]
+        pages.append(page(sd, part, plan, out))
     explorer.write(
         explorer.Explorer("Language-guided trajectories", shlex.join(["ldm", *sys.argv[1:]]), NOTE, tuple(pages)),
         args.out / "index.html",
     )
     labels, images = zip(*overview, strict=True)
     save_image(args.out / "overview.png", grid(images, labels, trajectory_columns(plan)))
+    write_totals(args.out, records, began)
+    print(f"look at {args.out / 'index.html'} and {args.out / 'overview.png'}")
 
+
+def write_totals(out: Path, records: Mapping[str, dict[str, Any]], began: float) -> None:
+    """run.json of all domains, unless nothing was computed anew; and what to know of it, printed."""
     evaluated = sum(record["unet_rows_this_run"] for record in records.values())
     totals = {
         "unet_rows": sum(record["unet_rows"] for record in records.values()),
@@ -66,24 +99,24 @@ def run(args: argparse.Namespace) -> None:
         **{key: records["chest"][key] for key in ("seeds", "backend", "dtype", "weights_sha256")},
         "domains": records,
     }
-    if evaluated or not read_record(args.out):
-        write_json(args.out / "run.json", totals)
-    print(f"{len(seeds)} seeds, {' and '.join(f'{len(cell.styles)} {d} attributes' for d, cell in DOMAINS.items())}")
+    if evaluated or not read_record(out):
+        write_json(out / "run.json", totals)
+    count = len(totals["seeds"])
+    styles = ", ".join(f"{len(record['styles'])} {name}" for name, record in records.items())
+    print(f"{count} seeds; attributes: {styles}")
     print(
         f"{totals['unet_rows']} U-Net rows, {evaluated} of them now, where separate runs cost "
         f"{totals['unet_rows_separate']}; {totals['seconds']} s"
     )
-    print(f"look at {args.out / 'index.html'} and {args.out / 'overview.png'}")
 
 
-def page(sd: pipeline.StableDiffusion, cell: Cell, plan: Traversal, run: Path) -> explorer.Domain:
+def page(sd: pipeline.StableDiffusion, part: Part, plan: Traversal, run: Path) -> explorer.Domain:
     """One domain of the explorer: every seed, what the classifier sees along its curves, and the map of the latents."""
-    file = classifier.PHANTOM_CLASSIFIERS[cell.name]
-    instruments = Instruments(sd, classifier.load(file), file, load_lpips())
+    instruments = Instruments(sd, classifier.load(part.classifier), part.classifier, load_lpips())
     shown = [pictures.read(run, plan, seed) for seed in plan.seeds]
     latents = {seed: load_seed(run / "latents.safetensors", seed) for seed in plan.seeds}
     at = pictures.latent_map(
         plan, {seed: (named["neutral"], stacked(named, plan)) for seed, named in latents.items()}, MAP_STEPS, shown
     )
-    patients = [pictures.generated_patient(instruments, cell, plan, one) for one in shown]
-    return pictures.domain(instruments, cell, plan, patients, at)
+    patients = [pictures.generated_patient(instruments, part.cell, plan, one) for one in shown]
+    return pictures.domain(instruments, part.cell, plan, patients, at, note=part.note)

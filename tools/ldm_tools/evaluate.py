@@ -1,6 +1,6 @@
 """`ldm evaluate`: everything that the paper reports, and what only phantoms allow.
 
-ldm evaluate --seeds 0-199 --out out/evaluation             the shipped phantom model, all three cells
+ldm evaluate --seeds 0-199 --out out/evaluation             the shipped models, all five cells
 ldm evaluate out/glasses --weights FILE --classifier FILE   trajectories that exist
 ldm evaluate --predictions FILE.csv --attribute hair        a table of probabilities, no model
 torchrun --nproc-per-node 2 --no-python ldm evaluate ...    seeds shared among processes; the numbers stay the same
@@ -18,9 +18,10 @@ import torch
 from ldm.data import folders, splits
 from ldm.files import read_json, write_json
 from ldm.names import nearest
-from ldm.phantom.prompts import CELLS
+from ldm.phantom.prompts import Cell
 from ldm.pipeline import StableDiffusion
 from ldm.study import classifier as classifiers
+from ldm.study import shipped
 from ldm.study.evaluation import report, steps
 from ldm.study.evaluation.cells import cell_of_run
 from ldm.study.evaluation.instruments import Instruments
@@ -34,8 +35,8 @@ from ldm_tools import options
 
 # The options that only sampling takes, with their defaults; None: as many as there are seeds, or as is needed.
 SAMPLED = {
-    **{"cells": ",".join(CELLS), "seeds": "0-15", "steps": 50, "negative": "", "max_batch": None},
-    "guidance": 3.0,  # of the shipped model: see the card in weights/README.md
+    **{"cells": None, "seeds": "0-15", "steps": 50, "negative": "", "max_batch": None},
+    "guidance": 3.0,  # of the shipped models: see the cards in weights/
     **{
         "sampled_swap_steps": None,
         "baseline_seeds": None,
@@ -54,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Score trajectories: CFRT in four readings, LPIPS, SSIM, latent directions, baselines and, for phantoms, "
         "ground truth. Writes metrics.json, the paper's tables (Markdown, CSV, LaTeX) and figures (PNG, PDF), and "
-        "index.html, an explorer that opens from disk. Without RUN it samples the phantoms itself. Run it again to go "
-        "on after a stop."
+        "index.html, an explorer that opens from disk. Without RUN it samples phantoms and real skin itself, with the "
+        "shipped models. Run it again to go on after a stop."
     )
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders that `ldm traverse` has written")
     parser.add_argument("--out", type=Path, help="folder to write (needed but for --predictions, which prints)")
@@ -99,9 +100,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     # Absent unless typed, so that an option which would do nothing is refused.
     phantoms = parser.add_argument_group(
-        "phantoms, where no RUN is given", "a RUN was sampled with its own", argument_default=argparse.SUPPRESS
+        "what is sampled, where no RUN is given", "a RUN was sampled with its own", argument_default=argparse.SUPPRESS
     )
-    phantoms.add_argument("--cells", help=f"default: {SAMPLED['cells']}")
+    phantoms.add_argument(
+        "--cells", help=f"default: {','.join(shipped.CELLS)}; beside --weights those that the model is for"
+    )
     phantoms.add_argument("--seeds", help=f"such as 0-199 (default {SAMPLED['seeds']})")
     phantoms.add_argument("--steps", type=int, help=f"DDIM steps (default {SAMPLED['steps']})")
     phantoms.add_argument(
@@ -112,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     phantoms.add_argument(
         "--baseline-seeds", type=int, help=f"so many for the baselines (default {BASELINE_SEEDS}; one seed has none)"
     )
-    phantoms.add_argument("--truth-seeds", type=int, help="rendered patients (default: as many as --seeds)")
+    phantoms.add_argument("--truth-seeds", type=int, help="rendered phantoms (default: as many as --seeds)")
     phantoms.add_argument(
         "--truth-swap-steps",
         help=f"of those (default {','.join(map(str, steps.TRUTH))}, and those of --swap-steps)",
@@ -120,6 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     phantoms.add_argument("--truth-guidance", type=float, help=f"of those (default {SAMPLED['truth_guidance']})")
     phantoms.add_argument("--max-batch", type=int, help="most rows in one U-Net call, to bound memory")
     options.add_model(parser)
+    parser.set_defaults(weights=None)  # each cell has a model of its own
     options.add_adapters(parser)
     options.add_cuda_graph(parser)
 
@@ -143,26 +147,35 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--threads: got {args.threads}, expected 1 or more")
     refuse_to_replace(args.out, "cfrt", "the report of a table")
     named = named_attributes(args)
-    tasks = [task_of_run(folder, averaged) for folder in args.runs] or phantom_tasks(args, averaged)
+    tasks = [task_of_run(folder, averaged) for folder in args.runs] or sampled_tasks(args, averaged)
     if len({task.cell.name for task in tasks}) < len(tasks):
         raise ValueError(f"RUN: {[str(folder) for folder in args.runs]} end in the same name, rename one")
+    weights = {task.cell.name: weights_for(task, args) for task in tasks}
     judges = {
-        task.cell.name: choose(tuple(task.plan.styles), args.classifier, named, all_of_them=task.run is None)
+        task.cell.name: choose(
+            tuple(task.plan.styles),
+            classifiers_for(task, args, weights[task.cell.name]),
+            named,
+            given=args.classifier is not None,
+            all_of_them=task.run is None,
+        )
         for task in tasks
     }
     datasets = {name: counts for folder in args.data for name, counts in count(folder).items()}
 
     worker = Worker.join()
-    sd = options.load_model(args)
+    models = {path: options.load_model(with_weights(args, path)) for path in dict.fromkeys(weights.values())}
+    sds = {name: models[path] for name, path in weights.items()}
     if not worker.first:  # what it has to say is said once
         logging.getLogger(perceptual.__name__).setLevel(logging.WARNING)
     lpips = perceptual.load_lpips(args.lpips, fetch=args.fetch)
-    judges = {task.cell.name: of_that_size(task, judges[task.cell.name], args, sd) for task in tasks}
+    judges = {name: of_that_size(task, judges[name], args, sds[name]) for task in tasks for name in [task.cell.name]}
+    device = next(iter(models.values())).device
     files = {judge.file for judge in judges.values()}
-    trained = {file: None if file is None else classifiers.load(file, sd.device) for file in files}
+    trained = {file: None if file is None else classifiers.load(file, device) for file in files}
     tasks = [replace(task, judged=judges[task.cell.name].styles) for task in tasks]
     places = {
-        name: Workplace(Instruments(sd, trained[judge.file], judge.file, lpips), args.out, worker)
+        name: Workplace(Instruments(sds[name], trained[judge.file], judge.file, lpips), args.out, worker)
         for name, judge in judges.items()
     }
     for name, judge in judges.items() if worker.first else ():
@@ -179,6 +192,28 @@ def run(args: argparse.Namespace) -> None:
     report.write(metrics, tasks, places, args.out, args.shown_seeds)
     print(report.headline(metrics))
     print(f"look at {args.out / 'index.html'}, then at {args.out / 'tables'} and {args.out / 'figures'}")
+
+
+def weights_for(task: Task, args: argparse.Namespace) -> Path:
+    """The model that samples or decodes a task: the one that was asked for, or the cell's own."""
+    if args.weights is not None:
+        return Path(args.weights)
+    return shipped.PHANTOM.weights if task.run else shipped.model_of(task.cell.name).weights
+
+
+def with_weights(args: argparse.Namespace, weights: Path) -> argparse.Namespace:
+    """The options, with a model."""
+    return argparse.Namespace(**{**vars(args), "weights": weights})
+
+
+def classifiers_for(task: Task, args: argparse.Namespace, weights: Path) -> list[Path]:
+    """The one that was given, or the cell's own; of a RUN the shipped ones, those of its model first."""
+    if args.classifier is not None:
+        return [args.classifier]
+    if not task.run:
+        return [shipped.model_of(task.cell.name).classifiers[task.cell.name]]
+    ordered = sorted(shipped.MODELS, key=lambda model: model.weights.resolve() != weights.resolve())
+    return list(dict.fromkeys(file for model in ordered for file in model.classifiers.values()))
 
 
 def refuse_idle_options(args: argparse.Namespace) -> None:
@@ -237,8 +272,8 @@ def task_of_run(folder: Path, averaged: tuple[int, ...] | None) -> Task:
     return Task(cell=cell, plan=plan, run=folder, averaged=averaged)
 
 
-def phantom_tasks(args: argparse.Namespace, averaged: tuple[int, ...] | None) -> list[Task]:
-    """The cells of the phantoms, sampled here. Args: averaged: None: the authors' swap steps, or their shares."""
+def sampled_tasks(args: argparse.Namespace, averaged: tuple[int, ...] | None) -> list[Task]:
+    """The cells that are sampled here. Args: averaged: None: the authors' swap steps, or their shares."""
     seeds = parse_integers(args.seeds, "--seeds")
     swap_steps, early = steps.shares(SWAP_STEPS, args.steps), steps.shares(steps.AVERAGED, args.steps)
     if args.sampled_swap_steps is not None:
@@ -248,26 +283,26 @@ def phantom_tasks(args: argparse.Namespace, averaged: tuple[int, ...] | None) ->
         log.info("swap steps %s of %d (--sampled-swap-steps names others)", ", ".join(map(str, swap_steps)), args.steps)
     averaged = averaged or early
     few = min(BASELINE_SEEDS, len(seeds)) if len(seeds) > 1 else 0  # the linear direction is a mean over other seeds
-    names = [name.strip() for name in args.cells.split(",")]
+    cells = shipped.CELLS
+    names = [name.strip() for name in args.cells.split(",")] if args.cells else cells_for(args)
     for name in names:
-        if name not in CELLS:
-            hint = nearest(name, list(CELLS))
-            raise ValueError(f"--cells: got {name!r}{hint}; expected some of {', '.join(CELLS)}")
+        if name not in cells:
+            raise ValueError(f"--cells: got {name!r}{nearest(name, list(cells))}; expected some of {', '.join(cells)}")
     return [
         Task(
-            cell=CELLS[name],
+            cell=cells[name],
             plan=Traversal(
                 seeds=seeds,
                 steps=args.steps,
                 guidance=args.guidance,
                 negative=args.negative,
-                neutral=CELLS[name].neutral,
-                styles=CELLS[name].styles,
+                neutral=cells[name].neutral,
+                styles=cells[name].styles,
                 swap_steps=swap_steps,
             ),
             averaged=averaged,
             baseline_seeds=few if args.baseline_seeds is None else min(args.baseline_seeds, len(seeds)),
-            truth_seeds=len(seeds) if args.truth_seeds is None else args.truth_seeds,
+            truth_seeds=truth_seeds(args, cells[name], len(seeds)),
             truth_swap_steps=(
                 tuple(sorted({*steps.shares(steps.TRUTH, args.steps), *averaged}))
                 if args.truth_swap_steps is None
@@ -277,6 +312,21 @@ def phantom_tasks(args: argparse.Namespace, averaged: tuple[int, ...] | None) ->
         )
         for name in dict.fromkeys(names)
     ]
+
+
+def cells_for(args: argparse.Namespace) -> list[str]:
+    """Without --weights those of every shipped model; those of the phantoms for any other than the real one."""
+    if args.weights is None:
+        return list(shipped.CELLS)
+    real = args.weights.resolve() == shipped.REAL.weights.resolve()
+    return list((shipped.REAL if real else shipped.PHANTOM).cells)
+
+
+def truth_seeds(args: argparse.Namespace, cell: Cell, seeds: int) -> int:
+    """How many rendered patients a cell has. Real skin has no known counterfactuals."""
+    if cell.domain is None:
+        return 0
+    return seeds if args.truth_seeds is None else args.truth_seeds
 
 
 def count(folder: Path) -> dict[str, dict[str, dict[str, int]]]:

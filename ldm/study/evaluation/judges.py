@@ -17,10 +17,18 @@ class Judge:
     lacking: str = ""  # what is not judged, and what to do about it
 
 
-def choose(styles: Sequence[str], given: Path | None, names: Mapping[str, str], *, all_of_them: bool = False) -> Judge:
-    """The classifier that was given, or the shipped one that knows most of the styles.
+def choose(
+    styles: Sequence[str],
+    files: Sequence[Path],
+    names: Mapping[str, str],
+    *,
+    given: bool = False,
+    all_of_them: bool = False,
+) -> Judge:
+    """Of some classifiers the first that knows most of the styles.
 
-    Args:    names: style -> attribute, where they differ.  all_of_them: no style may go without.
+    Args:    names: style -> attribute, where they differ.  given: one file, which the user has named.
+             all_of_them: no style may go without.
     Raises:  ValueError: for a file that is no classifier, a style that is none, an attribute that no classifier has,
              or a given classifier that knows none of the styles.
     """
@@ -28,9 +36,8 @@ def choose(styles: Sequence[str], given: Path | None, names: Mapping[str, str], 
         if style not in styles:
             raise ValueError(f"--map: no style {style!r}{nearest(style, styles)}; there are {', '.join(styles)}")
     wanted = {style: names.get(style, style) for style in styles}
-    files = [given] if given is not None else list(classifiers.PHANTOM_CLASSIFIERS.values())
     known = {file: classifiers.load(file).attributes for file in files}
-    everything = [attribute for attributes in known.values() for attribute in attributes]
+    everything = list(dict.fromkeys(attribute for attributes in known.values() for attribute in attributes))
     for attribute in names.values():
         if attribute not in everything:
             hint = nearest(attribute, everything)
@@ -38,10 +45,10 @@ def choose(styles: Sequence[str], given: Path | None, names: Mapping[str, str], 
     best = max(files, key=lambda file: sum(attribute in known[file] for attribute in wanted.values()))
     judged = {style: attribute for style, attribute in wanted.items() if attribute in known[best]}
     if missing := [style for style in styles if style not in judged]:
-        subject = "the classifier" if given is not None else "a shipped classifier"
+        subject = "the classifier" if given else "a shipped classifier"
         hint = nearest(wanted[missing[0]], everything)
         problem = f"{subject} has no {missing[0]!r}{hint}; it has {', '.join(known[best] if given else everything)}"
-        if all_of_them or (given is not None and not judged):
+        if all_of_them or (given and not judged):
             raise ValueError(
                 f"attributes: {problem}; use another --classifier, name the styles as it does, or --map STYLE=ATTRIBUTE"
             )

@@ -157,8 +157,9 @@ def domain(
     patients: Sequence[explorer.PatientView],
     at: LatentMap | None,
     summary: Sequence[tuple[str, Mapping[str, str]]] = (),
+    note: str = "",
 ) -> explorer.Domain:
-    """One cell of the explorer."""
+    """One cell of the explorer. Args: note: of `explorer.Domain`."""
     places = {p.seed: i for i, p in enumerate(patients) if p.kind == "generated"}
     points = () if at is None else zip(at.points, at.attribute, at.swap_step, at.seed, strict=True)
     return explorer.Domain(
@@ -169,6 +170,7 @@ def domain(
         patients=tuple(patients),
         map=tuple(explorer.MapPoint(places.get(seed), name, s, float(x), float(y)) for (x, y), name, s, seed in points),
         summary=summary,
+        note=note,
     )
 
 

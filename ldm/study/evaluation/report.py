@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ldm.study import shipped
 from ldm.study.classifier import Classifier
 from ldm.study.evaluation import pictures
 from ldm.study.evaluation.run import Task, Workplace, read_latents, settings_of
@@ -22,9 +23,9 @@ from ldm.study.report.tables import write_tables
 Json = dict[str, Any]
 
 MAP_SEEDS = 60  # of a cell in the t-SNE map
-NOTE = (
-    "Drawn phantoms and a small model trained on them: nothing here is a patient. A generated patient comes from noise "
-    "alone; a rendered one was drawn, encoded, inverted and edited, so its true counterfactual is known."
+RENDERED = (
+    "A generated patient comes from noise alone; a rendered one is a phantom that was drawn, encoded, inverted and "
+    "edited, so its true counterfactual is known."
 )
 
 
@@ -46,6 +47,7 @@ def assemble(
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
+        "models": {name: place.instruments.fingerprint["weights_sha256"] for name, place in places.items()},
         "sampling": {
             key: value
             for key, value in settings_of(first, tasks[0].plan).items()
@@ -101,10 +103,16 @@ def write(metrics: Json, tasks: Sequence[Task], places: Mapping[str, Workplace],
     page = explorer.Explorer(
         title="Language-guided trajectories",
         command=metrics["command"],
-        note=" ".join([NOTE] if any(task.cell.domain for task in tasks) else _lacking(metrics)),
+        note=" ".join(_lacking(metrics) if tasks[0].run else _origins(tasks)),
         domains=tuple(domains),
     )
     explorer.write(page, out / "index.html")
+
+
+def _origins(tasks: Sequence[Task]) -> list[str]:
+    """What the page of sampled cells must say: what was drawn, what is known of it, whom to credit."""
+    models = [model for model in shipped.MODELS if any(task.cell.name in model.cells for task in tasks)]
+    return [*(model.note for model in models), *([RENDERED] if any(task.truth_seeds for task in tasks) else [])]
 
 
 def _lacking(metrics: Json) -> list[str]:

@@ -114,6 +114,7 @@ class Domain:
     patients: tuple[PatientView, ...]
     map: tuple[MapPoint, ...] = ()
     summary: Sequence[tuple[str, Mapping[str, str]]] = ()  # attribute's title, metric -> text
+    note: str = ""  # what these images are, whom to credit
 
     def __post_init__(self) -> None:
         where = f"domain {self.name!r}"
@@ -225,6 +226,7 @@ def _describe_domain(domain: Domain) -> Json:
         "name": domain.name,
         "title": domain.title,
         "neutralPrompt": domain.neutral_prompt,
+        "note": domain.note,
         "heads": domain.heads,
         "patients": [
             {
