@@ -106,8 +106,10 @@ class _Watcher:
     def validation(self) -> dict[str, float]:
         """The loss on the held-out images, with the weights that a checkpoint has."""
         learner = self.learner
-        with learner.as_saved() as network:
-            return validate(network, self.rounds.held_out, self.schedule, learner.recipe, learner.processes.device)
+        with learner.as_saved():
+            return validate(
+                learner.whole, self.rounds.held_out, self.schedule, learner.recipe, learner.processes.device
+            )
 
 
 def compare_speed(learner: UNetLearner, schedule: Schedule, cached: Material, uncached: Material) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """A fine-tuning run's folder: checkpoints that any program reads, and beside each the state to go on from.
 
-OUT/step-00000020.safetensors        the model, in SD1.5's single-file layout
+OUT/step-00000020.safetensors        the model, in SD1.5's single-file layout; of an adapter, it alone
 OUT/step-00000020.state.safetensors  the state, see `ldm.train.state`
 OUT/last.safetensors                 the newest checkpoint again (a link where the file system has links)
 OUT/log.jsonl ...                    what happened, as of `ldm.train.watch`
@@ -25,6 +25,7 @@ from ldm.checkpoint import save
 from ldm.checkpoint.loading import build
 from ldm.files import complete
 from ldm.train.latent_cache import require_space
+from ldm.train.low_rank import save_adapter
 from ldm.train.state import put_back, read_metadata, write_state
 from ldm.train.unet_learner import UNetLearner, as_one
 
@@ -35,7 +36,8 @@ STATE_NAME = re.compile(r"step-(\d+)\.state\.safetensors")
 class RunFolder:
     """OUT of one run.
 
-    Args:    frozen: "clip" and "vae", or "vae" where the text encoder learns: what checkpoints hold unchanged.
+    Args:    frozen: "clip" and "vae", or "vae" where the text encoder learns: what checkpoints hold unchanged;
+             nothing of an adapter's.
              settings: all that decides the weights at a step; a run is continued only with the same ones.
              keep: how many of the newest checkpoints stay.  writes: whether this process is the one that writes.
     """
@@ -124,9 +126,11 @@ class RunFolder:
         return step
 
     def _write_model(self, path: Path, learner: UNetLearner, tensors: Mapping[str, Tensor]) -> None:
-        """The moving average is the model where one is kept."""
+        """The moving average is the model, or the adapter, where one is kept."""
         kind = "model." if learner.ema is None else "ema."
         weights = {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
+        if learner.adapter is not None:
+            return save_adapter(path, learner.adapter, weights)
         trained = {"unet": build(learner.unet.config)}
         if learner.clip is not None:
             trained["clip"] = build(learner.clip.config)

@@ -1,4 +1,4 @@
-"""The U-Net in fine-tuning, or the U-Net together with the text encoder before it.
+"""The U-Net in fine-tuning, alone, together with the text encoder before it, or by a low-rank adapter in it.
 
 a step  accumulate x batch images -> gradients, averaged over the processes -> the rest as of `ldm.train.learner`
 """
@@ -19,6 +19,7 @@ from ldm.clip import CLIPTextEncoder
 from ldm.schedule import Schedule
 from ldm.train.distributed import Processes, replicated, shard, without_averaging
 from ldm.train.learner import Learner, NotFinite, Taken
+from ldm.train.low_rank import Adapter
 from ldm.train.objective import FineTuning, Material, examples, loss_of
 from ldm.train.phantom_set import draw
 from ldm.unet import UNet
@@ -56,6 +57,7 @@ class UNetLearner(Learner):
 
     Args:    sharded: leave each process with a part of the network.
              clip: the text encoder, where it learns along; the material then holds token ids.
+             adapter: of `ldm.train.low_rank`, put into the U-Net already; then nothing else learns.
     """
 
     recipe: FineTuning
@@ -67,22 +69,26 @@ class UNetLearner(Learner):
         processes: Processes | None = None,
         sharded: bool = False,
         clip: CLIPTextEncoder | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
-        self.unet, self.clip, self.processes = unet, clip, processes or Processes()
-        trained = as_one(unet, clip)
+        self.unet, self.clip, self.adapter, self.processes = unet, clip, adapter, processes or Processes()
+        self.whole = as_one(unet, clip)
+        trained = self.whole if adapter is None else adapter
         if recipe.accumulate % self.processes.world:
             raise ValueError(
                 f"--accumulate: got {recipe.accumulate}, expected a multiple of the {self.processes.world} processes, "
                 "to which the batches of a step are dealt out"
             )
-        own_memory(trained)
+        own_memory(self.whole)
+        self.whole.requires_grad_(False)
+        trained.requires_grad_(True)
         if recipe.checkpoint_gradients:
             recompute_activations(unet)
         if recipe.compile:
             unet.compile()  # in place: the weights keep their names
         if sharded:
             shard([unet] if clip is None else [clip, unet], self.processes)
-        self.network = replicated(trained, self.processes)
+        self.network = replicated(self.whole, self.processes)
         scaled = recipe.precision == "fp16"
         super().__init__(trained, recipe, self.processes.device, fused=recipe.fused, scaled=scaled)
         self.seconds = self.seconds_in_network = 0.0
@@ -145,13 +151,13 @@ class UNetLearner(Learner):
 
 
 def own_memory(network: nn.Module) -> None:
-    """Move weights that are views of a mapped file into memory of torch's own, and let all of them learn.
+    """Move weights that are views of a mapped file into memory of torch's own.
 
     Where numbers lie decides how vector units sum them, in the last bit; a continued run must not differ.
     """
     for p in network.parameters():
         p.data = torch.empty_like(p).copy_(p)
-    network.train().requires_grad_(True)
+    network.train()
 
 
 def recompute_activations(unet: UNet) -> None:

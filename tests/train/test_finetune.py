@@ -351,9 +351,10 @@ def test_bad_input_is_one_line_before_any_work(tmp_path, weights, data, capsys, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_that_goes_on_equals_one_that_was_not(tmp_path, weights, data, how):
+@pytest.mark.parametrize("more", [[], ["--lora", "2"]])
+def test_a_killed_run_that_goes_on_equals_one_that_was_not(tmp_path, weights, data, how, more):
     killed, straight = tmp_path / "killed", tmp_path / "straight"
-    endless = command(weights, data, killed, "--steps", "100000", "--save-every", "3")
+    endless = command(weights, data, killed, "--steps", "100000", "--save-every", "3", *more)
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(
         [sys.executable, "-m", "ldm_tools", *endless],
@@ -374,7 +375,7 @@ def test_a_killed_run_that_goes_on_equals_one_that_was_not(tmp_path, weights, da
         assert process.returncode == -how
     step = max(int(path.name[5:13]) for path in killed.glob("step-*.state.safetensors"))
 
-    ten_more = ["--steps", str(step + 10), "--save-every", "1000"]
+    ten_more = ["--steps", str(step + 10), "--save-every", "1000", *more]
     assert cli.main(command(weights, data, killed, *ten_more, "--resume", "auto")) == 0
     assert cli.main(command(weights, data, straight, *ten_more)) == 0
     assert_same_state(killed, straight, step + 10)

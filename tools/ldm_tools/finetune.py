@@ -3,6 +3,7 @@
 The text encoder stays as it is, as in the paper; with --train-text-encoder it learns along, for words it does not know.
 
 ldm finetune --weights v1-5-pruned-emaonly.safetensors --data CheXpert-v1.0-small --out runs/chest
+ldm finetune --lora 8 --lr 1e-4 --data CheXpert-v1.0-small --out runs/chest-lora      # a low-rank adapter of a few MB
 torchrun --nproc-per-node 4 --no-python ldm finetune ...     # the same run on four GPUs: a step's batches are dealt out
 """
 
@@ -27,6 +28,7 @@ from ldm.train import distributed, finetune, objective, watch
 from ldm.train.autoencoder import reconstruction_psnr
 from ldm.train.distributed import Processes
 from ldm.train.latent_cache import Interrupted, Posteriors, Preprocessing, Uncached, build, fingerprint
+from ldm.train.low_rank import Adapter, adapt
 from ldm.train.objective import FineTuning, Material
 from ldm.train.run_folder import LAST, RunFolder, stop_on_signals
 from ldm.train.unet_learner import UNetLearner
@@ -49,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Fine-tune the U-Net on a folder of labelled images; the autoencoder stays as it is, and so does the text "
         "encoder without --train-text-encoder. What is not given is as the paper's authors had it. The newest "
-        f"checkpoint is OUT/{LAST}, a whole model."
+        f"checkpoint is OUT/{LAST}, a whole model; with --lora RANK, a file for --lora of the other commands."
     )
     add_model(parser)
     parser.set_defaults(dtype="float32")  # what the weights are kept in; --bf16 is about the arithmetic
@@ -82,10 +84,12 @@ def run(args: argparse.Namespace) -> None:
                 f"--weights: {args.weights} predicts {sd.prediction}; only networks of eps are trained here"
             )
         preprocessing = preprocessing_of(args, sd, data.reading)
-        folder = run_folder(args, sd, training, recipe, preprocessing, processes)
+        adapter = adapter_of(args, sd)
+        folder = run_folder(args, sd, training, recipe, preprocessing, processes, adapter)
         if processes.first:
             measure_autoencoder(sd, training, preprocessing)
-        learner = UNetLearner(sd.unet, recipe, processes, args.shard, sd.clip if args.train_text_encoder else None)
+        clip = sd.clip if args.train_text_encoder else None
+        learner = UNetLearner(sd.unet, recipe, processes, args.shard, clip, adapter)
         with stop_on_signals() as stop:
             try:
                 material = prepare(training, sd, preprocessing, args, stop, processes)
@@ -108,7 +112,16 @@ def run(args: argparse.Namespace) -> None:
     if done < recipe.steps:
         print(f"stopped at step {done} of {recipe.steps}; the same command with --resume auto goes on")
     else:
-        print(f"{folder.path / LAST}: the model after {done} steps on {len(training)} images")
+        what = "model" if adapter is None else f"LoRA (--lora {folder.path / LAST} --weights {args.weights})"
+        print(f"{folder.path / LAST}: the {what} after {done} steps on {len(training)} images")
+
+
+def adapter_of(args: argparse.Namespace, sd: StableDiffusion) -> Adapter | None:
+    """What --lora asks for, put into the U-Net; None without it."""
+    if args.lora is None:
+        return None
+    base = sd.weights_sha256() + (f" ({sd.weight_set})" if sd.weight_set else "")
+    return adapt(sd.unet, args.lora, args.lora_alpha, args.lora_modules, seed=args.seed, base=base)
 
 
 def measure_autoencoder(sd: StableDiffusion, data: LabelledImages, preprocessing: Preprocessing) -> None:
@@ -131,9 +144,11 @@ def run_folder(
     recipe: FineTuning,
     preprocessing: Preprocessing,
     processes: Processes,
+    adapter: Adapter | None,
 ) -> RunFolder:
     """OUT, seen to be free or to hold this very run, and to have room for it."""
     frozen: dict[str, nn.Module] = {"vae": sd.vae} if args.train_text_encoder else {"clip": sd.clip, "vae": sd.vae}
+    trained: list[nn.Module] = [sd.clip, sd.unet] if args.train_text_encoder else [sd.unet]
     settings = {
         **recipe.settings(),
         "data": objective.data_hash(training.keys, training.captions(args.template)),
@@ -143,9 +158,11 @@ def run_folder(
     }
     if args.train_text_encoder:
         settings["text_encoder"] = asdict(sd.config.clip)
+    if adapter is not None:
+        settings["lora"], frozen, trained = adapter.settings(), {}, [adapter]
     folder = RunFolder(args.out, frozen, settings, args.keep, processes.first)
     folder.check(resume=args.resume == "auto")
-    folder.require_space([sd.clip, sd.unet] if args.train_text_encoder else [sd.unet], averaged=recipe.ema_decay > 0)
+    folder.require_space(trained, averaged=recipe.ema_decay > 0)
     record = {
         "command": "finetune",
         "settings": folder.settings,

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from ldm.data import captions, images
-from ldm.train import finetune, objective
+from ldm.train import finetune, low_rank, objective
 from ldm.train.objective import FineTuning
 
 
@@ -46,6 +46,23 @@ def add_recipe(group: argparse._ArgumentGroup) -> None:
         "--train-text-encoder",
         action="store_true",
         help="let the text encoder learn along, for words that it does not know; the paper keeps it as it is",
+    )
+    group.add_argument(
+        "--lora",
+        type=int,
+        metavar="RANK",
+        help="train a low-rank adapter, such as 8, instead of the U-Net, and write it alone, in kohya's names; "
+        "--lr 1e-4 is usual",
+    )
+    group.add_argument(
+        "--lora-alpha", type=float, metavar="ALPHA", help="the adapter counts ALPHA / RANK (default: RANK, so 1)"
+    )
+    group.add_argument(
+        "--lora-modules",
+        choices=low_rank.MODULES,
+        default="attention",
+        help="attention: the U-Net's to_q, to_k, to_v, to_out, as PEFT and diffusers (default); transformer: the feed-"
+        "forwards, proj_in and proj_out too, as kohya",
     )
     precision = group.add_mutually_exclusive_group()
     for name in ("bf16", "fp16"):
@@ -120,6 +137,15 @@ def check(args: argparse.Namespace) -> None:
     for name in ("fp16", "compile"):
         if args.shard and (args.precision == name or getattr(args, name, False)):
             raise ValueError(f"--shard: not together with --{name}" + ("; use --bf16" if name == "fp16" else ""))
+    if args.lora is None and args.lora_alpha is not None:
+        raise ValueError("--lora-alpha: it is of an adapter; give --lora RANK too")
+    for name in ("lora", "lora_alpha"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected more than 0")
+    for name in ("train_text_encoder", "shard") if args.lora is not None else ():
+        if getattr(args, name):
+            raise ValueError(f"--lora: not together with --{name.replace('_', '-')}; it changes the U-Net alone, whole")
     if args.measure_cache and args.no_cache:
         raise ValueError("--measure-cache: there is no cache to measure with --no-cache")
 
