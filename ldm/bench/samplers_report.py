@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ldm.bench.sampler_statistics import scored
 from ldm.bench.samplers import best_spacing
-from ldm.study.report.plot_style import COLOURS, GREY, MARKERS, PAGE_WIDTH, add_legend, new_figure, styled
+from ldm.study.report.plot_style import COLOURS, GREY, MARKERS, PAGE_WIDTH, SMALL, add_legend, new_figure, styled
 
 Row = Mapping[str, Any]
 
@@ -54,41 +55,54 @@ def flip_table(flips: Sequence[Row]) -> str:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """One line a run."""
+    """One line a run; what is given by seed is in the JSON."""
+    names = dict.fromkeys(name for row in rows for name in row if name != "by_seed")
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, fieldnames=list(names), lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
 
 
 @styled
-def figure(rows: Sequence[Row], orders: Sequence[Row]) -> Figure:
-    """Error against evaluations, both logarithmic: a row of panels a guidance, a panel a spacing, a line a sampler.
+def figure(rows: Sequence[Row], floors: Mapping[float, float] | None = None) -> Figure:
+    """Error against evaluations, both logarithmic: a panel for every guidance and spacing, a line a sampler.
 
-    Grey lines fall with slopes 1, 2 and 3. In brackets, the steepest slope seen of each sampler.
+    Grey lines fall with slopes 1, 2 and 3. A broken line is the reference's own error, below which nothing is told
+    apart: guidance -> error.
     """
-    guidances = list(dict.fromkeys(row["guidance"] for row in rows))
-    spacings = list(dict.fromkeys(row["spacing"] for row in rows))
-    samplers = list(dict.fromkeys(row["sampler"] for row in rows))
-    drawn = new_figure(PAGE_WIDTH, 0.4 + 2.0 * len(guidances))
-    panels = drawn.subplots(len(guidances), len(spacings), sharex=True, sharey=True, squeeze=False)
-    for guidance, line in zip(guidances, panels, strict=True):
-        for spacing, axes in zip(spacings, line, strict=True):
-            here = [row for row in rows if (row["guidance"], row["spacing"]) == (guidance, spacing)]
-            _slope_guides(axes, [row["evaluations"] for row in here], max(row["error"] for row in rows))
-            for k, sampler in enumerate(samplers):
-                own = [row for row in here if row["sampler"] == sampler]
-                axes.loglog([r["evaluations"] for r in own], [r["error"] for r in own], **_look(k))
-            axes.grid(visible=True)
-            axes.minorticks_off()
-            ticks = sorted({row["budget"] for row in rows})
-            axes.set_xticks(ticks, [str(budget) for budget in ticks])
-        line[0].set_ylabel(f"relative error, guidance {guidance:g}")
-    for spacing, above, below in zip(spacings, panels[0], panels[-1], strict=True):
-        above.set_title(spacing.replace("_", " "))
-        below.set_xlabel("evaluations")
-    add_legend(drawn, [Line2D([], [], label=_legend(name, orders), **_look(k)) for k, name in enumerate(samplers)])
+    shown = scored(rows)
+    cases = list(dict.fromkeys((row.get("guidance"), row["spacing"]) for row in shown))
+    samplers = list(dict.fromkeys(row["sampler"] for row in shown))
+    columns = min(4, len(dict.fromkeys(spacing for _, spacing in cases)))
+    lines = -(-len(cases) // columns)
+    drawn = new_figure(PAGE_WIDTH, 0.5 + 1.7 * lines + 0.12 * len(samplers) / 5)
+    panels = drawn.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    for (guidance, spacing), axes in zip(cases, panels.flat, strict=False):
+        here = [row for row in shown if (row.get("guidance"), row["spacing"]) == (guidance, spacing)]
+        _slope_guides(axes, [row["evaluations"] for row in here], max(row["error"] for row in shown))
+        for k, sampler in enumerate(samplers):
+            own = [row for row in here if row["sampler"] == sampler]
+            axes.loglog([r["evaluations"] for r in own], [r["error"] for r in own], **_look(k))
+        if floors and guidance in floors:
+            axes.axhline(floors[guidance], color="black", linewidth=0.7, linestyle="--")
+        axes.grid(visible=True)
+        axes.minorticks_off()
+        ticks = sorted({row["budget"] for row in shown})
+        axes.set_xticks(ticks, [str(budget) for budget in ticks])
+        axes.set_title(
+            spacing.replace("_", " ") + ("" if guidance is None else f", guidance {guidance:g}"), fontsize=SMALL
+        )
+    for k, axes in enumerate(panels.flat):
+        axes.set_visible(k < len(cases))
+        if len(cases) - columns <= k < len(cases):  # nothing below it
+            axes.tick_params(labelbottom=True)
+            axes.set_xlabel("evaluations")
+    drawn.supylabel("relative error of the latent", fontsize=SMALL)
+    entries = [Line2D([], [], label=name, **_look(k)) for k, name in enumerate(samplers)]
+    if floors:
+        entries.append(Line2D([], [], label="reference's own error", color="black", linestyle="--", linewidth=0.7))
+    add_legend(drawn, entries)
     return drawn
 
 
@@ -105,9 +119,3 @@ def _look(k: int) -> dict[str, Any]:
     again = k // len(COLOURS)
     marker = MARKERS[(k + again) % len(MARKERS)]
     return {"color": COLOURS[k % len(COLOURS)], "marker": marker, "linestyle": "--" if again else "-"}
-
-
-def _legend(sampler: str, orders: Sequence[Row]) -> str:
-    """The sampler with the largest order seen, over spacings and guidances."""
-    seen = [row["order"] for row in orders if row["sampler"] == sampler]
-    return f"{sampler} ({max(seen):.1f})" if seen else sampler

@@ -18,6 +18,8 @@ from ldm.study.evaluation.instruments import Instruments
 from ldm.study.metrics.perceptual import Unavailable
 from ldm.study.report.plot_style import save_figure
 from ldm.traversal.plan import parse_integers
+from ldm_tools import own_code
+from ldm_tools.bench import known_flow
 from ldm_tools.options import add_model, add_own_prompts, load_model, own_prompts
 
 CELL = CELLS["chest"]
@@ -31,11 +33,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     default = samplers.Comparison(neutral=CELL.neutral, styles=CELL.styles)
     add_own_prompts(parser, "the phantom chest's; the first style is what is swapped in")
-    parser.add_argument("--seeds", default="0", help="such as 0-7 (default: %(default)s)")
+    parser.add_argument(
+        "--known-flow",
+        action="store_true",
+        help="no network: mixtures of Gaussians, whose flow is known exactly; every sampler x spacing, within a minute",
+    )
+    parser.add_argument("--seeds", help="such as 0-7 (default: 0; 0-7 with --known-flow)")
     parser.add_argument("--guidance", default="1,3", help="scales (default: %(default)s)")
-    parser.add_argument("--evaluations", default="10,20,40", help="of a run, multiples of 10 (default: %(default)s)")
-    parser.add_argument("--samplers", default=",".join(default.samplers), help=f"some of {', '.join(SAMPLERS)}")
-    parser.add_argument("--spacings", default=",".join(default.spacings), help=f"some of {', '.join(SPACINGS)}")
+    parser.add_argument("--evaluations", help="of a run, multiples of 10 (default: 10,20,40; and 80 with --known-flow)")
+    parser.add_argument(
+        "--samplers",
+        help=f"some of {', '.join(SAMPLERS)} (default: {','.join(default.samplers)}; all with --known-flow)",
+    )
+    parser.add_argument(
+        "--spacings",
+        help=f"some of {', '.join(SPACINGS)} (default: {','.join(default.spacings)}; all with --known-flow)",
+    )
+    parser.add_argument(
+        "--sampler", action="append", default=[], metavar="FILE.py:NAME", help="your own, beside them; may be repeated"
+    )
+    parser.add_argument(
+        "--spacing", action="append", default=[], metavar="FILE", help="your own, FILE.py:NAME or FILE.json, likewise"
+    )
     parser.add_argument("--reference-steps", type=int, default=default.reference_steps, help="default: %(default)s")
     parser.add_argument("--cfrt-seeds", type=int, default=4, help="for the CFRT; 0: none (default: %(default)s)")
     parser.add_argument("--classifier", type=Path, help="for the CFRT (default: the shipped one, for its prompts only)")
@@ -47,6 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises ValueError for options that do not fit."""
+    own_code = take_own(args)
+    if args.known_flow:
+        known_flow.run(args, own_code)
+        return
     comparison = comparison_of(args)
     sd = load_model(args)
     bench = samplers.Bench(sd, comparison)
@@ -79,7 +102,10 @@ def run(args: argparse.Namespace) -> None:
     }
     write_json(args.out / "samplers.json", result)
     (args.out / "samplers.csv").write_text(samplers_report.as_csv(rows))
-    save_figure(samplers_report.figure(rows, orders), args.out / "samplers")
+    save_figure(
+        samplers_report.figure(rows, {row["guidance"]: row["half_steps_error"] for row in convergence}),
+        args.out / "samplers",
+    )
     print(samplers_report.table(rows, orders, timed))
     for row in convergence:
         print(
@@ -96,6 +122,23 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
+def take_own(args: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """Put what --sampler and --spacing name into the tables, beside those to compare: name -> file, sha256."""
+    if not args.known_flow:
+        args.samplers = args.samplers or ",".join(samplers.COMPARED)
+        args.spacings = args.spacings or ",".join(samplers.COMPARED_SPACINGS)
+    sources: dict[str, dict[str, str]] = {}
+    for option, load, several in (("sampler", own_code.sampler, "samplers"), ("spacing", own_code.spacing, "spacings")):
+        names = []
+        for text in getattr(args, option):
+            name, source = load(text)
+            names.append(name)
+            sources |= {name: source} if source else {}
+        if names and getattr(args, several):
+            setattr(args, several, ",".join([getattr(args, several), *names]))
+    return sources
+
+
 def comparison_of(args: argparse.Namespace) -> samplers.Comparison:
     """What the options ask for, seen to be possible before the weights are read."""
     styles = own_prompts(args)
@@ -108,9 +151,9 @@ def comparison_of(args: argparse.Namespace) -> samplers.Comparison:
     return samplers.Comparison(
         neutral=args.neutral or CELL.neutral,
         styles=styles or CELL.styles,
-        seeds=parse_integers(args.seeds, "--seeds"),
+        seeds=parse_integers(args.seeds or "0", "--seeds"),
         guidances=guidances,
-        budgets=parse_integers(args.evaluations, "--evaluations"),
+        budgets=parse_integers(args.evaluations or "10,20,40", "--evaluations"),
         samplers=tuple(args.samplers.split(",")),
         spacings=tuple(args.spacings.split(",")),
         reference_steps=args.reference_steps,

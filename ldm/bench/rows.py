@@ -1,0 +1,66 @@
+"""Rows that are on disk as soon as they are known: one JSON object a line, and a run that was killed goes on.
+
+The first line holds the settings. A line that a kill has cut short is dropped, and its row measured again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class RowFile:
+    """The rows of one comparison, by what names them."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], names: Sequence[str]) -> None:
+        """Opens a file, making it where there is none.
+
+        Args:    settings: all that rows depend on, as JSON values.  names: the fields that tell rows apart.
+        Raises:  ValueError: the file holds rows of other settings.
+        """
+        self.path, self.names = path, tuple(names)
+        self.rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+        settings = json.loads(json.dumps(settings))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = _whole_lines(path)
+        if lines:
+            _check(path, lines[0], settings)
+        self.rows = {self._key(row): row for row in lines[1:]}
+        kept = lines or [settings]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def get(self, name: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> tuple[dict[str, Any], bool]:
+        """The row of this name, measured and written where it is not there; whether it was measured now."""
+        key = tuple(name[field] for field in self.names)
+        if key in self.rows:
+            return self.rows[key], False
+        row = json.loads(json.dumps({**name, **measure()}))
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self.rows[key] = row
+        return row, True
+
+    def _key(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[field] for field in self.names)
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break  # cut short; what may follow it is measured again, too
+    return lines
+
+
+def _check(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    differing = [name for name in sorted({*stored, *wanted}) if stored.get(name) != wanted.get(name)]
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"{path}: holds rows of other settings ({name} was {stored.get(name)}, is {wanted.get(name)}); give the "
+            "same options, or another --out"
+        )

@@ -1,0 +1,85 @@
+"""What is said of samplers' errors: means over seeds, the order that they fall with, who is worth its evaluations.
+
+Letters: B seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Row = Mapping[str, Any]
+Floats = NDArray[np.float64]
+RESAMPLES = 400  # of the seeds, for intervals
+WITHIN = 0.01  # "the cheapest within 1 %"
+
+
+def errors_by_seed(x: Tensor, exact: Tensor) -> list[float]:
+    """|x - exact| / |exact| of every seed."""
+    apart, size = (x - exact).flatten(1).norm(dim=1), exact.flatten(1).norm(dim=1)
+    return [float(error) for error in apart / size]
+
+
+def mean_error(errors: Sequence[float]) -> float:
+    """The root mean square over seeds."""
+    return float(np.sqrt(np.mean(np.square(errors))))
+
+
+def directions(swapped: Tensor, neutral: Tensor, true: Tensor) -> tuple[list[float], list[float]]:
+    """Of swapped - neutral, a seed: the cosine to the true direction, and the length as a share of the true one's."""
+    found, true = (swapped - neutral).flatten(1), true.flatten(1)
+    cosine = torch.nn.functional.cosine_similarity(found, true, dim=1)
+    return cosine.tolist(), (found.norm(dim=1) / true.norm(dim=1)).tolist()
+
+
+def fitted_order(evaluations: Sequence[int], errors: Sequence[Sequence[float]]) -> tuple[float, float, float] | None:
+    """The order that errors fall with, and its 95 % interval over seeds: least squares of log error on log evaluations.
+
+    Seeds are drawn anew, the same ones at every number of evaluations. None: fewer than two numbers of evaluations, an
+    error that is 0 or not finite.
+    """
+    table = np.array(errors, dtype=np.float64)  # (budgets, B)
+    if len(set(evaluations)) < 2 or not np.isfinite(table).all() or not (table > 0).all():
+        return None
+    logs = np.log(np.array(evaluations, dtype=np.float64))
+    weights = (logs - logs.mean()) / np.square(logs - logs.mean()).sum()
+    order = -weights @ np.log(np.sqrt(np.square(table).mean(axis=1)))
+    drawn = np.random.default_rng(0).integers(table.shape[1], size=(RESAMPLES, table.shape[1]))
+    resampled = np.sqrt(np.square(table[:, drawn]).mean(axis=2))  # (budgets, RESAMPLES)
+    low, high = np.quantile(-weights @ np.log(resampled), [0.025, 0.975])
+    return float(order), float(low), float(high)
+
+
+def ratio_interval(errors: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
+    """How many times smaller `errors` are than `other`, and the 95 % interval; the same seeds, drawn together."""
+    pair = np.array([errors, other], dtype=np.float64)
+    drawn = np.random.default_rng(0).integers(pair.shape[1], size=(RESAMPLES, pair.shape[1]))
+    means = np.sqrt(np.square(pair[:, drawn]).mean(axis=2))
+    low, high = np.quantile(means[1] / means[0], [0.025, 0.975])
+    return mean_error(other) / mean_error(errors), float(low), float(high)
+
+
+def scored(rows: Sequence[Row]) -> list[Row]:
+    """The rows that have an error, and a finite one: random samplers follow no flow, refused pairs have not run."""
+    return [row for row in rows if row.get("error") is not None and math.isfinite(row["error"])]
+
+
+def pareto(rows: Sequence[Row]) -> list[Row]:
+    """Those that no other beats: fewer evaluations have a larger error. From few evaluations to many."""
+    front: list[Row] = []
+    for row in sorted(scored(rows), key=lambda row: (row["evaluations"], row["error"])):
+        if not front or row["error"] < front[-1]["error"]:
+            front.append(row)
+    return front
+
+
+def cheapest(rows: Sequence[Row], within: float = WITHIN) -> Row | None:
+    """The fewest evaluations whose error is at most this; among equals the smallest error. None: there are none."""
+    near = [row for row in scored(rows) if row["error"] <= within]
+    return min(near, key=lambda row: (row["evaluations"], row["error"])) if near else None

@@ -1,0 +1,185 @@
+"""Samplers on the known flow: its flow is the exact one, errors are what they say, rows survive a kill."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ldm_tools import cli
+from mixture import Mixture as Reference
+
+from ldm.bench import known_flow, samplers_page
+from ldm.bench.known_flow import KnownFlow, Mixture, Question, measure
+from ldm.bench.rows import RowFile
+from ldm.bench.sampler_statistics import cheapest, fitted_order, pareto, ratio_interval
+from ldm.samplers import SAMPLERS, Sampler, initial_noise
+from ldm.schedule import SPACINGS, Schedule
+
+SD15 = Schedule.sd15()
+
+
+def test_the_first_of_a_pair_is_the_mixture_of_the_tests():
+    x = initial_noise([3], (4, 8, 8)).double()
+    for t in (0, 321.5, 999):
+        ours = Mixture(SD15).eps(x, t)[..., ::2]
+        torch.testing.assert_close(ours, Reference(SD15).eps(x, t)[..., ::2], rtol=0, atol=1e-12)
+    a, b = SD15.alphas_cumprod_at(999), SD15.alphas_cumprod_at(100)
+    torch.testing.assert_close(Mixture(SD15).flow(x, a, b)[..., ::2], Reference(SD15).flow(x, a, b)[..., ::2])
+
+
+def test_the_flow_moves_with_its_prompt_and_a_fine_run_follows_it():
+    flow = KnownFlow((0, 1))
+    row = measure(flow, "unipc", "log_snr", 400)
+    assert row["error"] < 1e-6
+    assert row["swap_error"] < 1e-6
+    assert row["swap_cosine"] == pytest.approx(1)
+    assert row["swap_length"] == pytest.approx(1)
+    assert row["start_error"] == 0  # log_snr begins at 999; leading at 981 with 50 steps
+    assert measure(flow, "ddim", "leading", 50)["start_error"] > 1e-5
+
+
+def test_orders_are_the_methods_with_intervals_around_them():
+    question = Question(samplers=("ddim", "heun", "unipc"), spacings=("karras",), seeds=(0, 1, 2, 3))
+    rows = [row for of_pair in known_flow.compare(question) for row in of_pair]
+    orders = {entry["sampler"]: entry for entry in known_flow.orders(rows)}
+    for sampler, theory in (("ddim", 1), ("heun", 2), ("unipc", 3)):
+        assert orders[sampler]["theory"] == theory
+        assert orders[sampler]["order"] == pytest.approx(theory, abs=0.15)
+        assert orders[sampler]["order_low"] <= orders[sampler]["order"] <= orders[sampler]["order_high"]
+    assert {row["evaluations"] for row in rows} == {10, 20, 40, 80}
+
+
+def test_random_samplers_are_scored_by_their_distribution():
+    flow = KnownFlow(tuple(range(8)))
+    few, many = (measure(flow, "ddpm", "karras", budget) for budget in (5, 160))
+    assert "error" not in few
+    assert many["distance"] < few["distance"] / 2
+    assert measure(flow, "unipc", "karras", 40)["distance"] < 1.63 / np.sqrt(8 * 256)  # Kolmogorov's 1 % bound
+
+
+def test_what_does_not_run_is_a_row_that_says_so(monkeypatch):
+    def broken(now, then, x_t, eps, run):
+        return x_t / 0
+
+    monkeypatch.setitem(SAMPLERS, "broken", Sampler("broken", broken, order=1))
+    monkeypatch.setitem(SPACINGS, "flat", lambda steps, schedule: (1,) * steps)
+    flow = KnownFlow((0,))
+    assert "expected 10 falling values" in measure(flow, "ddim", "flat", 10)["refused"]
+    row = measure(flow, "broken", "karras", 10)
+    assert row["finite"] is False
+    json.dumps(row, allow_nan=False)
+    with pytest.raises(ValueError, match="samplers: expected some of"):
+        Question(samplers=("absent",))
+
+
+def test_every_registered_pair_runs_or_says_why_not():
+    question = Question(budgets=(10,), seeds=(0,))
+    rows = [row for of_pair in known_flow.compare(question) for row in of_pair]
+    assert {row["sampler"] for row in rows} == set(SAMPLERS)
+    assert {row["spacing"] for row in rows} == set(SPACINGS)
+    assert all(row["finite"] for row in rows if "refused" not in row)
+
+
+# ---- rows, statistics ------------------------------------------------------------------------------
+
+
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
+    settings, names = {"seeds": (0,)}, ("sampler", "budget")
+    asked = []
+
+    def fill(path: Path) -> list[dict]:
+        file = RowFile(path, settings, names)
+        rows = []
+        for budget in (10, 20, 30):
+            name = {"sampler": "ddim", "budget": budget}
+            rows.append(file.get(name, lambda budget=budget: asked.append(budget) or {"error": 1 / budget})[0])
+        return rows
+
+    whole = fill(tmp_path / "a.jsonl")
+    assert asked == [10, 20, 30]
+    text = (tmp_path / "a.jsonl").read_text()
+    (tmp_path / "b.jsonl").write_text(text[: text.index('"budget": 20') + 7])  # in the middle of a row
+    asked.clear()
+    assert fill(tmp_path / "b.jsonl") == whole
+    assert asked == [20, 30]
+    assert (tmp_path / "b.jsonl").read_text() == text
+    with pytest.raises(ValueError, match=r"seeds was \[0\], is \[1\]"):
+        RowFile(tmp_path / "b.jsonl", {"seeds": [1]}, names)
+
+
+def test_a_power_law_has_its_order():
+    seeds = np.random.default_rng(1).uniform(1, 2, 6)
+    order, low, high = fitted_order([10, 20, 40], [list(seeds * n**-2.5) for n in (10, 20, 40)])
+    assert order == pytest.approx(2.5)
+    assert low == pytest.approx(2.5)
+    assert high == pytest.approx(2.5)
+    noisy = [list(seeds[::k] * n**-2.5) for k, n in ((1, 10), (1, 20), (-1, 40))]
+    order, low, high = fitted_order([10, 20, 40], noisy)
+    assert low < order < high
+    assert fitted_order([10, 10], [[1], [2]]) is None
+    assert fitted_order([10, 20], [[1], [0]]) is None
+    assert ratio_interval([1.0, 2.0], [2.0, 4.0]) == pytest.approx((2, 2, 2))
+
+
+def test_the_front_and_the_cheapest():
+    rows = [
+        {"evaluations": n, "error": error} for n, error in ((10, 0.1), (10, 0.05), (20, 0.06), (20, 0.009), (40, 0.002))
+    ] + [{"evaluations": 1, "error": None}, {"evaluations": 1, "refused": "no"}]
+    assert [row["error"] for row in pareto(rows)] == [0.05, 0.009, 0.002]
+    assert cheapest(rows)["evaluations"] == 20
+    assert cheapest(rows[:3]) is None
+
+
+# ---- the command -----------------------------------------------------------------------------------
+
+MINE = """
+FACTS = {"order": 1}
+
+def mine(now, then, x_t, eps, run):
+    return then.alpha * (x_t / now.alpha + (then.sigma - now.sigma) * eps)
+
+def levels(steps, schedule):
+    return [999 - 999 * i / steps for i in range(steps)]
+"""
+
+
+def test_the_command_compares_ones_own_beside_the_others(tmp_path, capsys, monkeypatch):
+    for table in (SAMPLERS, SPACINGS):
+        for name in ("mine.py:mine", "mine.py:levels"):
+            monkeypatch.setitem(table, name, None)  # so that it is taken out again
+            monkeypatch.delitem(table, name)
+    (tmp_path / "mine.py").write_text(MINE)
+    file, out = tmp_path / "mine.py", tmp_path / "out"
+    base = ["bench", "samplers", "--known-flow", "--samplers", "ddim,ddpm", "--spacings", "linspace", "--seeds", "0-1"]
+    options = ["--evaluations", "10,20", "--sampler", f"{file}:mine", "--spacing", f"{file}:levels", "--out", str(out)]
+    assert cli.main([*base, *options]) == 0
+    first = capsys.readouterr().out
+    assert "6 pairs of sampler and spacing" in first
+    result = json.loads((out / "known_flow.json").read_text())
+    errors = {(row["sampler"], row["spacing"], row["budget"]): row.get("error") for row in result["rows"]}
+    # One's own are Euler and linspace: what ddim and linspace are, by other arithmetic.
+    assert errors["mine.py:mine", "mine.py:levels", 20] == pytest.approx(errors["ddim", "linspace", 20], rel=1e-6)
+    assert set(result["own_code"]) == {"mine.py:mine", "mine.py:levels"}
+    assert (out / "known_flow.png").stat().st_size > 10_000
+    page = (out / "known_flow.html").read_text()
+    assert not re.findall(r"(?:src|href)=\"(?!data:)|https?://|@import|url\(", page)
+    data = json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.S)[1])
+    assert len(data["paths"]["runs"]["mine.py:mine|mine.py:levels"]) == 10
+    assert [len(path) for path in data["paths"]["runs"]["ddim|linspace"]] == [11] * 10  # the noise, and ten steps
+
+    written = (out / "known_flow.jsonl").read_text()
+    assert cli.main([*base, *options]) == 0  # again: nothing is left to do, and all is the same
+    assert (out / "known_flow.jsonl").read_text() == written
+    assert json.loads((out / "known_flow.json").read_text()) == result
+    monkeypatch.delitem(SAMPLERS, "mine.py:mine")
+    assert cli.main([*base[:-1], "0-2", *options]) == 2
+    assert "seeds was [0, 1], is [0, 1, 2]" in capsys.readouterr().err
+
+
+def test_the_page_cannot_be_broken_out_of():
+    page = samplers_page.page(
+        "</script><b>", [{"sampler": "</script>", "spacing": "x", "evaluations": 1, "error": 0.1}]
+    )
+    assert page.count("</script>") == 2
