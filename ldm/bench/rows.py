@@ -22,13 +22,13 @@ class RowFile:
         """
         self.path, self.names = path, tuple(names)
         self.rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-        settings = json.loads(json.dumps(settings))
+        stored: dict[str, Any] = json.loads(json.dumps(settings))
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = _whole_lines(path)
         if lines:
-            _check(path, lines[0], settings)
+            _check(path, lines[0], stored)
         self.rows = {self._key(row): row for row in lines[1:]}
-        kept = lines or [settings]
+        kept = lines or [stored]
         path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def get(self, name: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> tuple[dict[str, Any], bool]:

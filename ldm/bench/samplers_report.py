@@ -84,7 +84,7 @@ def figure(rows: Sequence[Row], floors: Mapping[float, float] | None = None) -> 
         for k, sampler in enumerate(samplers):
             own = [row for row in here if row["sampler"] == sampler]
             axes.loglog([r["evaluations"] for r in own], [r["error"] for r in own], **_look(k))
-        if floors and guidance in floors:
+        if floors and guidance is not None and guidance in floors:
             axes.axhline(floors[guidance], color="black", linewidth=0.7, linestyle="--")
         axes.grid(visible=True)
         axes.minorticks_off()
