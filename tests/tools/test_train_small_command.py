@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from ldm_tools import cli, train_small
+from ldm_tools import cli
+from ldm_tools.train_small import command, copies
 from lookalikes import chexpert, isic, picture, radiograph, write_csv
 from PIL import Image
 from safetensors import safe_open
@@ -38,11 +39,11 @@ STEPS = ("--autoencoder-steps", "3", "--decoder-steps", "3", "--text-steps", "3"
 @pytest.fixture
 def small(monkeypatch):
     """Networks and batches that train in a second."""
-    monkeypatch.setattr(train_small, "config_of", lambda size, channels: TINY)
-    monkeypatch.setattr(train_small, "BATCHES", {"autoencoder": 2, "text": 8, "unet": 4})
-    monkeypatch.setattr(train_small, "SAMPLE_STEPS", 2)
+    monkeypatch.setattr(command, "config_of", lambda size, channels: TINY)
+    monkeypatch.setattr(command, "BATCHES", {"autoencoder": 2, "text": 8, "unet": 4})
+    monkeypatch.setattr(copies, "SAMPLE_STEPS", 2)
     for name in ("AUTOENCODER", "DECODER", "TEXT_ENCODER", "UNET"):
-        monkeypatch.setattr(train_small, name, replace(getattr(train_small, name), save_every=1))
+        monkeypatch.setattr(command, name, replace(getattr(command, name), save_every=1))
 
 
 @pytest.fixture
