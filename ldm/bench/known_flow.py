@@ -203,6 +203,16 @@ def measure(flow: KnownFlow, name: str, spacing: str, budget: int) -> dict[str, 
     return {**row, "seconds": round(time.perf_counter() - began, 4)}
 
 
+def error_of(flow: KnownFlow, sampler: Sampler, timesteps: Sequence[float]) -> float:
+    """The error of the neutral run, and of the swapped one, as a root mean square: what a search lowers."""
+    neutral, swapped, _ = run(flow, sampler, timesteps)
+    a_first, a_swap = (
+        flow.schedule.alphas_cumprod_at(t) for t in (len(flow.schedule) - 1, timesteps[fork_near(timesteps)])
+    )
+    errors = errors_by_seed(neutral[-1].x_prev, flow.ends_at(a_first))
+    return mean_error(errors + errors_by_seed(swapped[-1].x_prev, flow.ends_at(a_first, a_swap)))
+
+
 def _errors(flow: KnownFlow, x: Tensor, y: Tensor, a_first: float, a_begin: float, a_swap: float) -> dict[str, Any]:
     own, other = flow.ends_at(a_begin), flow.ends_at(a_begin, a_swap)
     by_seed = {
@@ -226,7 +236,7 @@ def compare(question: Question, file: RowFile | None = None) -> Iterator[list[di
         for budget in question.budgets:
             compute = partial(measure, flow, sampler, spacing, budget)
             name = {"sampler": sampler, "spacing": spacing, "budget": budget}
-            rows.append(compute() if file is None else file.get(name, compute)[0])
+            rows.append(compute() if file is None else file.get(name, compute))
         yield rows
 
 

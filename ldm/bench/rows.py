@@ -31,19 +31,27 @@ class RowFile:
         kept = lines or [stored]
         path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
-    def get(self, name: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> tuple[dict[str, Any], bool]:
-        """The row of this name, measured and written where it is not there; whether it was measured now."""
-        key = tuple(name[field] for field in self.names)
-        if key in self.rows:
-            return self.rows[key], False
-        row = json.loads(json.dumps({**name, **measure()}))
+    def __contains__(self, name: Mapping[str, Any]) -> bool:
+        return self._key(name) in self.rows
+
+    def __getitem__(self, name: Mapping[str, Any]) -> dict[str, Any]:
+        return self.rows[self._key(name)]
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Write a row, its name included."""
+        stored = json.loads(json.dumps(row))
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        self.rows[key] = row
-        return row, True
+            file.write(json.dumps(stored) + "\n")
+        self.rows[self._key(row)] = stored
+
+    def get(self, name: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """The row of this name, measured and written where it is not there."""
+        if name not in self:
+            self.add({**name, **measure()})
+        return self[name]
 
     def _key(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple(row[field] for field in self.names)
+        return tuple(row.get(field) for field in self.names)
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

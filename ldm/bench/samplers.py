@@ -8,10 +8,11 @@ on the way, and compared with a run that is fine enough to stand for the flow it
     swap_error      the same of the swapped latent
     swap_cosine     between the swap directions (swapped - neutral): does a cheaper run find the same edit?
     swap_length     of the direction, as a share of the reference's
+    ssim, lpips     of the neutral images, to the reference's
 
-For every spacing the swap is made at a noise level that all of its runs visit, and the reference swaps at that level.
-Evaluations are the neutral run's; guidance doubles what each costs. Random samplers follow no flow: they are timed,
-checked and scored by classifiers only.
+The swap is made at a noise level that the run visits, and the reference swaps at that level. Evaluations are those of
+the neutral run; guidance doubles what each costs. Random samplers follow no flow: they are timed, checked and scored by
+classifiers only. A spacing that begins elsewhere than at t = 999 pays for it in its error: the reference begins there.
 
 Letters: B seeds.
 """
@@ -24,26 +25,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from ldm.bench.harness import Timing, time_in_turn
+from ldm.bench.rows import RowFile
+from ldm.bench.sampler_statistics import directions, errors_by_seed, fitted_order, mean_error, ratio_interval
+from ldm.files import complete
+from ldm.images import from_uint8
 from ldm.pipeline import StableDiffusion
 from ldm.samplers import SAMPLERS, initial_noise
 from ldm.schedule import EVEN_SPACINGS, SPACINGS, Schedule, log_snr
 from ldm.study.evaluation.instruments import Instruments
+from ldm.study.metrics import perceptual
 from ldm.study.metrics.cfrt import cfrt
 from ldm.traversal.prompt_tree import Branch, TreeResult, traverse_tree
 
-# euler is left out: it is ddim in other letters, which `check` verifies on the network at hand.
-RANDOM = tuple(name for name, sampler in SAMPLERS.items() if sampler.random)
-COMPARED = tuple(name for name in SAMPLERS if name not in (*RANDOM, "euler"))
-COMPARED_SPACINGS = ("leading", "trailing", "karras", "align_your_steps")  # others on request: five minutes must do
+# What a default run has time for. Any other that is registered may be asked for.
+COMPARED = ("ddim", "heun", "dpm_solver_pp_2m", "unipc")
+COMPARED_SPACINGS = ("leading", "karras", "align_your_steps")
 SWAP_NEAR = 600  # the timestep that swaps are made near to
 
 
@@ -53,23 +59,20 @@ class Comparison:
 
     neutral: str
     styles: Mapping[str, str]  # attribute -> prompt; the first is swapped in, all are for the CFRT
-    seeds: tuple[int, ...] = (0,)
-    guidances: tuple[float, ...] = (1.0, 3.0)
-    budgets: tuple[int, ...] = (10, 20, 40)  # network evaluations of a run
+    seeds: tuple[int, ...] = (0, 1)
+    guidances: tuple[float, ...] = (1.0, 3.0, 7.5)
+    budgets: tuple[int, ...] = (10, 20)  # network evaluations of a run
     samplers: tuple[str, ...] = COMPARED
     spacings: tuple[str, ...] = COMPARED_SPACINGS
-    reference_steps: int = 150
+    reference_steps: int = 100
 
     def __post_init__(self) -> None:
         """Everything that can be wrong before a network is at hand."""
         if not self.styles or not self.seeds or not self.guidances:
             raise ValueError("styles, seeds, guidances: expected one or more of each")
-        if not self.budgets or any(budget < 10 or budget % 10 for budget in self.budgets):
-            raise ValueError(f"evaluations: expected multiples of 10, so that all visit the swap, got {self.budgets}")
-        for argument, names, known in (
-            ("samplers", self.samplers, [name for name in SAMPLERS if name not in RANDOM]),
-            ("spacings", self.spacings, list(SPACINGS)),
-        ):
+        if not self.budgets or min(self.budgets) < 2:
+            raise ValueError(f"evaluations: expected 2 or more, got {self.budgets}")
+        for argument, names, known in (("samplers", self.samplers, SAMPLERS), ("spacings", self.spacings, SPACINGS)):
             if not names or set(names) - set(known):
                 raise ValueError(f"{argument}: expected some of {', '.join(known)}, got {', '.join(names)}")
         if self.reference_steps < 2 * max(self.budgets):
@@ -79,9 +82,13 @@ class Comparison:
             )
 
     def pairs(self) -> list[tuple[str, str]]:
-        """Sampler and spacing, but for uneven timesteps where the sampler refuses them."""
-        both = product(self.samplers, self.spacings)
+        """Sampler and spacing, but for random samplers, and uneven timesteps where the sampler refuses them."""
+        both = product([name for name in self.samplers if not SAMPLERS[name].random], self.spacings)
         return [(name, spacing) for name, spacing in both if not SAMPLERS[name].even or spacing in EVEN_SPACINGS]
+
+    def runs(self) -> list[tuple[str, str, int]]:
+        """Sampler, spacing and budget; few evaluations first, so that the first rows come soon."""
+        return [(*pair, budget) for budget, pair in product(sorted(self.budgets), self.pairs())]
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,9 +129,15 @@ class Bench:
 # ---- the reference ---------------------------------------------------------------------------------
 
 
-def swap_timestep(spacing: str, schedule: Schedule) -> float:
-    """The timestep nearest to `SWAP_NEAR` that a spacing's runs of 5 steps, and so of all multiples of 5, visit."""
-    return min(SPACINGS[spacing](5, schedule), key=lambda t: abs(t - SWAP_NEAR))
+def swap_timestep(spacing: str, schedule: Schedule, timesteps: Sequence[float] | None = None) -> float:
+    """The timestep nearest to `SWAP_NEAR` that a spacing's runs of 5 steps, and so of most multiples of 5, visit.
+
+    Where the given timesteps do not visit it, the nearest that they do.
+    """
+    common = min(SPACINGS[spacing](5, schedule), key=lambda t: abs(t - SWAP_NEAR))
+    if timesteps is None or any(abs(t - common) <= 0.5 for t in timesteps):
+        return common
+    return min(timesteps, key=lambda t: abs(t - SWAP_NEAR))
 
 
 def fork_step(timesteps: Sequence[float], t: float) -> int:
@@ -151,141 +164,249 @@ def log_snr_at(schedule: Schedule, t: float) -> float:
     return 0.5 * math.log(a_t / (1 - a_t))
 
 
+def swaps(comparison: Comparison, schedule: Schedule) -> dict[str, float]:
+    """Every level that a run swaps at, by name."""
+    levels = {spacing: swap_timestep(spacing, schedule) for spacing in comparison.spacings}
+    for sampler, spacing, budget in comparison.runs():
+        t = swap_timestep(spacing, schedule, SPACINGS[spacing](steps_for(sampler, budget), schedule))
+        levels |= {_level_name(t): t} if t != levels[spacing] else {}
+    return levels
+
+
+def _level_name(t: float) -> str:
+    return f"t{t:.3f}"
+
+
 def reference(bench: Bench, guidance: float, steps: int) -> dict[str, Tensor]:
-    """Where the flow takes the seeds: "neutral" and, swapped at its level, every spacing -> (B, C, H, W)."""
-    comparison, schedule = bench.comparison, bench.sd.schedule
-    swaps = {spacing: swap_timestep(spacing, schedule) for spacing in comparison.spacings}
-    timesteps = reference_timesteps(steps, schedule, sorted(set(swaps.values())))
-    style = next(iter(comparison.styles))
-    forks = {spacing: (style, fork_step(timesteps, t)) for spacing, t in swaps.items()}
-    return bench.traverse("unipc", timesteps, forks, guidance, comparison.seeds).latents
+    """Where the flow takes the seeds: "neutral" and, swapped at its level, every spacing -> (B, C, H, W).
+
+    A run that does not visit its spacing's level has one of its own, named t and the timestep.
+    """
+    levels = swaps(bench.comparison, bench.sd.schedule)
+    timesteps = reference_timesteps(steps, bench.sd.schedule, sorted(set(levels.values())))
+    style = next(iter(bench.comparison.styles))
+    forks = {name: (style, fork_step(timesteps, t)) for name, t in levels.items()}
+    return bench.traverse("unipc", timesteps, forks, guidance, bench.comparison.seeds).latents
+
+
+def convergence(exact: Mapping[str, Tensor], coarse: Mapping[str, Tensor]) -> dict[str, float]:
+    """How far a reference is from one of half as many steps: the floor, below which errors say nothing."""
+    distances = {name: relative_error(coarse[name], exact[name]) for name in exact}
+    swapped = max(error for name, error in distances.items() if name != "neutral")
+    return {"half_steps_error": distances["neutral"], "half_steps_swap_error": swapped}
 
 
 def relative_error(x: Tensor, exact: Tensor) -> float:
     """|x - exact| / |exact|, the root mean square over seeds."""
-    ratio = (x - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
-    return float(ratio.square().mean().sqrt())
+    return mean_error(errors_by_seed(x, exact))
 
 
 # ---- errors ----------------------------------------------------------------------------------------
 
 
-def compare(bench: Bench) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Every sampler x spacing x guidance x budget.
+@dataclass(frozen=True, eq=False)
+class Yardstick:
+    """What runs are measured by: where the flow ends, and how its images look."""
 
-    Returns: the rows, and for each guidance how far the reference is from one of half as many steps.
-    """
-    comparison = bench.comparison
-    rows, convergence = [], []
-    runs = list(product(comparison.guidances, comparison.pairs(), comparison.budgets))
-    with tqdm(total=len(runs), desc="samplers", unit="run", mininterval=1) as bar:
-        for guidance in comparison.guidances:
-            bar.set_postfix_str(f"guidance {guidance:g}: reference")
-            exact, coarse = (reference(bench, guidance, comparison.reference_steps // k) for k in (1, 2))
-            distances = {name: relative_error(coarse[name], exact[name]) for name in exact}
-            convergence.append(
-                {
-                    "guidance": guidance,
-                    "steps": comparison.reference_steps,
-                    "half_steps_error": distances["neutral"],
-                    "half_steps_swap_error": max(error for name, error in distances.items() if name != "neutral"),
-                }
-            )
-            for (sampler, spacing), budget in product(comparison.pairs(), comparison.budgets):
-                bar.set_postfix_str(f"guidance {guidance:g}: {sampler}, {spacing}")
-                rows.append(measure(bench, sampler, spacing, budget, guidance, exact))
-                bar.update()
-    return rows, convergence
+    bench: Bench
+    guidance: float
+    exact: Mapping[str, Tensor]  # see `reference`
+    lpips: perceptual.Lpips | perceptual.Unavailable
+    images: bool = True
+
+    @cached_property
+    def instruments(self) -> Instruments:
+        """What decodes."""
+        return Instruments(self.bench.sd, None, None, self.lpips)
+
+    @cached_property
+    def pictures(self) -> Tensor:
+        """The reference's neutral images, (B, 3, H, W)."""
+        return from_uint8(self.instruments.pixels(self.exact["neutral"]))
+
+    def similarity(self, latents: Tensor) -> dict[str, list[float]]:
+        """SSIM and, where its weights are, LPIPS of every seed's image to the reference's."""
+        if not self.images:
+            return {}
+        pictures = from_uint8(self.instruments.pixels(latents))
+        found = {"ssim": perceptual.ssim(pictures, self.pictures).tolist()}
+        if isinstance(self.lpips, perceptual.Lpips):
+            found["lpips"] = self.lpips(pictures, self.pictures).tolist()
+        return found
 
 
-def measure(
-    bench: Bench, sampler: str, spacing: str, budget: int, guidance: float, exact: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    """One run against the reference; see the head of this file."""
-    comparison, schedule = bench.comparison, bench.sd.schedule
-    steps = steps_for(sampler, budget)
-    timesteps = SPACINGS[spacing](steps, schedule)
-    style = next(iter(comparison.styles))
-    forks = {"swapped": (style, fork_step(timesteps, swap_timestep(spacing, schedule)))}
+def measure(yardstick: Yardstick, sampler: str, spacing: str, budget: int) -> dict[str, Any]:
+    """One run against the reference; see the head of this file. `refused` says why where the two do not fit."""
+    bench = yardstick.bench
+    schedule, steps = bench.sd.schedule, steps_for(sampler, budget)
+    style = next(iter(bench.comparison.styles))
     began = time.perf_counter()
-    latents = bench.traverse(sampler, timesteps, forks, guidance, comparison.seeds).latents
+    try:
+        timesteps = SPACINGS[spacing](steps, schedule)
+        at = swap_timestep(spacing, schedule, timesteps)
+        forks = {"swapped": (style, fork_step(timesteps, at))}
+        latents = bench.traverse(sampler, timesteps, forks, yardstick.guidance, bench.comparison.seeds).latents
+    except ValueError as error:
+        return {"steps": steps, "refused": str(error)}
     seconds = time.perf_counter() - began
-    direction = (latents["swapped"] - latents["neutral"]).flatten(1)
-    true = (exact[spacing] - exact["neutral"]).flatten(1)
+    neutral, exact = latents["neutral"], yardstick.exact
+    true = exact[spacing if at == swap_timestep(spacing, schedule) else _level_name(at)]
+    cosines, lengths = directions(latents["swapped"], neutral, true - exact["neutral"])
+    by_seed = {
+        "error": errors_by_seed(neutral, exact["neutral"]),
+        "swap_error": errors_by_seed(latents["swapped"], true),
+        "swap_cosine": cosines,
+        **yardstick.similarity(neutral),
+    }
     return {
-        "guidance": guidance,
-        "sampler": sampler,
-        "spacing": spacing,
-        "budget": budget,
         "steps": steps,
         "evaluations": SAMPLERS[sampler].evaluations_of(steps),
-        "error": relative_error(latents["neutral"], exact["neutral"]),
-        "swap_error": relative_error(latents["swapped"], exact[spacing]),
-        "swap_cosine": float(F.cosine_similarity(direction, true, dim=1).mean()),
-        "swap_length": float((direction.norm(dim=1) / true.norm(dim=1)).mean()),
+        "error": mean_error(by_seed["error"]),
+        "swap_error": mean_error(by_seed["swap_error"]),
+        "swap_cosine": _mean(cosines),
+        "swap_length": _mean(lengths),
+        **{name: _mean(by_seed[name]) for name in ("ssim", "lpips") if name in by_seed},
         "seconds": round(seconds, 3),
+        "by_seed": by_seed,
     }
+
+
+def compare(
+    bench: Bench, file: RowFile, lpips: perceptual.Lpips | perceptual.Unavailable, images: bool = True
+) -> Iterator[dict[str, Any]]:
+    """The row of every guidance x run as it comes, and last of each guidance that of its reference.
+
+    What the file holds is not run again. The reference's latents are kept beside it, and deleted with the last row.
+    """
+    comparison = bench.comparison
+    for guidance in comparison.guidances:
+        kept = file.path.with_name(f"reference_{guidance:g}.safetensors")
+        yardstick = None
+        for sampler, spacing, budget in comparison.runs():
+            name = {"part": "run", "guidance": guidance, "sampler": sampler, "spacing": spacing, "budget": budget}
+            if name not in file:
+                yardstick = yardstick or Yardstick(
+                    bench, guidance, kept_reference(bench, guidance, kept), lpips, images
+                )
+                file.add({**name, **measure(yardstick, sampler, spacing, budget)})
+            yield file[name]
+        name = {"part": "reference", "guidance": guidance}
+        if name not in file:
+            coarse = reference(bench, guidance, comparison.reference_steps // 2)
+            distances = convergence(kept_reference(bench, guidance, kept), coarse)
+            file.add({**name, "steps": comparison.reference_steps, **distances})
+        yield file[name]
+        kept.unlink(missing_ok=True)
+
+
+def kept_reference(bench: Bench, guidance: float, path: Path) -> dict[str, Tensor]:
+    """The reference, computed where its file is not there."""
+    if not path.exists():
+        exact = reference(bench, guidance, bench.comparison.reference_steps)
+        with complete(path) as partial_file:
+            save_file({name: latents.contiguous().clone() for name, latents in exact.items()}, partial_file)
+    return {name: latents.to(bench.sd.device) for name, latents in load_file(path).items()}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def steps_for(sampler: str, budget: int) -> int:
     """How many steps a number of evaluations is good for; plms takes one evaluation more than it has steps."""
-    return budget // SAMPLERS[sampler].evaluations
+    return max(1, budget // SAMPLERS[sampler].evaluations)
 
 
 def slopes(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The observed order of every guidance x sampler x spacing: least squares of log error on log evaluations."""
+    """The observed order of every guidance x sampler x spacing, and its interval over seeds. See `fitted_order`."""
     orders = []
+    rows = [row for row in rows if "by_seed" in row]
     for guidance, sampler, spacing in dict.fromkeys((row["guidance"], row["sampler"], row["spacing"]) for row in rows):
         runs = [r for r in rows if (r["guidance"], r["sampler"], r["spacing"]) == (guidance, sampler, spacing)]
-        if len(runs) > 1:
-            logs = [[math.log(row[name]) for row in runs] for name in ("evaluations", "error", "swap_error")]
-            order, swap_order = (-float(np.polyfit(logs[0], logs[k], 1)[0]) for k in (1, 2))
-            orders.append(
-                {"guidance": guidance, "sampler": sampler, "spacing": spacing, "order": order, "swap_order": swap_order}
-            )
+        entry: dict[str, Any] = {"guidance": guidance, "sampler": sampler, "spacing": spacing}
+        for name, error in (("order", "error"), ("swap_order", "swap_error")):
+            fit = fitted_order([row["evaluations"] for row in runs], [row["by_seed"][error] for row in runs])
+            if fit is not None:
+                entry |= {name: fit[0], f"{name}_low": fit[1], f"{name}_high": fit[2]}
+        orders += [entry] if "order" in entry else []
     return orders
+
+
+def paired(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For every guidance and budget how many times smaller the best pair's error is than each other's, seed by seed."""
+    found = []
+    rows = [row for row in rows if "by_seed" in row]
+    for guidance, budget in dict.fromkeys((row["guidance"], row["budget"]) for row in rows):
+        here = [row for row in rows if (row["guidance"], row["budget"]) == (guidance, budget)]
+        best = min(here, key=lambda row: row["error"])
+        for row in here:
+            ratio, low, high = ratio_interval(best["by_seed"]["error"], row["by_seed"]["error"])
+            case = {"guidance": guidance, "budget": budget, "sampler": row["sampler"], "spacing": row["spacing"]}
+            against = {"best_sampler": best["sampler"], "best_spacing": best["spacing"]}
+            found.append({**case, **against, "ratio": ratio, "low": low, "high": high})
+    return found
 
 
 def best_spacing(rows: Sequence[Mapping[str, Any]], sampler: str, budget: int, guidance: float) -> str:
     """The spacing with the smallest error; "trailing" for a sampler that has none."""
-    runs = [r for r in rows if (r["sampler"], r["budget"], r["guidance"]) == (sampler, budget, guidance)]
+    runs = [
+        r for r in rows if (r["sampler"], r["budget"], r["guidance"]) == (sampler, budget, guidance) and "error" in r
+    ]
     return min(runs, key=lambda row: row["error"])["spacing"] if runs else "trailing"
+
+
+# ---- what it will cost -----------------------------------------------------------------------------
+
+
+def rows_of(comparison: Comparison, schedule: Schedule, runs: Sequence[tuple[float, str, str, int]]) -> float:
+    """U-Net rows of some runs (guidance, sampler, spacing, budget), and of the references that they need."""
+    each, forks = len(comparison.seeds), len(swaps(comparison, schedule))
+    sides = {guidance: 1 if guidance == 1 else 2 for guidance in comparison.guidances}
+    references = sum(1.5 * comparison.reference_steps * (1 + 0.6 * forks) * sides[g] for g in {run[0] for run in runs})
+    return each * (references + sum(1.6 * budget * sides[g] for g, _, _, budget in runs))
+
+
+def seconds_a_row(bench: Bench) -> float:
+    """How long a U-Net row takes now, by two short calls of this machine as it is."""
+    x = initial_noise([0] * 4, bench.sd.latent_shape).to(bench.sd.device)
+    context = bench.contexts["neutral"].expand(4, -1, -1)
+    with torch.no_grad():
+        bench.sd.unet(x.to(bench.sd.dtype), 500, context)
+        began = time.perf_counter()
+        bench.sd.unet(x.to(bench.sd.dtype), 500, context)
+    return (time.perf_counter() - began) / 4
 
 
 # ---- what the classifiers see ----------------------------------------------------------------------
 
 
-def flip_rates(
-    bench: Bench, instruments: Instruments, rows: Sequence[Mapping[str, Any]], budget: int, seeds: Sequence[int]
-) -> Iterator[dict[str, Any]]:
-    """CFRT of every sampler at one budget, each at its best spacing, all styles swapped in after a fifth of the steps.
+def flip_cases(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, int]]:
+    """What CFRT is measured of: the published ddim, leading, 50 steps, and every sampler at the smallest budget."""
+    budget, guidance = min(comparison.budgets), comparison.guidances[-1]
+    best = [(name, best_spacing(rows, name, budget, guidance), steps_for(name, budget)) for name in comparison.samplers]
+    return [("ddim", "leading", 50), *best]
 
-    Beside them what the traversal is published with: ddim, leading, 50 steps.
-    """
-    comparison = bench.comparison
-    guidance, styles = comparison.guidances[-1], tuple(comparison.styles)
+
+def flip_rate(
+    bench: Bench, instruments: Instruments, case: tuple[str, str, int], seeds: Sequence[int]
+) -> dict[str, Any]:
+    """CFRT of a sampler, spacing and number of steps; all styles swapped in after a fifth of the steps."""
+    comparison, (sampler, spacing, steps) = bench.comparison, case
+    styles = tuple(comparison.styles)
     heads = instruments.heads(styles, "melanoma")
     columns = [instruments.attributes.index(name) for name in heads]
-    cases = [("ddim", "leading", 50)]
-    cases += [
-        (name, best_spacing(rows, name, budget, guidance), steps_for(name, budget))
-        for name in (*comparison.samplers, *RANDOM)
-    ]
-    for sampler, spacing, steps in tqdm(cases, desc="CFRT", unit="sampler", mininterval=1):
-        forks = {style: (style, steps // 5) for style in styles}
-        timesteps = SPACINGS[spacing](steps, bench.sd.schedule)
-        latents = bench.traverse(sampler, timesteps, forks, guidance, seeds).latents
-        probabilities = [instruments.probabilities(instruments.pixels(latents[name])) for name in ("neutral", *styles)]
-        neutral, *swapped = (rates.numpy()[:, columns] for rates in probabilities)
-        report = cfrt(neutral, np.stack(swapped, axis=1)[:, :, None], heads, styles)
-        yield {
-            "sampler": sampler,
-            "spacing": spacing,
-            "evaluations": SAMPLERS[sampler].evaluations_of(steps),
-            "seeds": len(seeds),
-            "cfrt": {style: report[style]["cfrt"]["own_head_signed"]["value"] for style in styles},
-            "target_change": {style: report[style]["target_change"]["value"] for style in styles},
-        }
+    forks = {style: (style, steps // 5) for style in styles}
+    timesteps = SPACINGS[spacing](steps, bench.sd.schedule)
+    latents = bench.traverse(sampler, timesteps, forks, comparison.guidances[-1], seeds).latents
+    probabilities = [instruments.probabilities(instruments.pixels(latents[name])) for name in ("neutral", *styles)]
+    neutral, *swapped = (rates.numpy()[:, columns] for rates in probabilities)
+    report = cfrt(neutral, np.stack(swapped, axis=1)[:, :, None], heads, styles)
+    return {
+        "evaluations": SAMPLERS[sampler].evaluations_of(steps),
+        "seeds": len(seeds),
+        "cfrt": {style: report[style]["cfrt"]["own_head_signed"]["value"] for style in styles},
+        "target_change": {style: report[style]["target_change"]["value"] for style in styles},
+    }
 
 
 # ---- checks and timing -----------------------------------------------------------------------------
@@ -308,7 +429,7 @@ def run_alone(bench: Bench, sampler: str, seeds: Sequence[int]) -> Tensor:
 
 
 def check(bench: Bench) -> list[dict[str, Any]]:
-    """Is a run the same when it is run again, and whatever is in the batch? Every sampler, on the network at hand.
+    """Is a run the same when it is run again, and whatever is in the batch? The samplers that are compared.
 
     batch_error: how far a seed's latent moves with the batch; 0 with one latent a call of the network, which
     `batch_invariant` says, and the last bits of the network's precision otherwise.
@@ -316,7 +437,7 @@ def check(bench: Bench) -> list[dict[str, Any]]:
     rows = []
     seeds = (0, 1)
     singly = Bench(replace(bench.sd, max_batch=1), bench.comparison)
-    for name in tqdm(SAMPLERS, desc="checks", unit="sampler", mininterval=1):
+    for name in tqdm(bench.comparison.samplers, desc="checks", unit="sampler", mininterval=1):
         together, again = (run_alone(bench, name, seeds) for _ in range(2))
         one_a_call, alone = run_alone(singly, name, seeds), run_alone(singly, name, seeds[1:2])
         rows.append(
@@ -327,17 +448,19 @@ def check(bench: Bench) -> list[dict[str, Any]]:
                 "batch_error": relative_error(together[1:2], alone),
             }
         )
-    ddim, euler = (run_alone(bench, name, seeds) for name in ("ddim", "euler"))
-    if (apart := relative_error(euler, ddim)) > (1e-3 if bench.sd.dtype == torch.float32 else 0.1):
-        raise ValueError(f"euler: {apart:.2g} away from ddim, whose step it takes; expected roundings only")
+    if {"ddim", "euler"} <= set(bench.comparison.samplers):
+        apart = relative_error(*(run_alone(bench, name, seeds) for name in ("euler", "ddim")))
+        if apart > (1e-3 if bench.sd.dtype == torch.float32 else 0.1):
+            raise ValueError(f"euler: {apart:.2g} away from ddim, whose step it takes; expected roundings only")
     if not all(row["repeatable"] for row in rows):
         raise ValueError(f"samplers: not the same twice: {[r['sampler'] for r in rows if not r['repeatable']]}")
     return rows
 
 
 def timings(bench: Bench, rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds an evaluation of every sampler, as a ratio to ddim in the same rounds, and what it remembers."""
-    calls = {name: partial(run_alone, bench, name, bench.comparison.seeds) for name in SAMPLERS}
+    """Milliseconds an evaluation of the samplers compared, as a ratio to ddim in the same rounds, and their memory."""
+    names = dict.fromkeys(("ddim", *bench.comparison.samplers))
+    calls = {name: partial(run_alone, bench, name, bench.comparison.seeds) for name in names}
     timed: dict[str, Timing] = time_in_turn(calls, rounds, label="timing")
     table = {}
     for name, timing in timed.items():

@@ -11,46 +11,64 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ldm.bench.sampler_statistics import scored
-from ldm.bench.samplers import best_spacing
+from ldm.bench.sampler_statistics import cheapest, pareto, scored
 from ldm.study.report.plot_style import COLOURS, GREY, MARKERS, PAGE_WIDTH, SMALL, add_legend, new_figure, styled
 
 Row = Mapping[str, Any]
 
 
-def table(rows: Sequence[Row], orders: Sequence[Row], timed: Mapping[str, Mapping[str, float]]) -> str:
-    """For every guidance a line a sampler, at the spacing with the smallest error in the middle budget."""
-    budgets = list(dict.fromkeys(row["budget"] for row in rows))
-    middle = budgets[len(budgets) // 2]
+def heading() -> str:
+    """Over the lines of `line`."""
+    return (
+        f"{'guidance':>8}  {'sampler':26}{'spacing':18}{'evals':>5}{'error':>10}{'swap':>10}{'cosine':>8}{'SSIM':>8}"
+        f"{'LPIPS':>8}{'s':>7}"
+    )
+
+
+def line(row: Row) -> str:
+    """One run."""
+    begin = f"{row['guidance']:8g}  {row['sampler']:26}{row['spacing']:18}"
+    if "refused" in row:
+        return f"{begin}  refused: {row['refused']}"
+    looks = "".join(f"{row[name]:8.4f}" if name in row else f"{'-':>8}" for name in ("ssim", "lpips"))
+    return (
+        f"{begin}{row['evaluations']:5d}{row['error']:10.2e}{row['swap_error']:10.2e}{row['swap_cosine']:8.4f}{looks}"
+        f"{row['seconds']:7.1f}"
+    )
+
+
+def summary(rows: Sequence[Row], references: Sequence[Row], timed: Mapping[str, Mapping[str, float]]) -> str:
+    """For every guidance the front with its margins, the cheapest within 1 %, the floor; then time and memory."""
     lines = []
-    for guidance in dict.fromkeys(row["guidance"] for row in rows):
-        errors = "".join(f"{f'error@{budget}':>10}" for budget in budgets)
-        lines.append(
-            f"guidance {guidance:g}\n{'sampler':18}{'spacing':18}{errors}{'order':>7}"
-            f"{f'swap@{middle}':>10}{'cosine':>8}{'ms/eval':>9}"
-        )
-        for sampler in dict.fromkeys(row["sampler"] for row in rows):
-            spacing = best_spacing(rows, sampler, middle, guidance)
-            key = (guidance, sampler, spacing)
-            by_budget = {row["budget"]: row for row in rows if (row["guidance"], row["sampler"], row["spacing"]) == key}
-            order = [o["order"] for o in orders if (o["guidance"], o["sampler"], o["spacing"]) == key]
+    for reference in references:
+        guidance = reference["guidance"]
+        here = [row for row in rows if row["guidance"] == guidance]
+        floor = reference["half_steps_error"]
+        lines.append(f"guidance {guidance:g}: no run with fewer evaluations has a smaller error than these")
+        for row in pareto(here):
+            under = "  (below the reference's own error: not told apart)" if row["error"] < floor else ""
             lines.append(
-                f"{sampler:18}{spacing:18}"
-                + "".join(f"{by_budget[budget]['error']:10.2e}" for budget in budgets)
-                + (f"{order[0]:7.2f}" if order else f"{'':7}")
-                + f"{by_budget[middle]['swap_error']:10.2e}{by_budget[middle]['swap_cosine']:8.4f}"
-                + f"{timed[sampler]['ms_per_evaluation']:9.1f}"
+                f"  {row['evaluations']:4} evaluations  {row['error']:.2e}  {row['sampler']}, {row['spacing']}{under}"
             )
-        lines.append("")
-    return "\n".join(lines)
+        best = cheapest(here)
+        told = "none" if best is None else f"{best['sampler']}, {best['spacing']}, {best['evaluations']} evaluations"
+        lines.append(f"  the cheapest within 1 %: {told}")
+        lines.append(
+            f"  the reference: {reference['steps']} steps; one of half as many is {floor:.1e} away, "
+            f"{reference['half_steps_swap_error']:.1e} when swapped"
+        )
+    spent = ", ".join(
+        f"{name} {of['ms_per_evaluation']:.0f} ({of['ratio_to_ddim']:.2f} x)" for name, of in timed.items()
+    )
+    return "\n".join([*lines, f"ms an evaluation, and ddim's speed in the same rounds as a ratio: {spent}"])
 
 
 def flip_table(flips: Sequence[Row]) -> str:
     """CFRT a sampler."""
-    lines = [f"{'CFRT':18}{'spacing':18}{'evals':>6}  " + "  ".join(flips[0]["cfrt"])]
+    lines = [f"{'CFRT':26}{'spacing':18}{'evals':>6}  " + "  ".join(flips[0]["cfrt"])]
     for row in flips:
         rates = "  ".join(f"{rate:{len(style)}.2f}" for style, rate in row["cfrt"].items())
-        lines.append(f"{row['sampler']:18}{row['spacing']:18}{row['evaluations']:6d}  {rates}")
+        lines.append(f"{row['sampler']:26}{row['spacing']:18}{row['evaluations']:6d}  {rates}")
     return "\n".join(lines)
 
 

@@ -5,17 +5,23 @@ ldm bench samplers --weights FILE --neutral PROMPT --style NAME=PROMPT --guidanc
 """
 
 import argparse
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from ldm.bench import harness, samplers, samplers_report
-from ldm.files import write_json
+from ldm.bench import harness, samplers, samplers_page, samplers_report
+from ldm.bench.known_flow import Question
+from ldm.bench.rows import RowFile
+from ldm.bench.sampler_statistics import cheapest, pareto, scored
+from ldm.files import write_json, write_text
 from ldm.phantom.prompts import CELLS
 from ldm.pipeline import PHANTOM_WEIGHTS
 from ldm.samplers import SAMPLERS
 from ldm.schedule import SPACINGS
 from ldm.study import classifier as classifiers
 from ldm.study.evaluation.instruments import Instruments
-from ldm.study.metrics.perceptual import Unavailable
+from ldm.study.metrics import perceptual
 from ldm.study.report.plot_style import save_figure
 from ldm.traversal.plan import parse_integers
 from ldm_tools import own_code
@@ -23,13 +29,16 @@ from ldm_tools.bench import known_flow
 from ldm_tools.options import add_model, add_own_prompts, load_model, own_prompts
 
 CELL = CELLS["chest"]
+Judge = perceptual.Lpips | perceptual.Unavailable
+NAMES = ("part", "guidance", "sampler", "spacing", "budget")  # of a row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the subject to `parser`."""
     parser.description = (
         "Denoise the same noises by every sampler, spacing, guidance and number of evaluations, neutral and with a "
-        "prompt swapped in, and compare with a converged run. Prints tables; writes samplers.json, .csv, .png, .pdf."
+        "prompt swapped in, and compare with a converged run. Prints a line a run as it comes, and writes it to "
+        "samplers.jsonl, from which a run that was cut off goes on; at the end samplers.json, .csv, .png, .pdf, .html."
     )
     default = samplers.Comparison(neutral=CELL.neutral, styles=CELL.styles)
     add_own_prompts(parser, "the phantom chest's; the first style is what is swapped in")
@@ -38,9 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="no network: mixtures of Gaussians, whose flow is known exactly; every sampler x spacing, within a minute",
     )
-    parser.add_argument("--seeds", help="such as 0-7 (default: 0; 0-7 with --known-flow)")
-    parser.add_argument("--guidance", default="1,3", help="scales (default: %(default)s)")
-    parser.add_argument("--evaluations", help="of a run, multiples of 10 (default: 10,20,40; and 80 with --known-flow)")
+    parser.add_argument("--seeds", help="such as 0-7 (default: 0-1; 0-7 with --known-flow)")
+    parser.add_argument("--guidance", default="1,3,7.5", help="scales (default: %(default)s)")
+    parser.add_argument("--evaluations", help="of a run (default: 10,20; and 40, 80 with --known-flow)")
     parser.add_argument(
         "--samplers",
         help=f"some of {', '.join(SAMPLERS)} (default: {','.join(default.samplers)}; all with --known-flow)",
@@ -56,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--spacing", action="append", default=[], metavar="FILE", help="your own, FILE.py:NAME or FILE.json, likewise"
     )
     parser.add_argument("--reference-steps", type=int, default=default.reference_steps, help="default: %(default)s")
-    parser.add_argument("--cfrt-seeds", type=int, default=4, help="for the CFRT; 0: none (default: %(default)s)")
+    parser.add_argument("--no-images", action="store_true", help="neither SSIM nor LPIPS")
+    parser.add_argument("--cfrt-seeds", type=int, default=2, help="for the CFRT; 0: none (default: %(default)s)")
     parser.add_argument("--classifier", type=Path, help="for the CFRT (default: the shipped one, for its prompts only)")
     parser.add_argument("--rounds", type=int, default=3, help="of the timing (default: %(default)s)")
     parser.add_argument("--max-batch", type=int, help="most rows in one U-Net call, to bound memory")
@@ -66,60 +76,129 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises ValueError for options that do not fit."""
-    own_code = take_own(args)
+    own = take_own(args)
     if args.known_flow:
-        known_flow.run(args, own_code)
+        known_flow.run(args, own)
         return
     comparison = comparison_of(args)
     sd = load_model(args)
-    bench = samplers.Bench(sd, comparison)
-    checks = samplers.check(bench)
-    timed = samplers.timings(bench, args.rounds)
-    rows, convergence = samplers.compare(bench)
-    orders = samplers.slopes(rows)
-    budget = comparison.budgets[len(comparison.budgets) // 2]
-    judge = classifier_of(args)
-    flips = []
-    if judge is not None and args.cfrt_seeds > 0:
-        no_lpips = Unavailable("not asked for", "see `ldm evaluate`")
-        instruments = Instruments(sd, classifiers.load(judge, sd.device), judge, no_lpips)
-        flips = list(samplers.flip_rates(bench, instruments, rows, budget, range(args.cfrt_seeds)))
+    bench, lpips = samplers.Bench(sd, comparison), perceptual.load_lpips()
+    file = RowFile(args.out / "samplers.jsonl", settings_of(args, bench, lpips, own), NAMES)
+    say_how_long(bench, file)
+    rows, references = [], []
+    print(samplers_report.heading(), flush=True)
+    for row in samplers.compare(bench, file, lpips, images=not args.no_images):
+        (rows if row["part"] == "run" else references).append(row)
+        if row["part"] == "run":
+            print(samplers_report.line(row), flush=True)
+    flips = list(flip_rates(args, bench, rows, file))
+    if any({"part": "check", "sampler": name} not in file for name in comparison.samplers):
+        for checked in samplers.check(bench):
+            file.add({"part": "check", **checked})
+    if any({"part": "timing", "sampler": name} not in file for name in comparison.samplers):
+        for name, timing in samplers.timings(bench, args.rounds).items():
+            file.add({"part": "timing", "sampler": name, **timing})
+    report(args, bench, file, {"rows": rows, "reference": references, "cfrt": flips}, own)
 
-    args.out.mkdir(parents=True, exist_ok=True)
+
+def settings_of(
+    args: argparse.Namespace, bench: samplers.Bench, lpips: Judge, own: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that rows depend on: another value of it needs another folder."""
+    comparison, sd = bench.comparison, bench.sd
+    levels = {name: SPACINGS[name](7, sd.schedule) for name in comparison.spacings}
+    judged = {
+        "classifier": str(classifier_of(args)),
+        "lpips": isinstance(lpips, perceptual.Lpips),
+        "cfrt_seeds": args.cfrt_seeds,
+        "images": not args.no_images,
+    }
+    model = {"weights_sha256": sd.weights_sha256(), "dtype": str(sd.dtype).removeprefix("torch.")}
+    return {**asdict(comparison), **model, **judged, "levels": levels, "own_code": own}
+
+
+def say_how_long(bench: samplers.Bench, file: RowFile) -> None:
+    """What is left to do, and for how long by the speed of this moment."""
+    comparison = bench.comparison
+    left = [
+        (guidance, *run)
+        for guidance in comparison.guidances
+        for run in comparison.runs()
+        if dict(zip(NAMES, ("run", guidance, *run), strict=True)) not in file
+    ]
+    rows = samplers.rows_of(comparison, bench.sd.schedule, left)
+    minutes = rows * samplers.seconds_a_row(bench) / 60
+    print(
+        f"{len(left)} runs to do, {rows:.0f} U-Net rows with their references: about {minutes:.1f} minutes at this "
+        "moment's speed, and about a quarter more for images, CFRT and timings; a run that is cut off goes on"
+    )
+
+
+def flip_rates(
+    args: argparse.Namespace, bench: samplers.Bench, rows: list[dict[str, Any]], file: RowFile
+) -> Iterator[dict[str, Any]]:
+    """CFRT where a classifier fits the prompts."""
+    judge = classifier_of(args)
+    if judge is None or args.cfrt_seeds < 1:
+        return
+    no_lpips = perceptual.Unavailable("not asked for", "see `ldm evaluate`")
+    instruments = Instruments(bench.sd, classifiers.load(judge, bench.sd.device), judge, no_lpips)
+    for case in samplers.flip_cases(bench.comparison, rows):
+        sampler, spacing, steps = case
+        name = {"part": "cfrt", "sampler": sampler, "spacing": spacing, "budget": steps, "steps": steps}
+        yield file.get(name, lambda case=case: samplers.flip_rate(bench, instruments, case, range(args.cfrt_seeds)))
+
+
+def report(
+    args: argparse.Namespace, bench: samplers.Bench, file: RowFile, found: dict[str, Any], own: Mapping[str, Any]
+) -> None:
+    """JSON, CSV, figure, page, and what is printed last."""
+    comparison, sd, rows = bench.comparison, bench.sd, found["rows"]
+    checks = [file[{"part": "check", "sampler": name}] for name in comparison.samplers]
+    timed = {name: file[{"part": "timing", "sampler": name}] for name in comparison.samplers}
+    floors = {row["guidance"]: row["half_steps_error"] for row in found["reference"]}
+    by_guidance = {g: [row for row in rows if row["guidance"] == g] for g in comparison.guidances}
     result = {
-        "rows": rows,
-        "orders": orders,
-        "reference": convergence,
-        "cfrt": flips,
+        **found,
+        "orders": samplers.slopes(rows),
+        "pareto": [row for of_one in by_guidance.values() for row in pareto(of_one)],
+        "cheapest_within_1_percent": {f"{g:g}": cheapest(of_one) for g, of_one in by_guidance.items()},
+        "paired": samplers.paired(rows),
         "checks": checks,
         "timings": timed,
         "peak_memory_mib": round(harness.peak_memory_mib(sd.device)),
         "prompts": {"neutral": comparison.neutral, **comparison.styles},
         "seeds": list(comparison.seeds),
         "at_swap": "reset",  # what a multistep sampler remembers
+        "own_code": dict(own),
         "weights_sha256": sd.weights_sha256(),
         "environment": harness.environment(),
     }
     write_json(args.out / "samplers.json", result)
-    (args.out / "samplers.csv").write_text(samplers_report.as_csv(rows))
-    save_figure(
-        samplers_report.figure(rows, {row["guidance"]: row["half_steps_error"] for row in convergence}),
-        args.out / "samplers",
-    )
-    print(samplers_report.table(rows, orders, timed))
-    for row in convergence:
-        print(
-            f"reference at guidance {row['guidance']:g}: {row['steps']} steps; one of half as many is "
-            f"{row['half_steps_error']:.1e} away, {row['half_steps_swap_error']:.1e} when swapped"
-        )
-    if flips:
-        print("\n" + samplers_report.flip_table(flips))
+    write_text(args.out / "samplers.csv", samplers_report.as_csv(rows))
+    if scored(rows):
+        save_figure(samplers_report.figure(rows, floors), args.out / "samplers")
+    write_text(args.out / "samplers.html", page_of(bench, rows, floors))
+    print(samplers_report.summary(rows, found["reference"], timed))
+    if found["cfrt"]:
+        print("\n" + samplers_report.flip_table(found["cfrt"]))
     moved = max(row["batch_error"] for row in checks)
     invariant = all(row["batch_invariant"] for row in checks)
     print(
         f"\nall the same twice; independent of the batch with one latent a call: {invariant} (else within {moved:.0e})"
-        f"; {result['peak_memory_mib']} MiB at most; see {args.out}"
+        f"; {result['peak_memory_mib']} MiB at most; see {args.out / 'samplers.html'}, samplers.png, .csv, .json"
     )
+
+
+def page_of(bench: samplers.Bench, rows: list[dict[str, Any]], floors: Mapping[float, float]) -> str:
+    """The page: this network's runs, and beside them the same samplers' paths on the known flow."""
+    comparison = bench.comparison
+    what = (
+        f"Weights {bench.sd.weights_sha256()[:12]}, {len(comparison.seeds)} seeds, prompt {comparison.neutral!r}. "
+        f"Errors are relative, to a run of {comparison.reference_steps} steps."
+    )
+    question = Question(samplers=comparison.samplers, spacings=comparison.spacings)
+    return samplers_page.page(what, rows, samplers_page.plane(question, min(comparison.budgets)), floors)
 
 
 def take_own(args: argparse.Namespace) -> dict[str, dict[str, str]]:
@@ -151,9 +230,9 @@ def comparison_of(args: argparse.Namespace) -> samplers.Comparison:
     return samplers.Comparison(
         neutral=args.neutral or CELL.neutral,
         styles=styles or CELL.styles,
-        seeds=parse_integers(args.seeds or "0", "--seeds"),
+        seeds=parse_integers(args.seeds or "0-1", "--seeds"),
         guidances=guidances,
-        budgets=parse_integers(args.evaluations or "10,20,40", "--evaluations"),
+        budgets=parse_integers(args.evaluations or "10,20", "--evaluations"),
         samplers=tuple(args.samplers.split(",")),
         spacings=tuple(args.spacings.split(",")),
         reference_steps=args.reference_steps,
