@@ -7,6 +7,7 @@ ldm bench samplers --weights FILE --neutral PROMPT --style NAME=PROMPT --guidanc
 import argparse
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,8 @@ def run(args: argparse.Namespace) -> None:
     bench, lpips = samplers.Bench(sd, comparison), perceptual.load_lpips()
     file = RowFile(args.out / "samplers.jsonl", settings_of(args, bench, lpips, own), NAMES)
     say_how_long(bench, file)
-    rows, references = [], []
+    rows: list[dict[str, Any]] = []
+    references: list[dict[str, Any]] = []
     print(samplers_report.heading(), flush=True)
     for row in samplers.compare(bench, file, lpips, images=not args.no_images):
         (rows if row["part"] == "run" else references).append(row)
@@ -146,7 +148,8 @@ def flip_rates(
     for case in samplers.flip_cases(bench.comparison, rows):
         sampler, spacing, steps = case
         name = {"part": "cfrt", "sampler": sampler, "spacing": spacing, "budget": steps, "steps": steps}
-        yield file.get(name, lambda case=case: samplers.flip_rate(bench, instruments, case, range(args.cfrt_seeds)))
+        compute = partial(samplers.flip_rate, bench, instruments, case, range(args.cfrt_seeds))
+        yield file.get(name, compute)
 
 
 def report(
