@@ -96,27 +96,37 @@ class GuidedEps:
 
     def __call__(self, x_t: Tensor, t: float, step: int) -> Tensor:
         """eps of (B, 4, H/8, W/8), see `guided`; ValueError when a context's batch is neither B nor 1."""
+        return self.with_uncond(x_t, t, step)[0]
+
+    def with_uncond(self, x_t: Tensor, t: float, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """eps, and the unconditional one (eps again without guidance); rows: of the contexts, where x_t is some."""
         size = self.latents_a_call or len(x_t)
-        cond = _for_batch("context", self.contexts.at(step), len(x_t))
+        cond = _for_batch("context", self.contexts.at(step), len(x_t), rows)
         if self.uncond is None:
             parts = zip(x_t.split(size), cond.split(size), strict=True)
-            return torch.cat([self._evaluate(x, t, context) for x, context in parts])
-        uncond = _for_batch("uncond", self.uncond.at(step), len(x_t))
+            eps = torch.cat([self._evaluate(x, t, context) for x, context in parts])
+            return eps, eps
+        uncond = _for_batch("uncond", self.uncond.at(step), len(x_t), rows)
         halves = []
         for x, without, with_prompt in zip(x_t.split(size), uncond.split(size), cond.split(size), strict=True):
             # One call for both, the unconditional half first, as CompVis has it.
             eps = self._evaluate(torch.cat([x, x]), t, torch.cat([without, with_prompt]))
             halves.append(eps.chunk(2))
         eps_uncond, eps_cond = (torch.cat(parts) for parts in zip(*halves, strict=True))
-        return eps_uncond + self.guidance_scale * (eps_cond - eps_uncond)
+        return eps_uncond + self.guidance_scale * (eps_cond - eps_uncond), eps_uncond
+
+    def row(self, i: int) -> Callable[[Tensor, float, int], Tensor]:
+        """The eps_fn of one latent of the batch, for samplers that step each by itself."""
+        return lambda x_t, t, step: self.with_uncond(x_t, t, step, slice(i, i + 1))[0]
 
     def _evaluate(self, x_t: Tensor, t: float, context: Tensor) -> Tensor:
         self.rows += len(x_t)
         return self.unet(x_t.to(context.dtype), t, context).to(x_t.dtype)
 
 
-def _for_batch(name: str, context: Tensor, batch: int) -> Tensor:
+def _for_batch(name: str, context: Tensor, batch: int, rows: slice) -> Tensor:
     """(B or 1, L, D) -> (B, L, D), as a view."""
+    context = context[rows] if len(context) > 1 else context
     if len(context) not in (1, batch):
         raise ValueError(f"{name}: expected a batch of 1 or {batch}, as x_t's, got {len(context)}")
     return context.expand(batch, -1, -1)

@@ -13,6 +13,7 @@ does; the samplers are given both there.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -26,8 +27,13 @@ class GuidedNetwork(Protocol):
 
     steps: int
     rows: int
+    guidance_scale: float
 
     def __call__(self, x_t: Tensor, t: float, step: int) -> Tensor: ...
+
+    def with_uncond(self, x_t: Tensor, t: float, step: int) -> tuple[Tensor, Tensor]: ...
+
+    def row(self, i: int) -> Callable[[Tensor, float, int], Tensor]: ...
 
 
 def implied(prediction: Prediction, output: Tensor, x_t: Tensor, alphas_cumprod: float) -> tuple[Tensor, Tensor]:
@@ -55,6 +61,7 @@ class Predicted:
         self.prediction = prediction
         self.schedule = schedule
         self.steps = guided.steps
+        self.guidance_scale = guided.guidance_scale
 
     @property
     def rows(self) -> int:
@@ -67,5 +74,17 @@ class Predicted:
 
     def eps_and_x0(self, x_t: Tensor, t: float, step: int) -> tuple[Tensor, Tensor]:
         """Both, from one evaluation: exact also where x_t is pure noise."""
-        output = self.guided(x_t, t, step)
+        return self._implied(self.guided(x_t, t, step), x_t, t)
+
+    def with_uncond(self, x_t: Tensor, t: float, step: int) -> tuple[Tensor, Tensor]:
+        """eps, and the unconditional one."""
+        output, uncond = self.guided.with_uncond(x_t, t, step)
+        return self._implied(output, x_t, t)[0], self._implied(uncond, x_t, t)[0]
+
+    def row(self, i: int) -> Callable[[Tensor, float, int], Tensor]:
+        """The eps_fn of one latent of the batch."""
+        guided = self.guided.row(i)
+        return lambda x_t, t, step: self._implied(guided(x_t, t, step), x_t, t)[0]
+
+    def _implied(self, output: Tensor, x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
         return implied(self.prediction, output, x_t, self.schedule.alphas_cumprod_at(t))

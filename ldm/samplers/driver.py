@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol
 
@@ -30,6 +30,7 @@ from ldm.schedule import Schedule, leading
 EpsFn = Callable[[Tensor, float, int], Tensor]
 """eps = eps_fn(x_t, t, step): x_t and eps (B, 4, H/8, W/8); t the training timestep, an int where it is whole; step
 counted from noise. One that was made for a number of steps says so in an attribute `steps`; other numbers are refused.
+Where it is guided, `with_uncond` gives eps and the unconditional one; where rows differ, `row(i)` is that of one row.
 """
 
 
@@ -58,7 +59,7 @@ class Step:
     x0_pred: Tensor  # (B, 4, H/8, W/8) the clean latents that eps implies
     x_prev: Tensor  # (B, 4, H/8, W/8) the latents after this step
     history: History = ()  # what the next step may look back at
-    evaluations: int = 1  # of the network, in this step
+    evaluations: float = 1  # of the network, in this step; the mean over the batch where rows differ
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,18 @@ class Run:
     eta: float  # how random, see `Sampler.eta`
     noise: Noise | None
     x0_pred: Tensor  # (x_t - std eps) / alpha, not clipped: latents have no natural range     [DDIM, eq. 9]
-    evaluations: int = 1
+    eps_uncond: Tensor  # eps itself, unless the sampler says uncond and eps_fn is guided
+    evaluations: float = 1
     draws: int = 0
 
     def eps(self, x: Tensor, level: Level) -> Tensor:
         """The network at another latent or level, in this step's context: one more evaluation."""
         self.evaluations += 1
         return _evaluate(self.eps_fn, x, level, self.index)
+
+    def x0(self, x: Tensor, level: Level) -> Tensor:
+        """The x_0 that the network sees at another latent or level: one more evaluation."""
+        return (x - level.std * self.eps(x, level)) / level.alpha
 
     def noise_like(self, x: Tensor) -> Tensor:
         """Standard normal like x, a function of seed and step; every call of a step draws anew."""
@@ -116,6 +122,24 @@ class Run:
         drawn = self.noise(self.index, self.draws) if self.draws else self.noise(self.index)
         self.draws += 1
         return drawn.to(x)
+
+    def brownian(self, now: Level, then: Level, x: Tensor) -> Tensor:
+        """Standard normal like x: what a Brownian path of the seed, in time alpha^2 / std^2, does between two levels.
+
+        Runs of other steps meet the same path. A noise that has none (see `SeedNoise.between`) gives fresh draws.
+        """
+        between = getattr(self.noise, "between", None)
+        return self.noise_like(x) if between is None else between(now.log_snr, then.log_snr).to(x)
+
+    def row(self, i: int) -> Run:
+        """The run of one latent of the batch, nothing evaluated yet."""
+        rows = getattr(self.eps_fn, "row", None)
+        eps_fn = self.eps_fn if rows is None else rows(i)
+        history = tuple(past[i : i + 1] for past in self.history)
+        x0_pred, eps_uncond = self.x0_pred[i : i + 1], self.eps_uncond[i : i + 1]
+        return replace(
+            self, eps_fn=eps_fn, history=history, x0_pred=x0_pred, eps_uncond=eps_uncond, noise=None, evaluations=0
+        )
 
     def level_at(self, log_snr: float) -> Level:
         """The noise level of some lambda."""
@@ -140,6 +164,8 @@ class Sampler:
     eta: float | None = None  # how random unless told otherwise, 0 .. 1; None: it has no choice
     even: bool = False  # needs evenly spaced timesteps
     from_pure_noise: bool = False  # whether it can begin where alphas_cumprod is 0
+    varies: bool = False  # evaluations depend on levels or latents; `evaluations` is then the least
+    uncond: bool = False  # needs the unconditional eps beside the guided one, of a guidance scale in 0 .. 1
 
     def __call__(
         self,
@@ -178,6 +204,8 @@ class Sampler:
         eta = self._checked_eta(eta, noise)
         if self.even:
             _check_even(self.name, levels)
+        if self.uncond and not 0 <= (scale := getattr(eps_fn, "guidance_scale", 1)) <= 1:
+            raise ValueError(f"guidance_scale: {self.name} expects 0..1, such as 0.6, got {scale:g}")
         if not self.from_pure_noise and not all(level.alphas_cumprod for level in levels[:-1]):
             raise ValueError(
                 f"timesteps: {self.name} divides by alpha, which is 0 where this schedule begins (zero terminal SNR): "
@@ -186,15 +214,15 @@ class Sampler:
         x_t = x_T
         for index in range(start, steps):
             now, then = levels[index], levels[index + 1]
-            eps, x0_pred = _evaluate_both(eps_fn, x_t, now, index)
-            run = Run(eps_fn, schedule, index, levels[:index][::-1], history, eta, noise, x0_pred)
+            eps, x0_pred, eps_uncond = _evaluate_all(eps_fn, x_t, now, index, self.uncond)
+            run = Run(eps_fn, schedule, index, levels[:index][::-1], history, eta, noise, x0_pred, eps_uncond)
             result = self.step(now, then, x_t, eps, run)
             x_prev, history = result if isinstance(result, tuple) else (result, ())
             yield Step(index, now.t, x_t, eps, x0_pred, x_prev, history, run.evaluations)
             x_t = x_prev
 
     def evaluations_of(self, steps: int) -> int:
-        """Of a run that takes this many steps."""
+        """Of a run that takes this many steps; at least, where they vary."""
         return self.evaluations * steps + (self.starting if steps else 0)
 
     def _checked_eta(self, eta: float | None, noise: Noise | None) -> float:
@@ -260,15 +288,18 @@ def _evaluate(eps_fn: EpsFn, x: Tensor, level: Level, step: int) -> Tensor:
     return eps
 
 
-def _evaluate_both(eps_fn: EpsFn, x: Tensor, level: Level, step: int) -> tuple[Tensor, Tensor]:
-    """eps and the x_0 that it implies; eps_fn tells both where its network predicts something else."""
-    if (both := getattr(eps_fn, "eps_and_x0", None)) is not None:
-        eps, x0_pred = both(x, level.t, step)
-        return eps.to(x.dtype), x0_pred.to(x.dtype)
+def _evaluate_all(eps_fn: EpsFn, x: Tensor, level: Level, step: int, uncond: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """eps, the x_0 that it implies, and the unconditional eps where it is asked for (else, or unguided: eps again)."""
+    if uncond and (guided := getattr(eps_fn, "with_uncond", None)) is not None:
+        eps, eps_uncond = (part.to(x.dtype) for part in guided(x, level.t, step))
+        return eps, (x - level.std * eps) / level.alpha, eps_uncond
+    if (both := getattr(eps_fn, "eps_and_x0", None)) is not None:  # whose network predicts something else
+        eps, x0_pred = (part.to(x.dtype) for part in both(x, level.t, step))
+        return eps, x0_pred, eps
     eps = _evaluate(eps_fn, x, level, step)
     if not level.alphas_cumprod:
         raise ValueError("timesteps: eps says nothing of x_0 in pure noise (zero terminal SNR); use spacing leading")
-    return eps, (x - level.std * eps) / level.alpha
+    return eps, (x - level.std * eps) / level.alpha, eps
 
 
 def _whole(t: float) -> float:

@@ -1,4 +1,4 @@
-"""Methods that remember earlier steps: PLMS and LMS, DPM-Solver++ (2M, 3M) and UniPC.
+"""Methods that remember earlier steps: PLMS, iPNDM and LMS, DEIS, DPM-Solver++ (2M, 3M) and UniPC.
 
 DPM-Solver solves exactly the part of the flow that is known exactly, and approximates only the network. With
 h = lambda_prev - lambda > 0 a step from (alpha, std) to (alpha', std') is
@@ -10,6 +10,7 @@ over lambda .. lambda_prev. A polynomial in place of eps or x0_pred gives a meth
 
 Papers: PNDM = Liu et al. 2022, arXiv:2202.09778.  DPM-Solver = Lu et al. 2022, arXiv:2206.00927.
 DPM-Solver++ = Lu et al. 2022, arXiv:2211.01095.  UniPC = Zhao et al. 2023, arXiv:2302.04867.
+DEIS = Zhang and Chen 2022, arXiv:2204.13902, where iPNDM is too.
 LMS is Crowson's, k-diffusion.
 """
 
@@ -50,6 +51,16 @@ def plms(now: Level, then: Level, x_t: Tensor, eps: Tensor, run: Run) -> tuple[T
     return _transfer(now, then, x_t, mean), (eps, *run.history)[:3]
 
 
+def ipndm(now: Level, then: Level, x_t: Tensor, eps: Tensor, run: Run) -> tuple[Tensor, History]:
+    """PLMS whose first steps make do with the eps that they have: one evaluation in each. Order 2. [DEIS, iPNDM]
+
+    eps' = e_0;   (3 e_0 - e_1) / 2;   (23 e_0 - 16 e_1 + 5 e_2) / 12;   then as in `plms`
+
+    History: the last three eps, newest first.
+    """
+    return plms(now, then, x_t, eps, run) if run.history else (_transfer(now, then, x_t, eps), (eps,))
+
+
 def _transfer(now: Level, then: Level, x_t: Tensor, eps: Tensor) -> Tensor:
     """DDIM's step along any eps."""
     return then.alpha * ((x_t - now.std * eps) / now.alpha) + then.std * eps
@@ -82,6 +93,42 @@ def _adams_weights(known_at: Sequence[float], begin: float, end: float) -> list[
     powers = np.arange(len(x))
     integrals = stride ** (powers + 1) / (powers + 1)
     return (scale * np.linalg.solve(x ** powers[:, None], integrals)).tolist()
+
+
+def deis(now: Level, then: Level, x_t: Tensor, eps: Tensor, run: Run) -> tuple[Tensor, History]:
+    """DEIS, tAB2 in log sigma: the parabola in lambda through the last three eps, integrated. Order 3.
+
+    x' = (alpha' / alpha) x_t - std' (w_0 e_0 + w_1 d_1 + (w_2 + h_1 w_1) d_2)   d_k as in `dpm_solver_pp_3m`, of eps
+    w_k = int_0^h e^(h - l) l^k dl:   w_0 = e^h - 1,   w_k = k w_(k-1) - h^k                    [DEIS, proposition 3]
+
+    What DPM-Solver is to DPM-Solver++(3M). Its first steps know less; what remains of their error is of order 2.
+    Without noise at its end (h infinite) a step is DDIM's.
+
+    History: the last two eps, newest first.
+    """
+    if then.std == 0:
+        return run.x0_pred, (eps, *run.history)[:2]
+    h = then.log_snr - now.log_snr
+    w_0 = expm1(h)
+    w_1 = w_0 - h
+    integral = w_0 * eps + newton_rest(eps, w_1, 2 * w_1 - h**2, now, run)
+    return then.alpha / now.alpha * x_t - then.std * integral, (eps, *run.history)[:2]
+
+
+def newton_rest(value: Tensor, w_1: float, w_2: float, now: Level, run: Run) -> Tensor | float:
+    """What slope and curvature add to an integral over lambda, of Newton's parabola through a value and the history.
+
+    w_1 d_1 + (w_2 + h_1 w_1) d_2, with divided differences d; w_k is the integral of l^k under the method's weight.
+    """
+    if not run.history:
+        return 0.0
+    h_1 = now.log_snr - run.before[0].log_snr
+    d_1 = (value - run.history[0]) / h_1
+    if len(run.history) == 1:
+        return w_1 * d_1
+    h_2 = run.before[0].log_snr - run.before[1].log_snr
+    d_2 = (d_1 - (run.history[0] - run.history[1]) / h_2) / (h_1 + h_2)
+    return w_1 * d_1 + (w_2 + h_1 * w_1) * d_2
 
 
 def dpm_solver_pp_2m(now: Level, then: Level, x_t: Tensor, eps: Tensor, run: Run) -> tuple[Tensor, History]:
@@ -117,21 +164,13 @@ def dpm_solver_pp_3m(now: Level, then: Level, x_t: Tensor, eps: Tensor, run: Run
 
     History: the last two x0_pred, newest first.
     """
-    x0_pred, history = run.x0_pred, run.history
     h = then.log_snr - now.log_snr
     w_0 = -expm1(-h)
-    integral = w_0 * x0_pred
-    if history and then.std > 0:
+    integral = w_0 * run.x0_pred
+    if then.std > 0:
         w_1 = h - w_0
-        h_1 = now.log_snr - run.before[0].log_snr
-        d_1 = (x0_pred - history[0]) / h_1
-        integral = integral + w_1 * d_1
-        if len(history) > 1:
-            w_2 = h**2 - 2 * w_1
-            h_2 = run.before[0].log_snr - run.before[1].log_snr
-            d_2 = (d_1 - (history[0] - history[1]) / h_2) / (h_1 + h_2)
-            integral = integral + (w_2 + h_1 * w_1) * d_2
-    return then.std / now.std * x_t + then.alpha * integral, (x0_pred, *history)[:2]
+        integral = integral + newton_rest(run.x0_pred, w_1, h**2 - 2 * w_1, now, run)
+    return then.std / now.std * x_t + then.alpha * integral, (run.x0_pred, *run.history)[:2]
 
 
 def unipc(now: Level, then: Level, x_t: Tensor, eps: Tensor, run: Run) -> tuple[Tensor, History]:

@@ -12,8 +12,9 @@ from typing import NamedTuple
 SAMPLER_NAMES = {
     "ddim_cfg_pp": "ddim_cfgpp",
     "deis_multistep": "deis",
+    "dpm2": "dpm_solver_2s",  # without churn the two are one step
     "dpm2_a": "dpm2_ancestral",
-    "dpm_2": "dpm2",
+    "dpm_2": "dpm_solver_2s",
     "dpm_2_a": "dpm2_ancestral",
     "dpm_2_ancestral": "dpm2_ancestral",
     "dpm_solver_pp_2s_a": "dpm_solver_pp_2s_ancestral",
@@ -26,7 +27,7 @@ SAMPLER_NAMES = {
     "dpmpp_3m_sde": "dpm_solver_pp_3m_sde",
     "dpmpp_sde": "dpm_solver_pp_sde",
     "euler_a": "euler_ancestral",
-    "kdpm2": "dpm2",
+    "kdpm2": "dpm_solver_2s",
     "kdpm2_ancestral": "dpm2_ancestral",
     "pndm": "plms",
     "uni_pc": "unipc",
@@ -74,7 +75,9 @@ def meaning(
     """As `understood`, beside a spacing that was asked for; ValueError for an unknown name, or for two spacings."""
     found = understood(name, samplers)
     if found is None:
-        raise ValueError(f"sampler: expected one of {', '.join(samplers)}, or a name for one of them, got {name!r}")
+        raise ValueError(
+            f"sampler: expected one of {', '.join(samplers)}, FILE.py:NAME or a name for one, got {name!r}"
+        )
     if spacing is not None and found.spacing not in (None, spacing):
         raise ValueError(f"spacing: got {spacing!r} beside sampler {name!r}, whose name says {found.spacing}")
     return found.sampler, found.spacing or spacing

@@ -11,7 +11,7 @@ from typing import Any
 
 from ldm.conditioning import Indexing, neutral_steps
 from ldm.samplers import SAMPLERS, Sampler
-from ldm.schedule import EVEN_SPACINGS, SPACINGS, TRAIN_STEPS
+from ldm.schedule import ENDS, EVEN_SPACINGS, SPACINGS, TRAIN_STEPS
 from ldm.traversal.prompt_tree import KEEPABLE
 
 SWAP_STEPS = tuple(range(5, 50, 5))
@@ -27,16 +27,20 @@ class Sampling:
     negative: str = ""
     sampler: str = "ddim"  # one of ldm.samplers.SAMPLERS
     spacing: str = "leading"  # one of ldm.schedule.SPACINGS
+    sampler_named: str | None = None  # by the user, where that is another name
+    end: str | None = None  # one of ldm.schedule.ENDS; None: the model's own
     eta: float = 0.0  # of ddim
     latent_size: tuple[int, int] | None = None  # height, width; None: the size that the model was trained at
     keep: tuple[str, ...] = ()  # quantities of every step to save, out of x_t, x0_pred, eps
     own_code: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # "sampler", "spacing" -> file, sha256
 
     def settings(self) -> dict[str, Any]:
-        """For run.json: files of one's own are mentioned where there are any, so that older folders can be grown."""
+        """All that latents depend on; what is unusual only where it is so, so that older folders can be grown."""
         entries = asdict(self)
-        if not self.own_code:
-            del entries["own_code"]
+        del entries["sampler_named"]
+        for unusual in ("own_code", "end"):
+            if not entries[unusual]:
+                del entries[unusual]
         return entries
 
     def __post_init__(self) -> None:
@@ -57,6 +61,10 @@ class Sampling:
             )
         if SAMPLERS[self.sampler].even and self.spacing not in EVEN_SPACINGS:
             raise ValueError(f"spacing: {self.sampler} expects one of {', '.join(EVEN_SPACINGS)}, got {self.spacing!r}")
+        if self.end not in (None, *ENDS):
+            raise ValueError(f"end: expected one of {', '.join(ENDS)}, got {self.end!r}")
+        if SAMPLERS[self.sampler].uncond and not 0 <= self.guidance <= 1:
+            raise ValueError(f"guidance: {self.sampler} expects 0..1, such as 0.6, got {self.guidance:g}")
         if self.eta and SAMPLERS[self.sampler].eta is None:
             raise ValueError(f"eta: it belongs to ddim, got {self.eta} with sampler {self.sampler!r}")
         if set(self.keep) - set(KEEPABLE) or len(set(self.keep)) != len(self.keep):

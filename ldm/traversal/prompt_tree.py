@@ -69,7 +69,7 @@ def swaps(
 
 
 def unet_rows(tree: Branch, steps: int, sampler: Sampler = ddim) -> int:
-    """Network evaluations one seed costs: each branch pays for its own steps only.
+    """Network evaluations one seed costs (at least, where they vary): each branch pays for its own steps only.
 
     Guidance doubles them (its unconditional half); running the branches separately would cost those of a whole run for
     each.
@@ -140,7 +140,8 @@ def traverse_tree(
     Args:    sample: its options must fit any number of rows: a negative prompt of (1, L, D), not of (B, L, D).
              x_T: (B, C, H, W), one row a seed.  tree: the root branch.  seeds: all branches of one get the same noise.
              steps: S.  keep: quantities to keep from every step, out of `KEEPABLE`.
-             progress: called after each step with the number of rows done; they add up to B unet_rows(tree, S, ...).
+             progress: called after each step with the number of rows done; they add up to B unet_rows(tree, S, ...),
+             or more where the sampler's evaluations vary.
     Returns: final latents and kept quantities, in dtype of x_T and on the model's device.
     Raises:  ValueError: a tree that cannot be run (names, fork steps, context shapes), before the first evaluation.
     """
@@ -164,7 +165,7 @@ def traverse_tree(
             for step in islice(run, stop - start):
                 paths.move(live, step)
                 if progress is not None:
-                    progress(len(step.x_prev) * step.evaluations)
+                    progress(round(len(step.x_prev) * step.evaluations))
     names = [branch.name for branch, _ in _walk(tree)]
     return TreeResult(x_T, {name: paths.latents[name] for name in names}, paths.rows, paths.stacked(), tree)
 
@@ -204,7 +205,7 @@ class _Paths:
 
     def move(self, live: Sequence[str], step: Step) -> None:
         """Take a step of the batch apart again."""
-        self.rows += len(step.x_prev) * step.evaluations
+        self.rows += round(len(step.x_prev) * step.evaluations)
         size = len(self.x_T)
         histories = [past.split(size) for past in step.history]
         for i, name in enumerate(live):

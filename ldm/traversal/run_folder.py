@@ -107,6 +107,7 @@ class _Run:
     def into_folder(self, images: bool = True) -> dict[str, Any]:
         """Sample, decode, write run.json, and return what it says."""
         began, plan, out = time.monotonic(), self.plan, self.out
+        varies = plan.run_sampler.varies
         earlier = read_record(out) if (out / "latents.safetensors").exists() else {}
         latents, rows = self.sampled()
         decoded = write_images(self.sd, latents, out, self.label) if images else 0
@@ -115,9 +116,10 @@ class _Run:
 
         seeds = sorted({*plan.seeds, *earlier.get("seeds", [])})
         record = {
-            "unet_rows": len(seeds) * self.rows_a_seed,
+            "unet_rows": rows + earlier.get("unet_rows", 0) if varies else len(seeds) * self.rows_a_seed,
             "unet_rows_separate": len(seeds) * self.branches * plan.run_sampler.evaluations_of(plan.steps),
             "unet_rows_this_run": rows,  # fewer where an earlier run was continued
+            **({"unet_rows_separate_is": "the least: its sampler's evaluations vary"} if varies else {}),
             "seconds": round(earlier.get("seconds", 0) + time.monotonic() - began, 2),
             "backend": self.sd.backend,
             "cuda_graph": self.sd.cuda_graph_used or earlier.get("cuda_graph", False),
@@ -126,6 +128,7 @@ class _Run:
             "weights": [str(path) for path in self.sd.files],
             **self.model,
             **plan.settings(),
+            **({"sampler_named": plan.sampler_named} if plan.sampler_named else {}),
             **self.start.record(latents, out, earlier),
             "seeds": seeds,
             "latent_size": self.shape[1:],

@@ -59,6 +59,7 @@ def sample(
         negative=sd.encode_prompts([plan.negative]),
         sampler=plan.sampler,
         spacing=plan.spacing,
+        end=plan.end,
         eta=plan.eta,
     )
     x_T = initial_noise(seeds, shape) if x_T is None else x_T

@@ -41,9 +41,10 @@ def test_it_is_guidance_and_ddim():
 def test_every_sampler_goes_by_its_name(name):
     noise = step_noise(SEEDS, SHAPE)
     timesteps = SPACINGS["trailing"](5, SCHEDULE)
-    expected = by_hand(constant(PROMPT, 5), SAMPLERS[name], noise=noise, timesteps=timesteps)
-    assert_same(sampled(sampler=name, spacing="trailing"), expected)
-    assert_same(sampled(sampler=name, spacing=timesteps), expected)
+    scale = 0.6 if SAMPLERS[name].uncond else 7.5
+    expected = by_hand(constant(PROMPT, 5), SAMPLERS[name], scale, noise=noise, timesteps=timesteps)
+    assert_same(sampled(sampler=name, spacing="trailing", guidance_scale=scale), expected)
+    assert_same(sampled(sampler=name, spacing=timesteps, guidance_scale=scale), expected)
 
 
 def test_names_that_users_know_and_ends():

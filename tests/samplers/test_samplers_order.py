@@ -17,13 +17,16 @@ from ldm.samplers import (
     Sampler,
     ddim,
     ddpm,
+    deis,
     dpm_solver_2s,
+    dpm_solver_3s,
     dpm_solver_pp_2m,
     dpm_solver_pp_3m,
     euler,
     euler_ancestral,
     heun,
     initial_noise,
+    ipndm,
     lms,
     plms,
     step_noise,
@@ -61,26 +64,27 @@ def whole_run_errors(sampler: Sampler, steps: tuple[int, int]) -> list[float]:
 
 @pytest.mark.parametrize(
     ("sampler", "theory"),
-    [(ddim, 1), (euler, 1), (heun, 2), (dpm_solver_2s, 2), (dpm_solver_pp_2m, 2), (unipc, 3)],
+    [(ddim, 1), (euler, 1), (heun, 2), (dpm_solver_2s, 2), (dpm_solver_3s, 3), (dpm_solver_pp_2m, 2), (unipc, 3)],
 )
 def test_the_order_of_convergence_is_the_theorys(sampler, theory):
     assert order(whole_run_errors(sampler, (80, 160))) == pytest.approx(theory, abs=0.2)
 
 
-def test_plms_is_of_order_2_on_even_timesteps():
+@pytest.mark.parametrize("sampler", [plms, ipndm])
+def test_plms_and_ipndm_are_of_order_2_on_even_timesteps(sampler):
     # Down to t = 199: below, where lambda turns steep against t, even timesteps need thousands of steps to show it.
     schedule = replace(SCHEDULE, final_alpha_cumprod=float(SCHEDULE.alphas_cumprod[199]))
     exact = MIXTURE.flow(X_T, schedule.alphas_cumprod_at(999), schedule.final_alpha_cumprod)
     errors = []
     for n in (80, 160):
-        *_, last = plms(MIXTURE.eps, X_T, schedule, n, timesteps=[999 - 800 * i / n for i in range(n)])
+        *_, last = sampler(MIXTURE.eps, X_T, schedule, n, timesteps=[999 - 800 * i / n for i in range(n)])
         errors.append(error(last.x_prev, exact))
     assert order(errors) == pytest.approx(2, abs=0.2)
 
 
 @pytest.mark.parametrize(
     ("sampler", "spacing", "steps", "remembered", "theory"),
-    [(lms, karras, (160, 320), 3, 4), (dpm_solver_pp_3m, log_snr, (80, 160), 2, 3)],
+    [(lms, karras, (160, 320), 3, 4), (dpm_solver_pp_3m, log_snr, (80, 160), 2, 3), (deis, log_snr, (80, 160), 2, 3)],
 )
 def test_with_an_exact_past_the_long_multistep_methods_have_their_full_order(
     sampler, spacing, steps, remembered, theory
@@ -93,7 +97,7 @@ def test_with_an_exact_past_the_long_multistep_methods_have_their_full_order(
         ts = spacing(n, SCHEDULE)
         x = [MIXTURE.flow(X_T, a_T, SCHEDULE.alphas_cumprod_at(t)) for t in ts[: remembered + 1]]
         eps = [MIXTURE.eps(x_t, t) for x_t, t in zip(x, ts, strict=False)]
-        past = eps if sampler is lms else [clean(*of) for of in zip(x, eps, ts, strict=False)]
+        past = eps if sampler in (lms, deis) else [clean(*of) for of in zip(x, eps, ts, strict=False)]
         history = tuple(reversed(past[:remembered]))
         *_, last = sampler(MIXTURE.eps, x[-1], SCHEDULE, n, start=remembered, history=history, timesteps=ts)
         errors.append(error(last.x_prev, exact))
@@ -123,6 +127,19 @@ def test_the_mixtures_flow_is_what_ddim_converges_to():
 # ---- identities ------------------------------------------------------------------------------------
 
 
+class Always:
+    """The same eps, whatever x_t is; `row`: for methods that step each latent by itself."""
+
+    def __init__(self, eps: Tensor) -> None:
+        self.eps = eps
+
+    def __call__(self, x_t: Tensor, t: float, step: int) -> Tensor:
+        return self.eps
+
+    def row(self, i: int) -> "Always":
+        return Always(self.eps[i : i + 1])
+
+
 @pytest.mark.parametrize("steps", [1, 2, 5, 20])
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_with_the_exact_eps_every_sampler_recovers_x_0(name, steps):
@@ -130,13 +147,13 @@ def test_with_the_exact_eps_every_sampler_recovers_x_0(name, steps):
     to_zero = replace(SCHEDULE, final_alpha_cumprod=1.0)
     for schedule, expected in ((SCHEDULE, SCHEDULE.add_noise(x_0, eps, 0)), (to_zero, x_0)):
         x_T = SCHEDULE.add_noise(x_0, eps, 999)
-        run = list(SAMPLERS[name](lambda x_t, t, step: eps, x_T, schedule, steps, timesteps=linspace(steps)))
+        run = list(SAMPLERS[name](Always(eps), x_T, schedule, steps, timesteps=linspace(steps)))
         torch.testing.assert_close(run[-1].x_prev, expected)
         for step in run:
             torch.testing.assert_close(step.x0_pred, x_0)
 
 
-@pytest.mark.parametrize("name", ["euler_ancestral", "ddpm"])
+@pytest.mark.parametrize("name", RANDOM)
 def test_with_the_exact_x_0_the_random_samplers_recover_it(name):
     x_0 = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     noise = step_noise([0], (4, 8, 8))
@@ -185,15 +202,22 @@ def test_every_evaluation_of_a_step_asks_for_that_steps_context(name):
     counts = [sum(step == index for step, _ in asked) for index in range(6)]
     assert counts == [step.evaluations for step in run]
     every, starting = SAMPLERS[name].evaluations, SAMPLERS[name].starting
-    assert counts == [every + starting] + [every] * 5
-    assert [SAMPLERS[name].evaluations_of(steps) for steps in (0, 1, 6)] == [0, counts[0], sum(counts)]
-    for index in range(6):  # the first at the step's own timestep, a second one later
-        first, *second = [t for step, t in asked if step == index]
+    if SAMPLERS[name].varies:
+        assert all(count >= every for count in counts)
+        assert SAMPLERS[name].evaluations_of(6) < sum(counts)
+    else:
+        assert counts == [every + starting] + [every] * 5
+        assert [SAMPLERS[name].evaluations_of(steps) for steps in (0, 1, 6)] == [0, counts[0], sum(counts)]
+    for index in range(6):  # the first at the step's own timestep, others later
+        first, *others = [t for step, t in asked if step == index]
         assert first == ts[index]
-        assert all(t < first for t in second)
+        assert all(t < first for t in others) or name == "restart"
 
 
 def test_the_facts_of_the_samplers():
+    assert len(SAMPLERS) >= 24
+    assert [name for name, s in SAMPLERS.items() if s.varies] == ["dpm_adaptive", "restart"]
+    assert [name for name, s in SAMPLERS.items() if s.uncond] == ["ddim_cfgpp"]
     facts = {name: (s.order, s.evaluations, s.starting, s.memory, s.random, s.even) for name, s in SAMPLERS.items()}
     assert facts == {
         "ddim": (1, 1, 0, 0, False, False),
@@ -205,8 +229,21 @@ def test_the_facts_of_the_samplers():
         "dpm_solver_pp_2m": (2, 1, 0, 1, False, False),
         "dpm_solver_pp_3m": (3, 1, 0, 2, False, False),
         "unipc": (3, 1, 0, 3, False, False),
+        "deis": (3, 1, 0, 2, False, False),
+        "ipndm": (2, 1, 0, 3, False, True),
+        "dpm_solver_3s": (3, 3, 0, 0, False, False),
+        "dpm_adaptive": (3, 3, 0, 0, False, False),
+        "ddim_cfgpp": (1, 1, 0, 0, False, False),
         "euler_ancestral": (None, 1, 0, 0, True, False),
         "ddpm": (None, 1, 0, 0, True, False),
+        "dpm2_ancestral": (None, 2, 0, 0, True, False),
+        "dpm_solver_pp_2s_ancestral": (None, 2, 0, 0, True, False),
+        "dpm_solver_pp_sde": (None, 2, 0, 0, True, False),
+        "dpm_solver_pp_2m_sde": (None, 1, 0, 1, True, False),
+        "dpm_solver_pp_3m_sde": (None, 1, 0, 2, True, False),
+        "er_sde": (None, 1, 0, 2, True, False),
+        "restart": (None, 2, 0, 0, True, False),
+        "lcm": (None, 1, 0, 0, True, False),
     }
 
 

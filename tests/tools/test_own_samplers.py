@@ -198,7 +198,7 @@ def test_stored_levels_are_a_spacing_for_other_numbers_of_steps_too(tmp_path):
 def test_an_unknown_name_is_refused_in_a_line(tmp_path, capsys):
     base = ["generate", "--prompt", "a", "--out", str(tmp_path / "out")]
     assert cli.main([*base, "--sampler", "dmi"]) == 2
-    assert "FILE.py:NAME, got 'dmi'" in capsys.readouterr().err
+    assert "FILE.py:NAME or a name for one, got 'dmi'" in capsys.readouterr().err
     assert cli.main([*base, "--spacing", "even"]) == 2
     assert "got 'even'" in capsys.readouterr().err
     assert schedule.SPACINGS.keys() >= {"leading", "karras"}

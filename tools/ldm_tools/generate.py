@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> None:
         guidance=args.guidance,
         negative=args.negative,
         sampler=args.sampler,
+        sampler_named=args.sampler_named,
+        end=args.end,
         spacing=args.spacing or "leading",
         eta=args.eta,
         own_code=sources,

@@ -15,10 +15,9 @@ import ldm
 from ldm import fast, pipeline
 from ldm.checkpoint import identify
 from ldm.samplers import SAMPLERS
-from ldm.schedule import SPACINGS
+from ldm.samplers.names import meaning
+from ldm.schedule import ENDS, SPACINGS
 from ldm.unet import STANDARD_BLOCKS, UNetBlocks
-
-logger = logging.getLogger(__name__)
 
 logger = logging.getLogger(__name__)
 
@@ -178,10 +177,15 @@ def add_sampling(parser: argparse.ArgumentParser, guidance: float = 7.5) -> None
     parser.add_argument(
         "--sampler",
         default="ddim",
-        help=f"one of {', '.join(SAMPLERS)}, or your own, FILE.py:NAME, as ldm/samplers/README.md shows (default: "
-        "%(default)s)",
+        help=f"one of {', '.join(SAMPLERS)}; a name known elsewhere, such as dpmpp_2m_sde_karras; or your own, "
+        "FILE.py:NAME, as ldm/samplers/README.md shows (default: %(default)s)",
     )
     add_spacing(parser)
+    parser.add_argument(
+        "--end",
+        choices=ENDS,
+        help="of the steps: sigma_min, a trace of noise, or zero, as k-diffusion has it (default: the model's own)",
+    )
     parser.add_argument(
         "--guidance", type=float, default=guidance, help="classifier-free guidance scale (default %(default)s)"
     )
@@ -208,12 +212,20 @@ def add_spacing(parser: argparse.ArgumentParser) -> None:
 
 
 def take_own(args: argparse.Namespace) -> dict[str, dict[str, str]]:
-    """Load what --sampler and --spacing name by a file, and leave its name in args: option -> file, sha256."""
+    """Load what --sampler and --spacing name by a file, and leave its name in args: option -> file, sha256.
+
+    A sampler's name from elsewhere becomes ours, and what was said is in args.sampler_named.
+    """
     from ldm_tools import own_code  # read where it is needed: every command imports this file
 
     sources: dict[str, dict[str, str]] = {}
     if getattr(args, "sampler", None):
         args.sampler, sources["sampler"] = own_code.sampler(args.sampler)
+        args.sampler_named = None
+        if args.sampler not in SAMPLERS:
+            args.sampler_named = args.sampler
+            args.sampler, args.spacing = meaning(args.sampler, args.spacing, SAMPLERS)
+            logger.info("--sampler %s: %s, spacing %s", args.sampler_named, args.sampler, args.spacing or "as usual")
     if args.spacing:
         args.spacing, sources["spacing"] = own_code.spacing(args.spacing)
     return {option: source for option, source in sources.items() if source}

@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--seeds: got {args.seeds!r} beside --image, expected one or the other: an image has its own start"
         )
+    if args.image and args.end == "zero":
+        raise ValueError("--end: zero has no way back to an image's noise; leave it out beside --image")
     images = open_images(args.image)
     sources = take_own(args)
     plan = Traversal(  # before the weights are read, so that bad options are refused at once
@@ -106,6 +108,8 @@ def run(args: argparse.Namespace) -> None:
         guidance=args.guidance,
         negative=(args.neutral if images else "") if args.negative is None else args.negative,
         sampler=args.sampler,
+        sampler_named=args.sampler_named,
+        end=args.end,
         spacing=args.spacing or "leading",
         eta=args.eta,
         own_code=sources,

@@ -37,6 +37,7 @@ def _plan_of(record: Mapping[str, Any]) -> Traversal:
         eta=record["eta"],
         sampler=record.get("sampler", "ddim"),
         spacing=record.get("spacing", "leading"),
+        end=record.get("end"),
         latent_size=tuple(record["latent_size"]),
         neutral=record["neutral"],
         styles=record["styles"],
