@@ -21,11 +21,12 @@ from ldm import checkpoint
 from ldm.checkpoint import KeyReport
 from ldm.clip import CLIPTextEncoder
 from ldm.conditioning import Contexts, constant
-from ldm.config import Config, Prediction
+from ldm.config import SD15_DIFFUSION, Config, DiffusionConfig, Prediction
 from ldm.finite import NotFinite, Watch, blame, is_finite
 from ldm.guidance import GuidedEps, guided
 from ldm.images import to_uint8
 from ldm.prediction import Predicted
+from ldm.prompt_weights import weigh
 from ldm.samplers import SAMPLERS, History, Sampler, Step, initial_noise, step_noise
 from ldm.samplers.names import meaning
 from ldm.schedule import SPACINGS, Schedule
@@ -55,6 +56,7 @@ class StableDiffusion:
     files: tuple[Path, ...] = ()
     weight_set: checkpoint.WeightSet | None = None  # which U-Net weights, where the file holds both sets
     adapters: tuple[str, ...] = ()  # a line for each LoRA and embedding: its SHA-256, its file's name, its weight
+    diffusion: DiffusionConfig = SD15_DIFFUSION  # what `schedule` and `unet.prediction` were made of
     prompt_chunks: int = 1  # of 75 tokens, each encoded by itself; see `ldm.tokenizer.Tokenizer.chunked`
     max_batch: int | None = None  # most rows in one U-Net call, see `ldm.guidance.guided`; None: all of them
 
@@ -91,7 +93,11 @@ class StableDiffusion:
         """
         self.tokenizer.say_cut(prompts, self.prompt_chunks)
         ids = self.tokenizer.chunked(prompts, self.prompt_chunks).to(self.device)
-        contexts = self.clip(ids.flatten(0, 1)).unflatten(0, ids.shape[:2]).flatten(1, 2).to(self.dtype)
+        contexts = self.clip(ids.flatten(0, 1))
+        if self.tokenizer.reads_weights:
+            weights = self.tokenizer.weights(prompts, self.prompt_chunks)
+            contexts = weigh(contexts, [row for chunks in weights for row in chunks])
+        contexts = contexts.unflatten(0, ids.shape[:2]).flatten(1, 2).to(self.dtype)
         if not is_finite(contexts):
             raise blame("text encoder", self.clip)
         return contexts
@@ -258,4 +264,5 @@ def load(
         files=loaded.files,
         weight_set=loaded.weight_set,
         adapters=loaded.adapters,
+        diffusion=loaded.diffusion,
     )

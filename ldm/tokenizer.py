@@ -9,6 +9,7 @@ import gzip
 import logging
 import math
 from collections.abc import Sequence
+from copy import copy
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import pairwise
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ldm.checkpoint.vocabulary import Vocabulary
 from ldm.config import CONTEXT_TOKENS
+from ldm.prompt_weights import Pieces, parse
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +71,10 @@ class Tokenizer:
     """`tokenizer(["a prompt", ...])` -> (B, 77) int64.
 
     vocabulary: the model's, with the words that were added to it; None: CLIP's.
+    reads_weights: whether brackets are weights, see `ldm.prompt_weights`, and no text.
     """
+
+    reads_weights = False
 
     def __init__(self, tokens: int = CONTEXT_TOKENS, vocabulary: Vocabulary | None = None) -> None:
         given = vocabulary or Vocabulary()
@@ -111,8 +116,30 @@ class Tokenizer:
                 f"the text encoder has {count} rows, its tokenizer words for {len(self.rows)}: they are of two models"
             )
 
+    def reading_weights(self) -> "Tokenizer":
+        """The same tokenizer, for which brackets are weights."""
+        other = copy(self)
+        other.reads_weights, other._judged = True, set()
+        return other
+
+    def pieces_of(self, text: str) -> Pieces:
+        """A text's stretches and their weights: one of weight 1, unless weights are read."""
+        return parse(text) if self.reads_weights else [(text, 1.0)]
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without start, end and padding."""
+        return [i for piece, _ in self.pieces_of(text) for i in self._encode_piece(piece)]
+
+    def weights(self, texts: Sequence[str], chunks: int = 1) -> list[list[list[float]]]:
+        """The weights of the tokens of `chunked`: B times chunks times 77."""
+        room, every = self.tokens - 2, []
+        for text in texts:
+            own = [weight for piece, weight in self.pieces_of(text) for _ in self._encode_piece(piece)]
+            cut = [own[begin : begin + room] for begin in range(0, chunks * room, room)]
+            every.append([[1.0, *row, *[1.0] * (self.tokens - 1 - len(row))] for row in cut])
+        return every
+
+    def _encode_piece(self, text: str) -> list[int]:
         ids: list[int] = []
         for stretch in self._added_texts.split(text):  # added words are taken as they are written, before cleaning
             ids += self.added[stretch] if stretch in self.added else self._encode_plain(stretch)

@@ -7,7 +7,7 @@ from lookalikes import chexpert, picture, radiograph
 
 from ldm.checkpoint import save
 from ldm.clip import CLIPTextEncoder
-from ldm.config import CLIPConfig, UNetConfig, VAEConfig
+from ldm.config import SD15_DIFFUSION, CLIPConfig, DiffusionConfig, UNetConfig, VAEConfig
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 
@@ -17,10 +17,10 @@ UNET = UNetConfig(sample_size=8, widths=(32, 64), resnets_per_level=1, attention
 PATIENTS = 12
 
 
-def write_weights(path: Path, unet: UNetConfig = UNET) -> Path:
+def write_weights(path: Path, unet: UNetConfig = UNET, diffusion: DiffusionConfig = SD15_DIFFUSION) -> Path:
     """A model of 16 x 16 pixels that knows CLIP's whole vocabulary."""
     torch.manual_seed(0)
-    save(path, {"clip": CLIPTextEncoder(CLIP), "vae": AutoencoderKL(VAE), "unet": UNet(unet)})
+    save(path, {"clip": CLIPTextEncoder(CLIP), "vae": AutoencoderKL(VAE), "unet": UNet(unet)}, diffusion=diffusion)
     return path
 
 

@@ -72,6 +72,7 @@ def save(
     dtype: torch.dtype | None = None,
     vae_names: VaeNames = "new",
     metadata: Mapping[str, str] | None = None,
+    diffusion: DiffusionConfig = SD15_DIFFUSION,
     overwrite: bool = False,
 ) -> list[Path]:
     """Write networks as a checkpoint that `load_parts` and other programs read.
@@ -80,7 +81,8 @@ def save(
              when "unet" is the plain one of two sets.
              dtype: what floating-point weights are stored in; None keeps each as it is.
              vae_names: "old" for programs that read folders as they were before diffusers 0.18.
-             metadata: text -> text, put into each file's header.  overwrite: replace what is there.
+             metadata: text -> text, put into each file's header.  diffusion: what the U-Net predicts, its schedule.
+             overwrite: replace what is there.
     Returns: the files written, each under a temporary name first.
     Raises:  CheckpointError: when the path is taken, or a part is none of the four.
     """
@@ -94,7 +96,9 @@ def save(
     metadata = dict(metadata or {})
     if changes := getattr(parts.get("unet"), "blocks", STANDARD_BLOCKS).changes():
         metadata[BLOCKS_KEY] = changes
-    content = Content(tensors, configs, vae_names=vae_names, metadata=metadata, always_tell_config=True)
+    content = Content(
+        tensors, configs, vae_names=vae_names, metadata=metadata, always_tell_config=True, diffusion=diffusion
+    )
     return _write(Path(path), content, layout, overwrite)
 
 

@@ -2,6 +2,8 @@
 
     L = || eps - eps_theta(sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t, context) ||^2      [Ho et al. 2020, eq. 14]
 
+A network of v or x_0 (`ldm.prediction`) has that as its target instead of eps.
+
 Letters: B batch, L context tokens, D context width, abar_t = alphas_cumprod[t].
 """
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldm.config import Prediction
 from ldm.schedule import Schedule
 from ldm.unet import UNet
 
@@ -60,7 +63,7 @@ def predict_noise(
     *,
     autocast: torch.dtype | None,
 ) -> Tensor:
-    """What the network takes for the noise in x_t, which is x_0 with `eps` added.
+    """What the network says of x_t, which is x_0 with `eps` added: of the noise in it, or whatever it predicts.
 
     Args:    x_0, eps: (B, 4, h, w).  t: (B,) int64.  context: (B, L, D).
              autocast: what to compute in where that is safe; None: in the network's own precision.
@@ -72,17 +75,33 @@ def predict_noise(
     return predicted.float()
 
 
-def min_snr_weights(schedule: Schedule, t: Tensor, gamma: float) -> Tensor:
+def target(prediction: Prediction, x_0: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """What a network should say of x_t: eps, x_0, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0, like x_0.
+
+    [Salimans and Ho 2022, appendix D]
+    """
+    if prediction != "v":
+        return eps if prediction == "eps" else x_0
+    abar = schedule.alphas_cumprod.to(x_0.device)[t].view(-1, *[1] * (x_0.ndim - 1))
+    return abar.sqrt().to(x_0.dtype) * eps - (1 - abar).sqrt().to(x_0.dtype) * x_0
+
+
+def min_snr_weights(schedule: Schedule, t: Tensor, gamma: float, prediction: Prediction = "eps") -> Tensor:
     """What each sample's loss counts, so that the easy task of heavy noise and the fine detail pull less apart.
 
-    w_t = min(SNR(t), gamma) / SNR(t),  SNR(t) = abar_t / (1 - abar_t)          [Hang et al. 2023, section 3.4]
+    w_t = min(SNR(t), gamma) of the error of x_0, SNR(t) = abar_t / (1 - abar_t); so of the error of eps over SNR(t),
+    of v over SNR(t) + 1                                                        [Hang et al. 2023, section 3.4]
 
     Args:    t: (B,) int64.  gamma: 5 in the paper.
-    Returns: (B,) float32 in (0, 1], the weights for a network that predicts the noise.
+    Returns: (B,) float32, the weights for a network that predicts this.
     """
     abar = schedule.alphas_cumprod[t.cpu()]
     snr = abar / (1 - abar)
-    return (snr.clamp(max=gamma) / snr).float().to(t.device)
+    if prediction == "eps":
+        weights = (gamma / snr).clamp(max=1)  # 1 where there is no signal
+    else:
+        weights = snr.clamp(max=gamma) / (snr + 1 if prediction == "v" else 1)
+    return weights.float().to(t.device)
 
 
 def drop_captions(captions: Tensor, empty: int, share: float, generator: torch.Generator) -> Tensor:

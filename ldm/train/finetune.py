@@ -108,7 +108,12 @@ class _Watcher:
         learner = self.learner
         with learner.as_saved():
             return validate(
-                learner.whole, self.rounds.held_out, self.schedule, learner.recipe, learner.processes.device
+                learner.whole,
+                self.rounds.held_out,
+                self.schedule,
+                learner.recipe,
+                learner.processes.device,
+                learner.unet.prediction,
             )
 
 

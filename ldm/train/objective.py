@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ldm.config import Prediction
 from ldm.schedule import TRAIN_STEPS, Schedule
-from ldm.train.diffusion import Network, drop_captions, min_snr_weights, predict_noise
+from ldm.train.diffusion import Network, drop_captions, min_snr_weights, predict_noise, target
 from ldm.train.latent_cache import Posteriors
 from ldm.train.learner import Recipe
 from ldm.vae import DiagonalGaussian
@@ -126,17 +127,29 @@ def stream(seed: int, place: int) -> torch.Generator:
 
 
 def squared_errors(
-    network: Network, batch: Examples, schedule: Schedule, recipe: FineTuning, device: torch.device
+    network: Network,
+    batch: Examples,
+    schedule: Schedule,
+    recipe: FineTuning,
+    device: torch.device,
+    prediction: Prediction = "eps",
 ) -> Tensor:
-    """(B,) each image's mean squared error of the noise, on the device."""
+    """(B,) each image's mean squared error of the noise, or of what else the network predicts, on the device."""
     x_0, eps, t, context = (tensor.to(device) for tensor in batch)
     predicted = predict_noise(network, x_0, eps, t, context, schedule, autocast=AUTOCAST[recipe.precision])
-    return (predicted - eps).square().flatten(1).mean(1)
+    return (predicted - target(prediction, x_0, eps, t, schedule)).square().flatten(1).mean(1)
 
 
-def loss_of(network: Network, batch: Examples, schedule: Schedule, recipe: FineTuning, device: torch.device) -> Tensor:
+def loss_of(
+    network: Network,
+    batch: Examples,
+    schedule: Schedule,
+    recipe: FineTuning,
+    device: torch.device,
+    prediction: Prediction = "eps",
+) -> Tensor:
     """The mean of the squared errors over a batch, weighted by time where asked for."""
-    errors = squared_errors(network, batch, schedule, recipe, device)
+    errors = squared_errors(network, batch, schedule, recipe, device, prediction)
     if recipe.min_snr_gamma:
-        errors = errors * min_snr_weights(schedule, batch.t, recipe.min_snr_gamma).to(device)
+        errors = errors * min_snr_weights(schedule, batch.t, recipe.min_snr_gamma, prediction).to(device)
     return errors.mean()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import save
 from ldm.checkpoint.loading import build
+from ldm.config import SD15_DIFFUSION, DiffusionConfig
 from ldm.files import complete
 from ldm.train.latent_cache import require_space
 from ldm.train.low_rank import save_adapter
@@ -40,6 +41,7 @@ class RunFolder:
              nothing of an adapter's.
              settings: all that decides the weights at a step; a run is continued only with the same ones.
              keep: how many of the newest checkpoints stay.  writes: whether this process is the one that writes.
+             diffusion: what the U-Net predicts, and its schedule, which checkpoints tell.
     """
 
     def __init__(
@@ -49,7 +51,9 @@ class RunFolder:
         settings: Mapping[str, object],
         keep: int = 2,
         writes: bool = True,
+        diffusion: DiffusionConfig = SD15_DIFFUSION,
     ) -> None:
+        self.diffusion = diffusion
         self.path, self.frozen, self.keep, self.writes = path, frozen, keep, writes
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))  # as they read when they come back
         if writes:
@@ -135,7 +139,7 @@ class RunFolder:
         if learner.clip is not None:
             trained["clip"] = build(learner.clip.config)
         as_one(**trained).load_state_dict(weights, assign=True)
-        save(path, {**self.frozen, **trained})
+        save(path, {**self.frozen, **trained}, diffusion=self.diffusion)
 
     def _point_last_to(self, step: int) -> None:
         with complete(self.path / LAST, on_disk=True) as unfinished:

@@ -123,7 +123,7 @@ class UNetLearner(Learner):
             place = k * recipe.batch
             batch = examples(material, recipe, rows[place : place + recipe.batch], step * len(rows) + place)
             with self._in_network(), without_averaging(self.network, last=k == share[-1]):
-                loss = loss_of(self.network, batch, schedule, recipe, processes.device)
+                loss = loss_of(self.network, batch, schedule, recipe, processes.device, self.unet.prediction)
                 losses[k] = loss.detach()
                 # Averaging divides by the number of processes, of which each has a part of the batches
                 self.scaler.scale(loss * processes.world / recipe.accumulate).backward()

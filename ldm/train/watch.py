@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ldm.config import Prediction
 from ldm.files import complete
 from ldm.images import save_image, to_uint8
 from ldm.pipeline import StableDiffusion
@@ -106,13 +107,18 @@ def validation_examples(material: Material) -> list[Examples]:
 
 @torch.no_grad()
 def validate(
-    network: Network, bins: Sequence[Examples], schedule: Schedule, recipe: FineTuning, device: torch.device
+    network: Network,
+    bins: Sequence[Examples],
+    schedule: Schedule,
+    recipe: FineTuning,
+    device: torch.device,
+    prediction: Prediction = "eps",
 ) -> dict[str, float]:
     """The unweighted loss for each bin of times, "0-249" first, and their "mean"."""
     losses = {}
     for b, batch in enumerate(bins):
         chunks = zip(*(tensor.split(recipe.batch) for tensor in batch), strict=True)
-        errors = [squared_errors(network, Examples(*chunk), schedule, recipe, device) for chunk in chunks]
+        errors = [squared_errors(network, Examples(*chunk), schedule, recipe, device, prediction) for chunk in chunks]
         losses[f"{b * TRAIN_STEPS // BINS}-{(b + 1) * TRAIN_STEPS // BINS - 1}"] = float(torch.cat(errors).mean())
     return {**losses, "mean": sum(losses.values()) / len(losses)}
 

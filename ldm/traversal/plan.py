@@ -82,6 +82,11 @@ class Generation(Sampling):
 
     prompt: str
 
+    @property
+    def prompts(self) -> list[str]:
+        """All that are encoded."""
+        return [self.prompt, self.negative]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Traversal(Sampling):
@@ -92,6 +97,11 @@ class Traversal(Sampling):
     swap_steps: tuple[int, ...] = SWAP_STEPS
     indexing: Indexing = "steps"
     bezier_points: int = 50  # 0: no curves
+
+    @property
+    def prompts(self) -> list[str]:
+        """All that are encoded."""
+        return [self.neutral, *self.styles.values(), self.negative]
 
     def __post_init__(self) -> None:
         super().__post_init__()

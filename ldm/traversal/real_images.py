@@ -174,7 +174,7 @@ def run_inversion(
     sd = bounded(sd, shape)
     earlier = read_record(out) if (out / "latents.safetensors").exists() else {}
     originals = Originals(sd, images, shape, how.fit, how.reading)
-    settings = {**how.settings(), **model_record(sd), "latent_size": shape[1:]}
+    settings = {**how.settings(), **model_record(sd, [how.prompt, how.negative]), "latent_size": shape[1:]}
     at_once = max(1, (sd.max_batch or 1) // rows_a_latent(how.guidance))
     eps_fn = bind(sd, how)
     with tqdm(total=2 * how.steps * len(images), desc="invert: steps", unit="step", mininterval=1) as bar:

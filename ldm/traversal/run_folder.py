@@ -102,7 +102,7 @@ class _Run:
         self.sd = bounded(sd, self.shape)
         self.branches = 1 + len(tree.children)
         self.rows_a_seed = unet_rows(tree, plan.steps, plan.run_sampler)
-        self.model = model_record(sd)
+        self.model = model_record(sd, plan.prompts)
 
     def into_folder(self, images: bool = True) -> dict[str, Any]:
         """Sample, decode, write run.json, and return what it says."""
@@ -158,11 +158,13 @@ class _Run:
         return latents | (curves(result.latents, self.plan) if isinstance(self.plan, Traversal) else {})
 
 
-def model_record(sd: StableDiffusion) -> dict[str, Any]:
-    """Of the model, what latents depend on."""
+def model_record(sd: StableDiffusion, prompts: Sequence[str]) -> dict[str, Any]:
+    """Of the model, what latents depend on; where it reads weights, those of the prompts."""
     dtype = str(sd.dtype).removeprefix("torch.")
     unusual: dict[str, Any] = {"adapters": list(sd.adapters)} if sd.adapters else {}
     unusual |= {"prompt_chunks": sd.prompt_chunks} if sd.prompt_chunks != 1 else {}
+    if sd.tokenizer.reads_weights:
+        unusual["prompt_weights"] = {text: [list(piece) for piece in sd.tokenizer.pieces_of(text)] for text in prompts}
     return {"weights_sha256": sd.weights_sha256(), "weight_set": sd.weight_set, "dtype": dtype, **unusual}
 
 

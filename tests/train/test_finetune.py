@@ -22,6 +22,7 @@ from torch import Tensor
 
 import ldm
 from ldm.clip import CLIPTextEncoder
+from ldm.config import DiffusionConfig
 from ldm.schedule import Schedule
 from ldm.train.diffusion import min_snr_weights
 from ldm.train.finetune import Rounds, finetune
@@ -347,6 +348,37 @@ def test_bad_input_is_one_line_before_any_work(tmp_path, weights, data, capsys, 
     assert said.startswith("ldm finetune: ")
     assert complaint in said
     assert not list(out.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("prediction", ["v", "x0"])
+def test_a_model_of_v_or_x0_stays_one(tmp_path, data, prediction):
+    told = DiffusionConfig(prediction=prediction, zero_terminal_snr=prediction == "v", spacing="trailing")
+    weights, out = write_weights(tmp_path / "model.safetensors", diffusion=told), tmp_path / "out"
+    assert cli.main(command(weights, data, out, "--steps", "2", "--min-snr", "5", "--sample-every", "2")) == 0
+    after = ldm.load(out / "last.safetensors")
+    assert (after.diffusion, after.prediction) == (told, prediction)
+    assert json.loads((out / "run.json").read_text())["settings"]["diffusion"]["prediction"] == prediction
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_the_loss_is_of_what_the_network_predicts(prediction):
+    unet, batch = network(), examples(material(), RECIPE, np.arange(4), 0)
+    unet.prediction = prediction
+    with torch.no_grad():
+        terms = []
+        for x_0, eps, t, context in zip(*batch, strict=True):
+            alpha, std = float(SCHEDULE.alphas_cumprod[t]) ** 0.5, float(1 - SCHEDULE.alphas_cumprod[t]) ** 0.5
+            wanted = {"eps": eps, "v": alpha * eps - std * x_0, "x0": x_0}[prediction]
+            terms.append(
+                float((unet((alpha * x_0 + std * eps)[None], int(t), context[None])[0] - wanted).square().mean())
+            )
+        loss = float(loss_of(unet, batch, SCHEDULE, RECIPE, CPU, prediction))
+        told = validate(unet, [batch] * 4, SCHEDULE, RECIPE, CPU, prediction)["mean"]
+    assert [loss, told] == pytest.approx([sum(terms) / 4] * 2, rel=1e-5)  # float32, summed in another order
+    learner = UNetLearner(unet, RECIPE)
+    losses = learner.gradients(3, material(), SCHEDULE)
+    other = UNetLearner(network(), RECIPE).gradients(3, material(), SCHEDULE)
+    assert bool((losses == other).all()) == (prediction == "eps")
 
 
 @pytest.mark.slow

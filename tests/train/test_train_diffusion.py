@@ -2,12 +2,15 @@
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
 
-from ldm.config import UNetConfig
+from ldm.config import DiffusionConfig, UNetConfig
+from ldm.prediction import implied
 from ldm.schedule import Schedule
 from ldm.train import diffusion
+from ldm.train.diffusion import min_snr_weights, target
 from ldm.unet import UNet
 
 SCHEDULE = Schedule.sd15()
@@ -98,3 +101,34 @@ def test_the_share_of_dropped_captions():
     assert torch.equal(dropped, diffusion.drop_captions(captions, 9, 0.1, torch.Generator().manual_seed(0)))
     assert torch.equal(diffusion.drop_captions(captions, 9, 0.0, torch.Generator()), captions)
     assert (diffusion.drop_captions(captions, 9, 1.0, torch.Generator()) == 9).all()
+
+
+# ---- networks of v and x_0 -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [DiffusionConfig(), DiffusionConfig(zero_terminal_snr=True)])
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_a_network_that_hits_its_target_gives_back_eps_and_x0(prediction, config):
+    schedule = Schedule.of(config)
+    x_0, eps = torch.randn(2, 5, 4, 3, 3, generator=torch.Generator().manual_seed(0)).double()
+    t = torch.tensor([0, 1, 400, 998, 999])
+    wanted, x_t = target(prediction, x_0, eps, t, schedule), schedule.add_noise(x_0, eps, t)
+    for i in range(4 if config.zero_terminal_snr else 5):  # at the last, pure noise, eps and x_0 say too little
+        found = implied(prediction, wanted[i], x_t[i], float(schedule.alphas_cumprod[t[i]]))
+        for ours, true in zip(found, (eps[i], x_0[i]), strict=True):
+            torch.testing.assert_close(ours, true, rtol=1e-9, atol=1e-9)
+    if config.zero_terminal_snr and prediction == "v":
+        torch.testing.assert_close(wanted[4], -x_0[4])  # v of pure noise is -x_0
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_weighs_the_error_of_x0_alike_whatever_is_predicted(gamma):
+    schedule, t = Schedule.sd15(), torch.tensor([0, 100, 500, 999])
+    abar = schedule.alphas_cumprod[t]
+    snr = abar / (1 - abar)
+    # An error d of x_0 is one of SNR d^2 in eps, (SNR + 1) d^2 in v, where x_t is the same
+    for prediction, gain in (("x0", 1.0), ("eps", snr), ("v", snr + 1)):
+        weights = min_snr_weights(schedule, t, gamma, prediction).double() * gain
+        torch.testing.assert_close(weights, snr.clamp(max=gamma), rtol=1e-6, atol=0)
+    noisy = Schedule.of(DiffusionConfig(zero_terminal_snr=True))
+    assert [float(min_snr_weights(noisy, t, gamma, p)[3]) for p in ("eps", "v", "x0")] == [1, 0, 0]

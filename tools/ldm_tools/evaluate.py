@@ -30,12 +30,13 @@ from ldm.study.evaluation.run import Task, Workplace, check, evaluate_cell
 from ldm.study.evaluation.workers import Worker
 from ldm.study.metrics import perceptual, predictions
 from ldm.traversal.plan import SWAP_STEPS, Traversal, parse_integers
+from ldm.traversal.run_folder import read_record
 from ldm.traversal.sampling import latent_shape
 from ldm_tools import options
 
 # The options that only sampling takes, with their defaults; None: as many as there are seeds, or as is needed.
 SAMPLED = {
-    **{"cells": None, "seeds": "0-15", "steps": 50, "negative": "", "max_batch": None},
+    **{"cells": None, "seeds": "0-15", "steps": 50, "negative": "", "prompt_weights": False, "max_batch": None},
     "guidance": 3.0,  # of the shipped models: see the cards in weights/
     **{
         "sampled_swap_steps": None,
@@ -113,6 +114,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     phantoms.add_argument("--guidance", type=float, help=f"guidance scale (default {SAMPLED['guidance']})")
     phantoms.add_argument("--negative", help="the prompt that guidance pushes away from (default: empty)")
     phantoms.add_argument(
+        "--prompt-weights", action="store_true", help="read brackets in it as weights, as `ldm generate` does"
+    )
+    phantoms.add_argument(
         "--baseline-seeds", type=int, help=f"so many for the baselines (default {BASELINE_SEEDS}; one seed has none)"
     )
     phantoms.add_argument("--truth-seeds", type=int, help="rendered phantoms (default: as many as --seeds)")
@@ -165,7 +169,7 @@ def run(args: argparse.Namespace) -> None:
 
     worker = Worker.join()
     models = {path: options.load_model(with_weights(args, path)) for path in dict.fromkeys(weights.values())}
-    sds = {name: models[path] for name, path in weights.items()}
+    sds = {task.cell.name: reading_as(task, args, models[weights[task.cell.name]]) for task in tasks}
     if not worker.first:  # what it has to say is said once
         logging.getLogger(perceptual.__name__).setLevel(logging.WARNING)
     lpips = perceptual.load_lpips(args.lpips, fetch=args.fetch)
@@ -199,6 +203,16 @@ def weights_for(task: Task, args: argparse.Namespace) -> Path:
     if args.weights is not None:
         return Path(args.weights)
     return shipped.PHANTOM.weights if task.run else shipped.model_of(task.cell.name).weights
+
+
+def reading_as(task: Task, args: argparse.Namespace, sd: StableDiffusion) -> StableDiffusion:
+    """The model, reading prompts as a RUN did: as many chunks of them, brackets as weights or as text."""
+    record = read_record(task.run) if task.run else {"prompt_weights": {}} if args.prompt_weights else {}
+    chunks = record.get("prompt_chunks", 1)
+    if not isinstance(chunks, int) or chunks < 1:
+        raise ValueError(f"{task.run}/run.json: prompt_chunks is {chunks!r}, expected 1 or more")
+    tokenizer = sd.tokenizer.reading_weights() if "prompt_weights" in record else sd.tokenizer
+    return replace(sd, prompt_chunks=chunks, tokenizer=tokenizer)
 
 
 def with_weights(args: argparse.Namespace, weights: Path) -> argparse.Namespace:

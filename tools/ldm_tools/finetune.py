@@ -18,12 +18,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from ldm.config import SD15_DIFFUSION
 from ldm.data import images, splits, tables
 from ldm.data.labelled import LabelledImages
 from ldm.data.reading import Reading
 from ldm.files import read_json, write_json
 from ldm.images import from_uint8
 from ldm.pipeline import StableDiffusion
+from ldm.schedule import TRAIN_STEPS
 from ldm.train import distributed, finetune, objective, watch
 from ldm.train.autoencoder import reconstruction_psnr
 from ldm.train.distributed import Processes
@@ -79,9 +81,9 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--batch: got {args.batch}, more than the {len(training)} training images of {args.data}")
         recipe = recipe_of(args, data.kind, len(training))
         sd = load_model(args)
-        if sd.prediction != "eps":
+        if len(sd.schedule) != TRAIN_STEPS:
             raise ValueError(
-                f"--weights: {args.weights} predicts {sd.prediction}; only networks of eps are trained here"
+                f"--weights: {args.weights} was trained on {len(sd.schedule)} noise levels; here it is {TRAIN_STEPS}"
             )
         preprocessing = preprocessing_of(args, sd, data.reading)
         adapter = adapter_of(args, sd)
@@ -158,9 +160,11 @@ def run_folder(
     }
     if args.train_text_encoder:
         settings["text_encoder"] = asdict(sd.config.clip)
+    if sd.diffusion != SD15_DIFFUSION:
+        settings["diffusion"] = asdict(sd.diffusion)
     if adapter is not None:
         settings["lora"], frozen, trained = adapter.settings(), {}, [adapter]
-    folder = RunFolder(args.out, frozen, settings, args.keep, processes.first)
+    folder = RunFolder(args.out, frozen, settings, args.keep, processes.first, sd.diffusion)
     folder.check(resume=args.resume == "auto")
     folder.require_space(trained, averaged=recipe.ema_decay > 0)
     record = {

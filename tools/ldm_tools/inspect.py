@@ -109,7 +109,7 @@ def write_changed(args: argparse.Namespace, config: UNetConfig) -> None:
     _, blocks = own_blocks(args, args.file)
     sd = pipeline.load(args.file, dtype=None, loras=lora_files(args), embeddings=args.embeddings, blocks=blocks)
     unet, _ = surgery.rebuild(sd.unet, config)
-    save(args.out, {"clip": sd.clip, "vae": sd.vae, "unet": unet})
+    save(args.out, {"clip": sd.clip, "vae": sd.vae, "unet": unet}, diffusion=sd.diffusion)
     logger.info("wrote %s; ldm finetune --weights %s trains it on", args.out, args.out)
 
 

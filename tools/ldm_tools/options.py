@@ -232,12 +232,18 @@ def take_own(args: argparse.Namespace) -> dict[str, dict[str, str]]:
 
 
 def add_long_prompts(parser: argparse.ArgumentParser) -> None:
-    """How prompts of more than 75 tokens are read."""
+    """How prompts of more than 75 tokens, and brackets in prompts, are read."""
     parser.add_argument(
         "--long-prompts",
         action="store_true",
         help="read prompts of more than 75 tokens whole: 75 at a time, their contexts joined (default: cut off, and "
         "what is lost is said)",
+    )
+    parser.add_argument(
+        "--prompt-weights",
+        action="store_true",
+        help="read (word:1.3), (word), [word] and \\( as AUTOMATIC1111 does: token vectors times the weight, the mean "
+        "restored; run.json says what was read (default: brackets are text)",
     )
 
 
@@ -245,8 +251,14 @@ def ready_for(
     args: argparse.Namespace, sd: pipeline.StableDiffusion, prompts: Sequence[str]
 ) -> pipeline.StableDiffusion:
     """The model with room for these prompts where --long-prompts asks for it; what is read otherwise is said."""
-    if weighted := [text for text in prompts if re.search(r"\([^()]+:\d*\.?\d+\)", text)]:
-        logger.warning("weights of words have no meaning here, all of it is read as text: %r", weighted[0][:80])
+    weighted = [text for text in prompts if re.search(r"\([^()]+:\d*\.?\d+\)", text)]
+    if args.prompt_weights:
+        sd = replace(sd, tokenizer=sd.tokenizer.reading_weights())
+    elif weighted:
+        logger.warning(
+            "weights of words have no meaning here without --prompt-weights, all of it is read as text: %r",
+            weighted[0][:80],
+        )
     if args.guidance == 1 and args.negative:
         logger.warning("--negative: it has no effect at --guidance 1, which pushes away from nothing")
     return replace(sd, prompt_chunks=sd.tokenizer.chunks_for(prompts)) if args.long_prompts else sd

@@ -80,9 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def refuse_equal_prompts(sd: StableDiffusion, plan: Traversal) -> None:
     """Raises ValueError for a style whose tokens are the neutral prompt's: its trajectory would stand still."""
-    ids = sd.tokenizer.chunked([plan.neutral, *plan.styles.values()], sd.prompt_chunks)
-    for (name, prompt), style in zip(plan.styles.items(), ids[1:], strict=True):
-        if style.equal(ids[0]):
+    prompts = [plan.neutral, *plan.styles.values()]
+    ids, weights = (read(prompts, sd.prompt_chunks) for read in (sd.tokenizer.chunked, sd.tokenizer.weights))
+    for name, prompt, style, own in zip(plan.styles, prompts[1:], ids[1:], weights[1:], strict=True):
+        if style.equal(ids[0]) and own == weights[0]:
             longer = len(sd.tokenizer.encode(prompt)) > sd.prompt_chunks * (sd.tokenizer.tokens - 2)
             why = "what it adds is cut off; shorten both, or give --long-prompts" if longer else "it is the same text"
             raise ValueError(f"--style: {name} has the same tokens as the neutral prompt: {why}")
