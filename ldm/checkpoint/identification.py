@@ -13,7 +13,7 @@ from ldm.checkpoint.foreign import read_json, refuse_other_classes
 from ldm.checkpoint.layouts import FOLDERS, PARTS
 from ldm.checkpoint.quantised import FLOAT8
 from ldm.checkpoint.scheduler_json import diffusion_of_file, read_scheduler
-from ldm.checkpoint.vocabulary import Vocabulary, added_from_metadata, read_vocabulary
+from ldm.checkpoint.vocabulary import Vocabulary, added_from_metadata, read_vocabulary, with_rows
 from ldm.config import SD15_DIFFUSION, DiffusionConfig
 
 Layout = Literal["single", "folder", "part"]
@@ -250,10 +250,12 @@ def _tokenizer_beside(file: Path) -> Path | None:
 
 def _vocabulary(folder: Path | None, files: Files) -> Vocabulary:
     """The words of a text encoder: its tokenizer's, or those that our metadata tell."""
-    if folder is not None and folder.is_dir():
-        return read_vocabulary(folder)
     with naming(files[0].path):
-        return Vocabulary(added=added_from_metadata(files[0].header.metadata, WORDS_KEY))
+        told = added_from_metadata(files[0].header.metadata, WORDS_KEY)
+    if folder is None or not folder.is_dir():
+        return Vocabulary(added=told)
+    words = read_vocabulary(folder)
+    return replace(words, added=with_rows(words.added, told))
 
 
 def _diffusion(folder: Path | None, files: Files) -> DiffusionConfig:

@@ -6,7 +6,7 @@ other metadata, as in the published single file) travels along as text; dtypes c
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ from ldm.checkpoint.loading import examine
 from ldm.checkpoint.quantised import FLOAT8
 from ldm.checkpoint.report import require_fit
 from ldm.checkpoint.settings import PartConfig
-from ldm.checkpoint.vocabulary import added_to_metadata
+from ldm.checkpoint.vocabulary import Vocabulary, added_to_metadata, write_vocabulary
 from ldm.config import SD15_DIFFUSION, DiffusionConfig
 from ldm.unet import STANDARD_BLOCKS
 
@@ -112,6 +112,7 @@ def convert(
     ema: WeightSet | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
     embeddings: Sequence[str | Path] = (),
+    vocabulary: Vocabulary | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
     """Write a checkpoint in another layout or dtype, one tensor at a time.
@@ -120,6 +121,7 @@ def convert(
              vae_names: None keeps what the source has, or had before it became a single file.
              ema: keep one set of U-Net weights where there are two; None keeps both.
              loras, embeddings: merged and added, see `ldm.checkpoint.adapters`.
+             vocabulary: CLIP's, as of `ldm.tokenizer.clip_vocabulary`: a folder has a tokenizer then.
     Returns: the files written. Without dtype, vae_names and ema, converting back gives the same bytes; of a folder the
              weights only, not its tokenizer, scheduler or safety checker.
     Raises:  CheckpointError: as `load_parts`, or when the target is taken.
@@ -151,7 +153,12 @@ def convert(
         words=checkpoint.vocabulary.added,
         diffusion=checkpoint.diffusion,
     )
-    return _write(Path(target), content, layout, overwrite)
+    written = _write(Path(target), content, layout, overwrite)
+    if layout == "folder" and vocabulary is not None and "clip" in checkpoint.parts:
+        words = checkpoint.vocabulary
+        words = words if words.ids else replace(words, ids=vocabulary.ids, merges=vocabulary.merges)
+        written += write_vocabulary(Path(target) / "tokenizer", words)
+    return written
 
 
 def _refuse_overflow(checkpoint: Checkpoint) -> None:

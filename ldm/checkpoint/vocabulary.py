@@ -13,8 +13,9 @@ from typing import Any
 
 from ldm.checkpoint.container import CheckpointError
 from ldm.checkpoint.foreign import read_json
+from ldm.config import CONTEXT_TOKENS
 
-END = "<|endoftext|>"
+START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,62 @@ def _padding(folder: Path, settings: Mapping[str, Any]) -> str:
     """The padding token: text, or a token with its text within."""
     token = read_json(folder / "special_tokens_map.json").get("pad_token", settings.get("pad_token"))
     return str(token.get("content", END)) if isinstance(token, dict) else str(token or END)
+
+
+def write_vocabulary(folder: Path, words: Vocabulary) -> list[Path]:
+    """The files that transformers reads a CLIP tokenizer from; a word of several rows is told as word, word_1 ...
+
+    Args:    words: with its pieces and merges.
+    """
+    assert words.ids is not None
+    assert words.merges is not None
+    added = {
+        f"{text}_{k}" if k else text: i for text, ids in words.added.items() for k, i in enumerate(ids)
+    }  # as diffusers names the rows of an embedding
+    special = {piece: words.ids[piece] for piece in (START, END) if piece in words.ids}
+    flags = {"lstrip": False, "rstrip": False, "single_word": False}
+    decoder = {
+        str(i): {"content": text, **flags, "normalized": text in special, "special": text in special}
+        for text, i in sorted({**special, **added}.items(), key=lambda item: item[1])
+    }
+    roles = {"bos_token": START, "eos_token": END, "unk_token": END}
+    settings = {
+        **roles,
+        "pad_token": words.padding,
+        "add_prefix_space": False,
+        "added_tokens_decoder": decoder,
+        "clean_up_tokenization_spaces": False,
+        "do_lower_case": True,
+        "errors": "replace",
+        "model_max_length": CONTEXT_TOKENS,
+        "tokenizer_class": "CLIPTokenizer",
+    }
+    tokens = {role: {"content": text, **flags, "normalized": True} for role, text in roles.items()}
+    files = {
+        "vocab.json": json.dumps(dict(words.ids), ensure_ascii=False),
+        "merges.txt": "#version: 0.2\n" + "".join(f"{first} {second}\n" for first, second in words.merges),
+        "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False) + "\n",
+        "special_tokens_map.json": json.dumps({**tokens, "pad_token": words.padding}, indent=2) + "\n",
+        **({"added_tokens.json": json.dumps(added, indent=2, ensure_ascii=False) + "\n"} if added else {}),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("added_tokens.json", "tokenizer.json"):  # what an older one said
+        (folder / name).unlink(missing_ok=True)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in files]
+
+
+def with_rows(added: Mapping[str, tuple[int, ...]], told: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """A tokenizer's words, where word, word_1, word_2 ... are the rows of one word that metadata tell."""
+    words = dict(added)
+    for text, ids in told.items():
+        rows = [f"{text}_{k}" if k else text for k in range(len(ids))]
+        if [words.get(row) for row in rows] == [(i,) for i in ids]:
+            for row in rows:
+                del words[row]
+            words[text] = ids
+    return words
 
 
 def added_from_metadata(metadata: Mapping[str, str], key: str) -> dict[str, tuple[int, ...]]:

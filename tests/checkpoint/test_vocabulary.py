@@ -4,9 +4,12 @@ import json
 
 import pytest
 import torch
+from ldm_tools.cli import main
 from safetensors.torch import save_file
 from tiny_checkpoints import part, write_folder
+from tiny_run import write_weights
 
+import ldm
 from ldm.checkpoint import CheckpointError, convert, identify, load_parts
 from ldm.checkpoint.vocabulary import Vocabulary, read_vocabulary
 from ldm.tokenizer import clip_vocabulary
@@ -116,3 +119,27 @@ def test_a_vocabulary_that_a_file_has_no_place_for_is_not_converted(tmp_path):
     write(folder / "tokenizer", vocab={"a</w>": 0, "b</w>": 1}, merges=[("a", "b</w>")])
     with pytest.raises(CheckpointError, match="a vocabulary of its own, 2 pieces"):
         convert(folder, tmp_path / "b", layout="single")
+
+
+def test_a_folder_that_is_converted_to_has_a_tokenizer(tmp_path):
+    """Its ids in transformers 4.57.6 were ours, of the 510 prompts of tokenizer_entities.json and those of <cat>."""
+    base = tmp_path / "model.safetensors"
+    write_weights(base)
+    word = tmp_path / "<cat>.safetensors"
+    save_file({"emb_params": torch.ones(2, 32)}, word)
+    folder, back = tmp_path / "folder", tmp_path / "back.safetensors"
+    assert main(["convert", str(base), str(folder), "--layout", "folder", "--embedding", str(word)]) == 0
+    names = {"vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+    assert {path.name for path in (folder / "tokenizer").iterdir()} == names
+    read = read_vocabulary(folder / "tokenizer")
+    assert (read.ids, read.merges, read.padding) == (CLIPS.ids, CLIPS.merges, "<|endoftext|>")
+    assert read.added == {"<cat>": (49408,), "<cat>_1": (49409,)}  # as diffusers names the rows
+    assert json.loads((folder / "tokenizer" / "vocab.json").read_text()) == CLIPS.ids
+    told = {"<cat>": (49408, 49409)}
+    assert ldm.load(folder, backend="torch").tokenizer.encode("a <cat>") == [320, 49408, 49409]
+    assert main(["convert", str(folder), str(back), "--layout", "single"]) == 0
+    assert identify(back).vocabulary.added == identify(folder).vocabulary.added == told
+    # Without the word, nothing is left of it
+    assert main(["convert", str(base), str(folder), "--layout", "folder", "--force"]) == 0
+    assert read_vocabulary(folder / "tokenizer").added == {}
+    assert ldm.load(folder, backend="torch").tokenizer.encode("a") == [320]

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ldm.checkpoint import convert
+from ldm.tokenizer import clip_vocabulary
 from ldm_tools.options import add_adapters, lora_files
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
         ema=args.ema,
         loras=lora_files(args),
         embeddings=args.embeddings,
+        vocabulary=clip_vocabulary(),
         overwrite=args.force,
     )
     for path in written:
