@@ -5,6 +5,7 @@ ours is a JSON under `ldm.diffusion`.
 """
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 from ldm.checkpoint.container import CheckpointError
 from ldm.checkpoint.foreign import read_json
 from ldm.config import SD15_DIFFUSION, DiffusionConfig, Prediction
+
+logger = logging.getLogger(__name__)
 
 DIFFUSION_KEY = "ldm.diffusion"
 MODELSPEC_KEY = "modelspec.prediction_type"
@@ -51,6 +54,8 @@ def read_scheduler(path: Path) -> DiffusionConfig | None:
                 f"{path}: {name} is {told[name]!r}, which is not built here: choose a sampler and a spacing "
                 "(--sampler, --spacing) and set the field to false"
             )
+    if told.get("timestep_spacing") == "linspace" and not told.get("use_karras_sigmas"):
+        _say_what_differs(path, str(told.get("_class_name", "DDIM")))
     betas = told.get("trained_betas")
     try:
         return DiffusionConfig(
@@ -73,6 +78,15 @@ def read_scheduler(path: Path) -> DiffusionConfig | None:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: not the settings of a scheduler ({error})") from error
+
+
+def _say_what_differs(path: Path, scheduler: str) -> None:
+    """Of linspace: the levels of diffusers' Euler and its like are had by an option, those of its DDIM are not."""
+    if scheduler.startswith(("DDIM", "PNDM")):
+        how = "diffusers' DDIM rounds its timesteps, and steps by T // N from each; here a step goes to the next one"
+    else:
+        how = "diffusers' runs end without noise, those of Euler and Heun at t = 0 before: --end zero does so"
+    logger.warning("%s: timestep_spacing is linspace, whose runs end at t = 0 here; %s", path, how)
 
 
 def _ends_without_noise(told: Mapping[str, Any]) -> bool:

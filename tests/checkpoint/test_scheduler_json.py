@@ -14,6 +14,7 @@ import ldm
 from ldm.checkpoint import CheckpointError, convert, identify, load_parts
 from ldm.checkpoint.scheduler_json import read_scheduler, to_json
 from ldm.config import SD15_DIFFUSION, DiffusionConfig
+from ldm.schedule import SPACINGS, Schedule
 
 # As published beside SD1.5.
 PUBLISHED = {
@@ -161,3 +162,46 @@ def test_a_command_samples_what_the_model_predicts(tmp_path):
     arguments = ["--weights", str(tmp_path / "v"), "--steps", "4", "--guidance", "2", "--out", str(out)]
     assert main(["generate", "--prompt", "a", *arguments]) == 0
     assert json.loads((out / "run.json").read_text())["spacing"] == "trailing"
+
+
+# Of 5 steps, SD1.5's betas and timestep_spacing linspace, in diffusers 0.35.2: timesteps and sigmas.
+LINSPACE = {
+    "EulerDiscreteScheduler": (
+        [999.0, 749.25, 499.5, 249.75, 0.0],
+        [14.614646911621094, 4.086089611053467, 1.6155834197998047, 0.6951509714126587, 0.02916753478348255, 0.0],
+    ),
+    "DPMSolverMultistepScheduler": (
+        [999.0, 799.0, 599.0, 400.0, 200.0],
+        [14.614646911621094, 5.087765216827393, 2.2764639854431152, 1.1643916368484497, 0.5716663599014282, 0.0],
+    ),
+}
+
+
+def test_linspace_with_a_zero_end_is_that_of_diffusers_euler():
+    schedule = Schedule.sd15().ending_at("zero")
+    timesteps, sigmas = LINSPACE["EulerDiscreteScheduler"]
+    ours = SPACINGS["linspace"](5, schedule)
+    assert ours == pytest.approx(timesteps, abs=1e-4)
+    bars = [*map(schedule.alphas_cumprod_at, ours), schedule.final_alpha_cumprod]
+    # Between two timesteps diffusers draws a straight line in sigma, here it is one in log sigma
+    assert [((1 - bar) / bar) ** 0.5 for bar in bars] == pytest.approx(sigmas, rel=1e-3, abs=1e-6)
+
+
+def test_linspace_is_that_of_diffusers_dpm_solver_before_it_rounds():
+    timesteps, sigmas = LINSPACE["DPMSolverMultistepScheduler"]
+    ours = SPACINGS["linspace"](5, Schedule.sd15())
+    assert [round(t) for t in ours] == timesteps
+    at = Schedule.sd15().alphas_cumprod[[int(t) for t in timesteps]]
+    assert ((1 - at) / at).sqrt().tolist() == pytest.approx(sigmas[:-1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("EulerDiscreteScheduler", "--end zero does so"), ("DDIMScheduler", "steps by T // N")]
+)
+def test_a_folder_of_linspace_is_told_what_differs(tmp_path, caplog, name, said):
+    path = tmp_path / "scheduler_config.json"
+    path.write_text(json.dumps({"_class_name": name, "timestep_spacing": "linspace"}))
+    told = read_scheduler(path)
+    assert told is not None
+    assert told.spacing == "linspace"
+    assert said in caplog.text
