@@ -2,6 +2,7 @@
 
 ddim_inversion           DDIM's steps backwards, one evaluation a step: close ("naive"); or several, and closer
 fixed_point_inversion    the same, every step solved as the fixed point that it is, to a tolerance
+cfgpp_inversion          of `ddim_cfgpp`, whose guidance leaves the noise that it goes back to alone
 edict, edict_inversion   a sampler of its own on a pair of latents, whose every step has an exact inverse
 
 Guidance. A step back asks for eps at a latent not yet known, and takes eps of the neighbour that is. The error of that
@@ -113,6 +114,37 @@ def fixed_point_inversion(
         x_t = c * x_prev + d * eps
         x0_pred = (x_prev - prev.std * eps) / prev.alpha
         yield Step(index, level.t, x_t, eps, x0_pred, x_prev, evaluations=evaluations)
+        x_prev = x_t
+
+
+def cfgpp_inversion(
+    eps_fn: EpsFn,
+    x_0: Tensor,
+    schedule: Schedule,
+    steps: int = 50,
+    *,
+    iterations: int = 1,
+    timesteps: Sequence[float] | None = None,
+) -> Iterator[Step]:
+    """Run the steps of `ldm.samplers.ddim_cfgpp` backwards.                                [CFG++, section 3.3]
+
+    x0_pred = (x_prev - sqrt(1 - a_prev) eps_uncond) / sqrt(a_prev),   x_t = sqrt(a_t) x0_pred + sqrt(1 - a_t) eps
+
+    Args, Returns, Raises: as for `ddim_inversion`; eps_fn: one that `guided` made, at a guidance scale in 0 .. 1.
+    """
+    if not 0 <= (scale := getattr(eps_fn, "guidance_scale", 1)) <= 1:
+        raise ValueError(f"guidance_scale: cfgpp_inversion expects 0..1, such as 0.6, got {scale:g}")
+    if iterations < 1:
+        raise ValueError(f"iterations: expected 1 or more, got {iterations}")
+    both = getattr(eps_fn, "with_uncond", lambda *asked: (eps_fn(*asked),) * 2)
+    x_prev = x_0
+    for index, level, prev in _upwards(eps_fn, x_0, schedule, steps, timesteps):
+        x_t = x_prev
+        for _ in range(iterations):
+            eps, eps_uncond = (part.to(x_0.dtype) for part in both(x_t, level.t, index))
+            x0_pred = (x_prev - prev.std * eps_uncond) / prev.alpha
+            x_t = level.alpha * x0_pred + level.std * eps
+        yield Step(index, level.t, x_t, eps, x0_pred, x_prev, evaluations=iterations)
         x_prev = x_t
 
 
