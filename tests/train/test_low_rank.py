@@ -203,6 +203,7 @@ def test_what_comes_out_goes_into_the_other_commands(tmp_path, place, capsys):
         (["--lora", "2", "--lora-alpha", "nan"], "--lora-alpha: got nan, expected more than 0"),
         (["--lora-alpha", "2"], "--lora-alpha: it is of an adapter; give --lora RANK too"),
         (["--lora", "2", "--train-text-encoder"], "--lora: not together with --train-text-encoder"),
+        (["--lora", "2", "--dtype", "bfloat16", "--bf16"], "--dtype: got bfloat16, expected float32, which what"),
         (["--lora", "2", "--shard"], "--lora: not together with --shard"),
     ],
 )

@@ -137,6 +137,11 @@ def check(args: argparse.Namespace) -> None:
     for name in ("fp16", "compile"):
         if args.shard and (args.precision == name or getattr(args, name, False)):
             raise ValueError(f"--shard: not together with --{name}" + ("; use --bf16" if name == "fp16" else ""))
+    if args.dtype != "float32" and (args.lora is not None or args.precision != "bf16"):
+        raise ValueError(
+            f"--dtype: got {args.dtype}, expected float32, which what is learnt is kept in; --bf16 and --fp16 are "
+            "about the arithmetic"
+        )
     if args.lora is None and args.lora_alpha is not None:
         raise ValueError("--lora-alpha: it is of an adapter; give --lora RANK too")
     for name in ("lora", "lora_alpha"):
