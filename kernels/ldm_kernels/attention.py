@@ -36,7 +36,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ldm_kernels.configurations import EVERYWHERE, SM80, SM86, SM89, SM90, Configuration, run_first_that_fits
-from ldm_kernels.heads import LOG2_E, dot, interpreting, load_rows, pieces, readable, require_heads, scores, store_rows
+from ldm_kernels.heads import LOG2_E, dot, load_rows, pieces, readable, require_heads, scores, store_rows
+from ldm_kernels.interpreter import interpreting
 from ldm_kernels.specs import Spec, signature
 
 # ---- kernels ---------------------------------------------------------------------------------------
@@ -241,11 +242,11 @@ def dkdv_kernel(
 # ---- launchers -------------------------------------------------------------------------------------
 
 # For each head width and GPU the best guess first, judged by what the compiler made of it (registers, shared memory,
-# programs a multiprocessor), not by a clock; then what to fall back on. Larger tiles of d = 160 spill registers.
+# programs a multiprocessor), not by a clock; then what to fall back on. Larger tiles of d = 160 spill registers; so do
+# those of dkdv at 64 with triton 3.6 on sm_80, which also makes products of 64x128 at d = 40 on sm_90 wait.
 CONFIGURATIONS = (
     Configuration(40, "forward", 128, 64, 4, 3, (SM80, SM86, SM89), "split8"),
     Configuration(40, "forward", 128, 64, 8, 2, (SM80, SM86, SM89), "split8"),
-    Configuration(40, "forward", 64, 128, 4, 2, (SM90,), "split8"),
     Configuration(40, "forward", 128, 64, 8, 3, (SM90,), "split8"),
     Configuration(40, "forward", 64, 64, 4, 2, EVERYWHERE, "split8"),
     Configuration(64, "forward", 128, 64, 8, 3, (SM90,)),
@@ -263,8 +264,8 @@ CONFIGURATIONS = (
     Configuration(80, "dq", 64, 64, 4, 2, EVERYWHERE),
     Configuration(160, "dq", 64, 32, 4, 2, EVERYWHERE),
     Configuration(40, "dkdv", 64, 64, 4, 2, EVERYWHERE),
-    Configuration(64, "dkdv", 64, 64, 4, 2, (SM80, SM90)),
-    Configuration(64, "dkdv", 64, 32, 4, 2, (SM86, SM89)),
+    Configuration(64, "dkdv", 64, 64, 4, 2, (SM90,)),
+    Configuration(64, "dkdv", 64, 32, 4, 2, (SM80, SM86, SM89)),
     Configuration(80, "dkdv", 64, 64, 4, 2, EVERYWHERE),
     Configuration(160, "dkdv", 64, 64, 8, 2, (SM90,)),
     Configuration(160, "dkdv", 64, 16, 4, 2, EVERYWHERE),

@@ -2,6 +2,8 @@
 
 from torch import Tensor, bfloat16, float16, float32
 
+from ldm_kernels.interpreter import mend_loops
+
 DTYPES = (float16, bfloat16, float32)
 MOST_ELEMENTS = 2**31  # of what a kernel addresses with 32-bit offsets
 MOST_BLOCKS = 65535  # in the second and third dimension of a launch's grid
@@ -21,6 +23,7 @@ def require_alike(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name}: on {tensor.device}, but {first} is on {x.device}; bring them together")
         if tensor.numel() == 0:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)} holds nothing, expected at least one of each")
+    mend_loops()
 
 
 def require_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:

@@ -3,7 +3,8 @@
 What a GPU will do with a kernel is in its machine code: registers, numbers spilled to memory, shared memory, how wide
 the loads are, whether the matrix products reach the tensor cores, how long the loop is. `ptxas` and `cuobjdump`, which
 come with Triton, say all of it on any Linux machine. What code may not be is in `complaints`; what it was when it was
-last looked at is in compiled.json, and code that has become more than 5 % worse than that is refused as well.
+last looked at is in compiled-*.json, one for each Triton, and code that has become more than 5 % worse than what the
+same Triton made is refused as well.
 
 This file may be imported anywhere; Triton is imported in the processes that compile.
 """
@@ -30,7 +31,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ldm_kernels.specs import Spec
 
-RECORD = Path(__file__).with_name("compiled.json")
+RECORDS = Path(__file__).parent
 WORSE = 1.05  # times what is recorded
 READS_LITTLE = ("group_norm_silu.combine",)  # a few KiB in all: how wide its loads are does not matter
 
@@ -256,20 +257,32 @@ def complaints(c: Compiled) -> list[str]:
     return [f"{c.name} sm_{c.capability}: {what}" for what, is_so in broken.items() if is_so]
 
 
-def record(compiled: Sequence[Compiled], path: Path = RECORD) -> None:
-    """Keep what was compiled as the state to compare with."""
-    rows = [asdict(c) for c in compiled]
-    content = {"triton": version("triton"), "configurations": rows}
+def record(compiled: Sequence[Compiled], folder: Path = RECORDS) -> None:
+    """Keep what the installed Triton compiled as the state to compare with."""
+    path = folder / f"compiled-{_release(version('triton'))}.json"
     temporary = path.with_name(path.name + ".partial")
-    lines = ",\n  ".join(json.dumps(row) for row in rows)
-    temporary.write_text(f'{{"triton": {json.dumps(content["triton"])}, "configurations": [\n  {lines}\n]}}\n')
+    lines = ",\n  ".join(json.dumps(asdict(c)) for c in compiled)
+    temporary.write_text(f'{{"triton": {json.dumps(version("triton"))}, "configurations": [\n  {lines}\n]}}\n')
     temporary.replace(path)
 
 
-def recorded(path: Path = RECORD) -> tuple[str, list[Compiled]]:
-    """The version of Triton, and what it compiled."""
-    content = json.loads(path.read_text())
-    return content["triton"], [Compiled(**row) for row in content["configurations"]]
+def recorded(folder: Path = RECORDS, by: str | None = None) -> list[Compiled]:
+    """What a version of Triton compiled when it was looked at last; by: None: the newest that is recorded.
+
+    Of a version that nobody recorded, nothing: another compiler writes other code, and 5 % say nothing then.
+    """
+    paths = {_numbers(path.stem.removeprefix("compiled-")): path for path in folder.glob("compiled-*.json")}
+    path = paths.get(max(paths) if by is None else _numbers(_release(by)))
+    return [] if path is None else [Compiled(**row) for row in json.loads(path.read_text())["configurations"]]
+
+
+def _release(triton: str) -> str:
+    """ "3.8" of "3.8.1"."""
+    return ".".join(triton.split(".")[:2])
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    return tuple(map(int, release.split(".")))
 
 
 def regressions(now: Sequence[Compiled], before: Sequence[Compiled]) -> list[str]:

@@ -30,7 +30,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ldm_kernels.configurations import EVERYWHERE, SM80, Configuration, run_first_that_fits
-from ldm_kernels.heads import LOG2_E, dot, interpreting, load_rows, pieces, readable, require_heads, scores, store_rows
+from ldm_kernels.heads import LOG2_E, dot, load_rows, pieces, readable, require_heads, scores, store_rows
+from ldm_kernels.interpreter import interpreting
 from ldm_kernels.specs import Spec, signature
 
 FEWEST_KEYS, MOST_KEYS = 64, 80

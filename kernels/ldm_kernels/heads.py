@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ldm_kernels.checks import MOST_BLOCKS
+from ldm_kernels.interpreter import interpreting, mend_loops
 
 Layout = Literal["split", "split8", "pad"]
 
@@ -100,11 +101,6 @@ def scores(a0, a1, b0, b1, D1: tl.constexpr, UPCAST: tl.constexpr):
 # ---- before a launch -------------------------------------------------------------------------------
 
 
-def interpreting(kernel: object) -> bool:
-    """Whether a function under `@triton.jit` runs in Triton's interpreter (TRITON_INTERPRET=1), on the CPU."""
-    return not isinstance(kernel, triton.JITFunction)
-
-
 def why_unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why the kernels cannot take these heads, in one line that names the argument; None where they can.
 
@@ -138,6 +134,7 @@ def require_heads(kernel: object, q: Tensor, k: Tensor, v: Tensor) -> None:
         why = f"q: on {q.device}, expected a CUDA device; kernels run elsewhere only with TRITON_INTERPRET=1"
     if why is not None:
         raise ValueError(why)
+    mend_loops()
 
 
 def _bad_layout(name: str, view: Tensor) -> str | None:

@@ -110,8 +110,7 @@ def _recorded(kernel: str, width: int, capability: int) -> dict[str, Any]:
         c for c in attention.CONFIGURATIONS if c.kernel == kernel and c.width == width and capability in c.capabilities
     )
     name = attention.compile_spec(chosen).name
-    _, rows = compiling.recorded()
-    matching = [row for row in rows if (row.name, row.capability) == (name, capability)]
+    matching = [row for row in compiling.recorded() if (row.name, row.capability) == (name, capability)]
     if not matching:
-        raise ValueError(f"compiled.json: no {name!r} for sm_{capability}; record it with --compile-only --record")
+        raise ValueError(f"compiled-*.json: no {name!r} for sm_{capability}; record it with --compile-only --record")
     return {**asdict(matching[0]), **{key: getattr(chosen, key) for key in ("kernel", "own", "loop", "warps")}}

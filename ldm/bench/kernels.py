@@ -21,20 +21,26 @@ from ldm.fast.cuda_graph import CudaCapture
 # ---- the compiler ----------------------------------------------------------------------------------
 
 
-def compile_all(prefix: str, processes: int | None, record: bool) -> tuple[list[dict[str, Any]], list[str]]:
-    """Compile the configurations whose names begin so, for the four GPUs.
+def compile_all(
+    prefix: str, capability: int | None, processes: int | None, record: bool
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Compile the configurations whose names begin so, for the four GPUs or one of them.
 
-    Args:    record: keep the result as what later ones are compared with, if it is within bounds; otherwise it is
-             compared with what is recorded, if that came from the Triton that is installed.
+    Args:    capability: 90 for sm_90; None: all.
+             record: keep the result as what later ones are compared with, if it is within bounds; otherwise it is
+             compared with what is recorded of the Triton that is installed.
     Returns: a line each, and what is wrong with them.
     """
     from ldm_kernels import compiling
 
-    rows = compiling.compile_all(only=lambda name, _: name.startswith(prefix), processes=processes)
+    def asked(name: str, on: int) -> bool:
+        return name.startswith(prefix) and capability in (None, on)
+
+    rows = compiling.compile_all(only=asked, processes=processes)
     wrong = [line for row in rows for line in compiling.complaints(row)]
     if not record:
-        by, before = compiling.recorded()
-        wrong += compiling.regressions(rows, before) if by == version("triton") else []
+        before = compiling.recorded(by=version("triton"))
+        wrong += compiling.regressions(rows, before) if before else []
     elif not wrong:
         compiling.record(rows)
     return [asdict(row) for row in rows], wrong

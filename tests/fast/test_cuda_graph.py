@@ -7,7 +7,9 @@ a graph does. What it cannot show is whether the U-Net can be recorded; there is
 import copy
 import json
 import logging
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -470,26 +472,39 @@ def test_on_a_gpu_a_replay_is_the_network_bit_for_bit(dtype, backend):
     assert installed.cuda_graph_used
 
 
-@gpu
-@pytest.mark.gpu
-def test_on_a_gpu_what_cannot_be_recorded_falls_back(caplog):
+def cannot_be_recorded() -> list[str]:
+    """What is wrong after a recording that fails. In a process of its own: before torch 2.12 no other one succeeds then."""
+
     class Synchronising(Watched):
         def forward(self, x_t, t, context):
             return super().forward(x_t, t, context) * (1 + 0 * float(x_t.sum()))
 
+    said = []
+    logging.getLogger("ldm.fast.cuda_graph").addFilter(lambda record: said.append(record.getMessage()) or False)
     network = Synchronising().cuda()
     unet = GraphedUNet(network)
     stream = torch.cuda.current_stream()
     call = args(2, device="cuda")
-    for _ in range(2):
-        assert torch.equal(unet(*call), network(*call))
-    assert torch.cuda.current_stream() == stream
-    assert not torch.cuda.is_current_stream_capturing()
-    assert not unet.used
-    assert len(lines(caplog)) == 1
-    replay, result, before = CudaCapture()(lambda: call[0] + 1)  # and another recording is possible afterwards
-    replay()
-    assert torch.equal(result, before)
+    same = all(torch.equal(unet(*call), network(*call)) for _ in range(2))
+    wrong = {
+        "another result than the network's": not same,
+        "another stream is current": torch.cuda.current_stream() != stream,
+        "still recording": torch.cuda.is_current_stream_capturing(),
+        "used": unet.used,
+        f"said {said}, expected one line": len(said) != 1,
+    }
+    if torch.__version__ >= "2.12":  # another recording is possible afterwards
+        replay, result, before = CudaCapture()(lambda: call[0] + 1)
+        replay()
+        wrong["the next recording is wrong"] = not torch.equal(result, before)
+    return [what for what, is_so in wrong.items() if is_so]
+
+
+@gpu
+@pytest.mark.gpu
+def test_on_a_gpu_what_cannot_be_recorded_falls_back():
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        assert process.submit(cannot_be_recorded).result() == []
 
 
 @gpu

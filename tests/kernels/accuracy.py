@@ -29,7 +29,7 @@ def results_and_gradients(op: Op, inputs: Sequence[Tensor | None]) -> list[Tenso
     leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
     results = op(*leaves)
     results = results if isinstance(results, tuple) else (results,)
-    directions = [randn(*r.shape, seed=100 + i).to(r.dtype) for i, r in enumerate(results)]
+    directions = [randn(*r.shape, seed=100 + i).to(r.device, r.dtype) for i, r in enumerate(results)]
     torch.autograd.backward(results, directions)
     return [*(r.detach() for r in results), *(x.grad for x in leaves if x is not None)]
 

@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--predict", action="store_true", help="least times from compiled code and data sheets")
     parser.add_argument("--record", action="store_true", help="with --compile-only: keep this to compare with later")
     parser.add_argument("--only", default="", metavar="TEXT", help="with --compile-only: names that begin like this")
+    parser.add_argument("--capability", type=int, metavar="N", help="with --compile-only: for sm_N alone")
     parser.add_argument("--processes", type=int, help="with --compile-only: at a time (default: one a core)")
     parser.add_argument("--rounds", type=int, default=30, help="of the timing (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/bench/kernels"), help="folder (default: %(default)s)")
@@ -31,8 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises ValueError where compiled code breaks a bound, or a kernel computes something else."""
-    if args.record and (not args.compile_only or args.only):
-        raise ValueError("--record: expected with --compile-only and without --only, so that the record is whole")
+    if args.record and (not args.compile_only or args.only or args.capability):
+        raise ValueError(
+            "--record: expected with --compile-only and without --only or --capability, so that it is whole"
+        )
     if args.compile_only:
         compile_only(args)
     elif args.predict:
@@ -51,9 +54,14 @@ def run(args: argparse.Namespace) -> None:
 
 def compile_only(args: argparse.Namespace) -> None:
     """Compile, print the table, and raise ValueError for what is out of bounds or worse than recorded."""
-    rows, wrong = kernels.compile_all(args.only, args.processes, args.record)
+    rows, wrong = kernels.compile_all(args.only, args.capability, args.processes, args.record)
     if not rows:
-        raise ValueError(f"--only: no configuration's name begins like {args.only!r}")
+        only, capability = (
+            f"{name}: {value!r}" for name, value in (("--only", args.only), ("--capability", args.capability))
+        )
+        raise ValueError(
+            f"{only}, {capability}: no configuration is of both; expected a name's beginning, 80, 86, 89 or 90"
+        )
     print(kernels.table(rows))
     if wrong:
         raise ValueError(f"{len(wrong)} complaints: {'; '.join(wrong)}")
