@@ -473,7 +473,7 @@ def test_on_a_gpu_a_replay_is_the_network_bit_for_bit(dtype, backend):
 
 
 def cannot_be_recorded() -> list[str]:
-    """What is wrong after a recording that fails. In a process of its own: before torch 2.12 no other one succeeds then."""
+    """What is wrong after a recording that fails; before torch 2.12 no other one of the process succeeds then."""
 
     class Synchronising(Watched):
         def forward(self, x_t, t, context):
