@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import resource
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -52,10 +53,10 @@ def time_in_turn(
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in tqdm(range(warmup + rounds), desc=label, unit="round", delay=2, leave=False):
         for name, call in candidates.items():
-            _synchronise()
+            synchronise()
             began = time.perf_counter()
             call()
-            _synchronise()
+            synchronise()
             if turn >= warmup:
                 seconds[name].append(time.perf_counter() - began)
     first = np.array(seconds[next(iter(candidates))])
@@ -67,7 +68,7 @@ def _timing(seconds: np.ndarray, peer: np.ndarray) -> Timing:
     return Timing(median, p20, p80, ratio=float(np.median(peer / seconds)), rounds=len(seconds))
 
 
-def _synchronise() -> None:
+def synchronise() -> None:
     """Work on a GPU is queued: wait until it is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -76,8 +77,27 @@ def _synchronise() -> None:
 def matmul_gflops(size: int = 2048, dtype: torch.dtype = torch.float32, device: str = "cpu", rounds: int = 5) -> float:
     """The rate of a large square matrix product, in GFLOP/s: what this machine can do, as far as torch reaches it."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    if device == "cuda":
+        return 2 * size**3 / statistics.median(gpu_ms(lambda: a @ b, rounds)) / 1e6
     timing = time_in_turn({"matmul": lambda: a @ b}, rounds, warmup=2)["matmul"]
     return 2 * size**3 / timing.median_ms / 1e6
+
+
+def gpu_ms(call: Callable[[], object], rounds: int, before: Callable[[], object] = lambda: None) -> list[float]:
+    """How long the GPU itself took for each round of a call, by its own clock: without what Python and launches take.
+
+    before: done ahead of each round, not timed. The first two rounds are a warm-up.
+    """
+    times = []
+    for _ in range(2 + rounds):
+        before()
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        call()
+        ended.record()
+        ended.synchronize()
+        times.append(began.elapsed_time(ended))
+    return times[2:]
 
 
 def peak_memory_mib(device: torch.device) -> float:

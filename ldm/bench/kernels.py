@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ldm.bench.harness import matmul_gflops
+from ldm.bench.harness import gpu_ms, matmul_gflops
 from ldm.bench.kernel_predictions import BATCHES
 from ldm.bench.kernel_sites import Site, prepare, sites
 from ldm.fast.backend import Backend
@@ -58,19 +59,44 @@ L2_BYTES = 256 * 2**20  # written between replays: more than any GPU's L2 holds
 WORST_RATIO = 2.0  # of a kernel's error to torch's in the same dtype
 
 
-def measure(dtype: torch.dtype = torch.float16, rounds: int = 30) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Measured:
+    """What is known so far. wrong: a line for each site that could not be timed, and why."""
+
+    rates: Mapping[str, float]
+    rows: Sequence[dict[str, Any]]
+    wrong: Sequence[str]
+    skipped: Sequence[str]  # for want of time
+
+
+def measure(
+    dtype: torch.dtype = torch.float16, rounds: int = 30, seconds: float = 240, device: str = "cuda"
+) -> Iterator[Measured]:
     """Every site on the GPU that is here: correctness first, then times, beside torch's own and the roofline.
 
-    Raises:  ValueError: a kernel is more than twice as wrong as torch's own operation.
+    What is known is given after each site, the most costly ones first. A site that is wrong or fails is noted, not
+    timed, and the next one follows; after so many seconds the rest is skipped.
     """
-    rates = {"matmul_tflops": matmul_gflops(8192, dtype, "cuda") / 1e3, "copy_tbytes_a_second": _copy_rate()}
-    rows = []
+    began = time.monotonic()
+    rates = {"matmul_tflops": matmul_gflops(8192, dtype, device) / 1e3, "copy_tbytes_a_second": _copy_rate()}
+    rows: list[dict[str, Any]] = []
+    wrong: list[str] = []
+    skipped: list[str] = []
     for site in sites():
-        errors = check(site, dtype)
-        for batch in BATCHES:
-            for backward in (False, True):
-                rows += _measure_site(site, batch, backward, dtype, rounds, rates, errors)
-    return {**rates, "rows": rows}
+        if time.monotonic() - began > seconds:
+            skipped.append(site.name)
+            continue
+        try:
+            errors = check(site, dtype, device)
+            for batch in BATCHES:
+                for backward in (False, True):
+                    rows += _measure_site(site, batch, backward, dtype, rounds, rates, errors)
+        except (ValueError, RuntimeError) as error:  # out of memory, no such attention, a launch that failed
+            wrong.append(
+                str(error).split("\n")[0] if site.name in str(error) else f"{site.name}: {error}".split("\n")[0]
+            )
+        yield Measured(rates, tuple(rows), tuple(wrong), ())
+    yield Measured(rates, tuple(rows), tuple(wrong), tuple(skipped))
 
 
 def check(site: Site, dtype: torch.dtype, device: str = "cuda") -> dict[str, float]:
@@ -152,15 +178,7 @@ def _times(work: Callable[[], object], sdpa: SDPBackend | None, rounds: int) -> 
             raise
         return None  # this form of attention has no kernel for the head's width on this GPU
     flush = torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda")
-    times = []
-    for _ in range(rounds):
-        flush.zero_()
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
-        replay()
-        ended.record()
-        ended.synchronize()
-        times.append(1e3 * began.elapsed_time(ended))
+    times = [1e3 * ms for ms in gpu_ms(replay, rounds, before=flush.zero_)]
     p20, _, _, p80 = statistics.quantiles(times, n=5)
     return p20, statistics.median(times), p80
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.bench.harness import Timing, matmul_gflops, time_in_turn
+from ldm.bench.harness import Timing, matmul_gflops, synchronise, time_in_turn
 from ldm.traversal.round_trip import relative_error
 
 Json = dict[str, Any]
@@ -40,6 +40,8 @@ OPERATIONS = {
     "upsample": "copies",
 }
 # How far another memory layout or a compiler may be from eager: sums in another order. A wrong weight is off by 1.
+# A side of 2048 keeps a CPU busy; on a GPU its launch would take a good part of its time.
+MATMUL = {"cpu": 2048, "cuda": 8192}
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
@@ -55,7 +57,7 @@ def measure(calls: Mapping[str, Call], dtype: torch.dtype, device: str, rounds: 
     with torch.inference_mode():
         gflop = count_gflop(first)
         timings = time_in_turn(calls, rounds, check=lambda: _agree(calls, AGREEMENT[dtype]), label=label)
-        reachable = matmul_gflops(dtype=dtype, device=device)
+        reachable = matmul_gflops(MATMUL[device], dtype, device)
         return {
             "gflop": gflop,
             "matmul_gflops": reachable,
@@ -73,8 +75,11 @@ def cost(timing: Timing, gflop: float, reachable: float) -> Json:
 
 def count_gflop(call: Call) -> float:
     """Operations of one call in units of 1e9, a multiplication and its addition as two, of all products there are."""
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch's own table lacks
-    with FlopCounterMode(display=False, custom_mapping={fused: _attention_flop}) as counter:
+    table = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop}  # torch's own lacks it
+    for name in ("attention", "cross_attention"):  # the kernels', where they were imported
+        if hasattr(torch.ops.ldm, name):
+            table[getattr(torch.ops.ldm, name)] = _kernel_flop
+    with FlopCounterMode(display=False, custom_mapping=table) as counter:
         call()
     return counter.get_total_flops() / 1e9
 
@@ -82,6 +87,11 @@ def count_gflop(call: Call) -> float:
 def _attention_flop(q: torch.Size, k: torch.Size, v: torch.Size, *rest: Any, **options: Any) -> int:
     """q k^T and the product with v, of shapes (B, h, N, d) and (B, h, M, d)."""
     return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+
+
+def _kernel_flop(q: torch.Size, k: torch.Size, v: torch.Size, *rest: Any, **options: Any) -> int:
+    """The same, of shapes (B, N, h, d) and (B, M, h, d)."""
+    return 2 * math.prod(q[:-1]) * k[1] * (q[-1] + v[-1])
 
 
 def by_operation(call: Call) -> dict[str, float]:
@@ -97,7 +107,7 @@ def by_operation(call: Call) -> dict[str, float]:
 
 
 def by_block(blocks: Mapping[str, nn.Module], call: Call) -> dict[str, float]:
-    """The share of one call's time that some parts of a network take, and "rest".
+    """The share of one call's time that some parts of a network take, and "rest"; each waits for the GPU to be done.
 
     Args:    blocks: name -> a module of the network, none inside another.
     """
@@ -107,15 +117,19 @@ def by_block(blocks: Mapping[str, nn.Module], call: Call) -> dict[str, float]:
     for name, block in blocks.items():
 
         def before(module: nn.Module, args: object, name: str = name) -> None:
+            synchronise()
             began[name] = time.perf_counter()
 
         def after(module: nn.Module, args: object, out: object, name: str = name) -> None:
+            synchronise()
             taken[name] += time.perf_counter() - began[name]
 
         hooks += [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
+    synchronise()
     start = time.perf_counter()
     with torch.inference_mode():
         call()
+    synchronise()
     whole = time.perf_counter() - start
     for hook in hooks:
         hook.remove()

@@ -1,13 +1,15 @@
 """The kernels' benchmark, where there is no GPU: which sites, what they cost at least, what is checked and printed."""
 
 import argparse
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from ldm_tools.bench import kernels as command
+from ldm_tools.cli import main
 
-from ldm.bench import kernels
+from ldm.bench import harness, kernels
 from ldm.bench.kernel_predictions import A100, BATCHES, predict, predictions
 from ldm.bench.kernel_sites import Site, prepare, sites
 from ldm.bench.kernels import table
@@ -125,6 +127,39 @@ def test_the_check_before_the_clock_refuses_a_wrong_kernel(monkeypatch):
     monkeypatch.setattr(kernels, "_results", with_error(0.1))
     with pytest.raises(ValueError, match=r"geglu 4x8: error .*; not timed"):
         kernels.check(site, torch.float16, "cpu")
+
+
+def test_a_wrong_site_is_noted_and_the_others_are_timed(monkeypatch, tmp_path, capsys):
+    """Nothing is lost: the files are whole after every site, one that fails ends nothing, and time is bounded."""
+    known = (Site("geglu", (2, 8), 1), Site("geglu", (2, 16), 1), Site("geglu", (2, 24), 1), Site("geglu", (2, 32), 1))
+    clock = iter([0, 1, 2, 3, 1000])
+    seen = []
+
+    def check(site, dtype, device):
+        if (tmp_path / "ldm_kernels.json").exists():
+            seen.append(len(json.loads((tmp_path / "ldm_kernels.json").read_text())["rows"]))
+        if site == known[0]:
+            raise ValueError(f"{site.name}: error 1, torch's own 0; not timed")
+        if site == known[2]:
+            raise RuntimeError("CUDA out of memory")
+        return {"triton": 0.0, "torch": 0.0}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernels, "sites", lambda: known)
+    monkeypatch.setattr(kernels, "matmul_gflops", lambda *args: 1e6)
+    monkeypatch.setattr(kernels, "_copy_rate", lambda: 3.0)
+    monkeypatch.setattr(kernels, "check", check)
+    monkeypatch.setattr(kernels, "_measure_site", lambda site, batch, *rest: [{"site": site.name, "batch": batch}])
+    monkeypatch.setattr(kernels.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(harness, "environment", dict)
+    assert main(["bench", "kernels", "--out", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert "3 sites not timed: geglu 2x8: error 1" in printed.err
+    assert "geglu 2x24: CUDA out of memory" in printed.err
+    assert "geglu 2x32: skipped, no time left" in printed.err
+    assert "| geglu 2x16 | 2 |" in printed.out
+    assert seen == [0, 4]
+    assert json.loads((tmp_path / "ldm_kernels.json").read_text())["skipped"] == ["geglu 2x32"]
 
 
 def test_a_table_is_markdown():

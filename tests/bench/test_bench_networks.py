@@ -68,6 +68,38 @@ def test_operations_and_blocks_share_all_of_the_time():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network)  # nothing is left behind
 
 
+def test_parts_are_timed_when_a_gpu_is_done_with_them(monkeypatch):
+    """Each part, and the whole, begins and ends with a wait: what was only queued is not counted for another part."""
+    waits, network = [], nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    monkeypatch.setattr(networks, "synchronise", lambda: waits.append(len(waits)))
+    networks.by_block({"first": network[0], "last": network[1]}, lambda: network(torch.zeros(1, 4)))
+    assert len(waits) == 2 * 3
+
+
+def test_the_kernels_operations_are_counted_as_torchs_are(monkeypatch):
+    from ldm.fast.ops import Ops
+
+    q, context = torch.zeros(2, 16, 80), torch.zeros(2, 77, 80)
+    for keys in (q, context):
+        ours, theirs = (
+            networks.count_gflop(lambda ops=ops, keys=keys: ops.attention(q, keys, keys, 2))
+            for ops in (Ops("triton"), Ops("torch"))
+        )
+        assert ours == theirs == 2 * 2 * 2 * 2 * 16 * keys.shape[1] * 40 / 1e9
+
+
+@pytest.mark.parametrize("options", [["--backend", "triton"], ["--backend", "torch"]])
+def test_the_backend_that_was_asked_for_is_timed_beside_plain_torch(options, tiny, capsys, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(networks, "measure", lambda ways, *rest: {"ways": list(ways)})  # the interpreter takes minutes
+    monkeypatch.setattr(networks, "by_block", lambda *rest: {})
+    assert cli.main(["bench", "unet", "--weights", str(tiny), "--rounds", "1", "--json", "--size", "8", *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["backend"] == options[1]
+    assert ("kernels" in found["ways"]) == (options[1] == "triton")
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_the_tree_and_the_branches_alone_are_the_same_images(tiny, plan):
     found = traversal.tree_against_separate(ldm.load(tiny), plan, rounds=1)
     assert (found["unet_rows"], found["unet_rows_separate"]) == (4 + 2 * (3 + 1), 5 * 4)

@@ -5,14 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from ldm_tools import attend
 from ldm_tools.cli import main
+from on_another_device import elsewhere
 
 import ldm
 from ldm.phantom.prompts import ATTRIBUTE_WORDS, DOMAINS
 from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion
 from ldm.probe.words import END, PADDING, START, Word, own_words, words
 from ldm.samplers import initial_noise
-from ldm.study.structure.attention import Looks, limits, look, of_words, on_grid, overlap
+from ldm.study.structure.attention import Looks, MaskedImages, limits, look, of_words, on_grid, overlap
 from ldm.tokenizer import Tokenizer
 
 
@@ -89,6 +91,18 @@ def test_overlap_by_hand():
     scores = overlap(torch.stack([right, 1 - right, left]), mask)
     np.testing.assert_allclose(scores[:, 0], [1.0, 0.0, 1 / 3])
     assert np.isnan(overlap(right, np.zeros((1, 4, 4), bool))).all()
+
+
+def test_maps_on_a_gpu_are_brought_back():
+    maps, masks = torch.rand(2, 3, 4, 4), np.arange(3 * 64).reshape(3, 8, 8) % 5 == 0
+    with pytest.raises(TypeError, match="elsewhere"):
+        elsewhere(maps).numpy()
+    assert np.array_equal(overlap(elsewhere(maps), masks), overlap(maps, masks))
+    looks = Looks(("down_blocks.0.attentions.0.transformer_blocks.0.attn2",), (elsewhere(maps[None]),))
+    said = [Word(f"w{i}", (i,)) for i in range(3)]
+    patients = MaskedImages(torch.zeros(2, 3, 8, 8), masks[:2])
+    assert attend.every_word(looks, said, patients).keys() == {"0: w0", "1: w1", "2: w2"}
+    assert isinstance(attend.plain(looks.maps[0][0, 0, 0]), np.ndarray)
 
 
 def test_what_a_map_could_score():

@@ -87,7 +87,7 @@ def ask(
     context = sd.encode_prompts([prompt])
     x_T = attention.invert(sd, patients.images, context, steps, bar.update)
     looks, latents = attention.look(sd, x_T, context, said, steps, bar.update)
-    drawn = sd.decode_latents(latents).clamp(-1, 1)
+    drawn = sd.decode_latents(latents).clamp(-1, 1).cpu()
     return {
         "title": cell.title_of(attribute),
         "prompt": prompt,
@@ -154,4 +154,4 @@ def material(title: str, looks: Looks, said: list[Word], own: list[int], patient
 
 def plain(looked: Tensor) -> NDArray[np.float64]:
     """A map as numpy has it."""
-    return looked.double().numpy()
+    return looked.double().cpu().numpy()

@@ -113,8 +113,8 @@ def load_model(args: argparse.Namespace) -> pipeline.StableDiffusion:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device: torch cannot use {name!r} here; expected cpu, cuda or cuda:N") from error
     dtype = DTYPES.get(args.dtype, torch.float16 if device.type == "cuda" else torch.float32)
-    if dtype == torch.float32:  # float32 means float32: cuDNN would round convolutions to TF32's ten bits
-        torch.backends.cudnn.allow_tf32 = False
+    if dtype == torch.float32:
+        no_tf32()
     wanted, blocks = own_blocks(args, args.weights)
     sd = ldm.load(
         args.weights,
@@ -137,6 +137,12 @@ def load_model(args: argparse.Namespace) -> pipeline.StableDiffusion:
     if getattr(args, "cuda_graph", False):
         fast.install(sd.unet, kernels=args.backend, cuda_graph=True)
     return replace(sd, max_batch=limit)
+
+
+def no_tf32() -> None:
+    """float32 means float32: by default cuDNN rounds what convolutions read to TF32's ten bits."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def named_prompts(styles: list[str]) -> dict[str, str]:

@@ -115,7 +115,7 @@ def overlap(maps: Tensor, masks: Bools) -> NDArray[np.float64]:
     Args:    maps: (..., B, h, w), brought to the masks' size.  masks: (B, H, W).
     Returns: (..., B) in 0..1; NaN for an empty mask.
     """
-    big = resized(maps, *masks.shape[1:]).flatten(-2).numpy()  # (..., B, H W)
+    big = resized(maps, *masks.shape[1:]).flatten(-2).cpu().numpy()  # (..., B, H W)
     order = np.argsort(-big, axis=-1, kind="stable")
     scores = np.full(big.shape[:-1], np.nan)
     for b, mask in enumerate(masks.reshape(len(masks), -1)):

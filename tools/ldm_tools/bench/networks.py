@@ -20,7 +20,7 @@ from ldm.bench import harness, networks
 from ldm.config import CONTEXT_TOKENS, SD15, Config
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
-from ldm_tools.options import DTYPES, add_model, load_model
+from ldm_tools.options import DTYPES, add_model, load_model, no_tf32
 
 Network = Callable[[], Tensor]
 
@@ -69,11 +69,11 @@ def network_of(args: argparse.Namespace, part: str) -> tuple[nn.Module, Config, 
         return network, sd.config, sd.device, next(network.parameters()).dtype
     device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES.get(args.dtype, torch.float16 if device.type == "cuda" else torch.float32)
+    if dtype == torch.float32:
+        no_tf32()
     torch.manual_seed(0)
     network = UNet(SD15.unet) if part == "unet" else AutoencoderKL(SD15.vae)
     network = network.to(device, dtype).eval()
-    if part == "unet":
-        fast.install(network, kernels=args.backend)
     return network, SD15, device, dtype
 
 
@@ -91,12 +91,20 @@ def report(
     x: Tensor,
 ) -> None:
     """Measure and print."""
-    plain = network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    ways: dict[str, Network] = {"eager": partial(call, plain, x)}
+    fast.install(network, kernels="torch")
+    ways: dict[str, Network] = {"eager": partial(call, network, x)}
     other_layout = copy.deepcopy(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ways["channels_last"] = partial(call, other_layout, x)
+    backend = fast.resolved(args.backend, x.device)
+    if backend == "triton":
+        fused = copy.deepcopy(network)
+        if isinstance(network, UNet):
+            fast.install(fused, kernels=args.backend)  # in half precision packed, and in channels_last
+        else:
+            fast.install(fused, kernels=args.backend, packed=False, channels_last=False)  # as ldm.load has it
+        ways["kernels"] = partial(call, fused, x)
     if isinstance(network, UNet) and x.device.type == "cuda":
-        graphed = copy.deepcopy(other_layout)
+        graphed = copy.deepcopy(other_layout if backend == "torch" else network)
         installed = fast.install(graphed, kernels=args.backend, cuda_graph=True)
         with torch.inference_mode():
             call(graphed, x)
@@ -112,6 +120,7 @@ def report(
     result["blocks"] = networks.by_block(blocks, ways["eager"])
     result |= {
         "subject": subject,
+        "backend": backend,
         "shape": list(x.shape),
         "dtype": str(x.dtype).removeprefix("torch."),
         "peak_memory_mib": round(harness.peak_memory_mib(x.device)),
