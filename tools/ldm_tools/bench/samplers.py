@@ -26,7 +26,7 @@ from ldm.study.metrics import perceptual
 from ldm.study.report.plot_style import save_figure
 from ldm.traversal.plan import parse_integers
 from ldm_tools import own_code
-from ldm_tools.bench import known_flow
+from ldm_tools.bench import known_flow, optimise_spacing
 from ldm_tools.options import add_model, add_own_prompts, load_model, own_prompts
 
 CELL = CELLS["chest"]
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="no network: mixtures of Gaussians, whose flow is known exactly; every sampler x spacing, within a minute",
     )
     parser.add_argument("--seeds", help="such as 0-7 (default: 0-1; 0-7 with --known-flow)")
-    parser.add_argument("--guidance", default="1,3,7.5", help="scales (default: %(default)s)")
+    parser.add_argument("--guidance", help="scales (default: 1,3,7.5)")
     parser.add_argument("--evaluations", help="of a run (default: 10,20; and 40, 80 with --known-flow)")
     parser.add_argument(
         "--samplers",
@@ -72,17 +72,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of the timing (default: %(default)s)")
     parser.add_argument("--max-batch", type=int, help="most rows in one U-Net call, to bound memory")
     parser.add_argument("--out", type=Path, default=Path("out/bench/samplers"), help="folder (default: %(default)s)")
+    optimise_spacing.add_arguments(parser)
     add_model(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Raises ValueError for options that do not fit."""
     own = take_own(args)
+    if args.optimise and args.known_flow:
+        optimise_spacing.run(args, None)
+        return
     if args.known_flow:
         known_flow.run(args, own)
         return
     comparison = comparison_of(args)
     sd = load_model(args)
+    if args.optimise:
+        optimise_spacing.run(args, samplers.Bench(sd, comparison))
+        return
     bench, lpips = samplers.Bench(sd, comparison), perceptual.load_lpips()
     file = RowFile(args.out / "samplers.jsonl", settings_of(args, bench, lpips, own), NAMES)
     say_how_long(bench, file)
@@ -206,6 +213,9 @@ def page_of(bench: samplers.Bench, rows: list[dict[str, Any]], floors: Mapping[f
 
 def take_own(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     """Put what --sampler and --spacing name into the tables, beside those to compare: name -> file, sha256."""
+    if args.optimise:
+        args.guidance, args.samplers = args.guidance or "1", args.samplers or "unipc"
+    args.guidance = args.guidance or "1,3,7.5"
     if not args.known_flow:
         args.samplers = args.samplers or ",".join(samplers.COMPARED)
         args.spacings = args.spacings or ",".join(samplers.COMPARED_SPACINGS)
