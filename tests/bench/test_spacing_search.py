@@ -35,7 +35,7 @@ def test_a_search_is_never_worse_than_what_it_begins_from_and_keeps_to_its_tries
 
     found = spacing_search.search(objective, begin, SD15, 60)
     assert len(asked) == found.tried <= 60
-    assert found.error == min(map(objective, asked)) < objective(begin) / 4
+    assert found.error == min(map(objective, list(asked))) < objective(begin) / 4
     unmoved = spacing_search.search(lambda timesteps: float(timesteps != begin), begin, SD15, 60)
     assert (unmoved.timesteps, unmoved.error) == (begin, 0)
 
