@@ -13,10 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.blocks import GEGLU, Attention, BasicTransformerBlock, ResnetBlock
+from ldm.blocks import GEGLU, Attention, BasicTransformerBlock, ResnetBlock, Upsample
 from ldm.clip import SelfAttention
+from ldm.fast import bands
 from ldm.fast.ops import Ops
 from ldm.fast.projections import project
+from ldm.fast.watching import untouched, watched
+from ldm.vae import Decoder, UpLevel
 
 
 def resnet(ops: Ops, block: ResnetBlock, x: Tensor, time: Tensor | None = None) -> Tensor:
@@ -73,15 +76,35 @@ def _add_norm(ops: Ops, x: Tensor, branch: Tensor, norm: nn.Module) -> tuple[Ten
     return x, norm(x)
 
 
-def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module computes what its kind does, and nobody hangs on it or replaced its forward."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module).forward is kind.forward and not any(hooks) and "forward" not in vars(module)
+def decoder(ops: Ops, block: Decoder, z: Tensor) -> Tensor:
+    """z (B, 4, H/f, W/f) -> image (B, 3, H, W); large maps in bands, and none kept longer than it is read."""
+    x, own = block.mid_block(block.conv_in(z)), False  # own: nobody else has x, so it may be written to
+    for level in block.up_blocks:
+        if not (isinstance(level, UpLevel) and untouched(level, UpLevel)):
+            x, own = level(x), False
+            continue
+        for layer in (*level.resnets, *level.upsamplers):
+            done = _in_bands(layer, x, own)
+            x, own = (layer(x), False) if done is None else (done, True)
+    if bands.serves(x) and (done := bands.norm_silu_conv(block.conv_norm_out, block.conv_out, x)) is not None:
+        return done
+    return block.conv_out(_norm_silu(ops, block.conv_norm_out, x))
+
+
+def _in_bands(layer: nn.Module, x: Tensor, own: bool) -> Tensor | None:
+    """What a layer of the decoder makes of a large map; None where it is to be called as the module that it is."""
+    if watched(layer) or not bands.serves(x):
+        return None
+    if isinstance(layer, Upsample):
+        return bands.upsample(layer, x) if untouched(layer, Upsample) else None
+    standard = type(layer).forward is ResnetBlock.forward
+    ours = getattr(vars(layer).get("forward"), "func", resnet) is resnet
+    return bands.resnet(layer, x, own) if isinstance(layer, ResnetBlock) and standard and ours else None
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """What is installed instead of a forward, and what is gained: by a kernel, and by torch alone where it is anything.
+    """What is installed instead of a forward, and what is gained: by a kernel, by torch alone, by torch on a CPU.
 
     A class with a forward of its own is in no table, and stays as it is.
     """
@@ -89,6 +112,7 @@ class Replacement:
     forward: Callable[..., Any]
     by_kernel: str
     in_torch: str = ""
+    on_cpu: str = ""
 
 
 FORWARDS: dict[Callable[..., Any], Replacement] = {
@@ -98,4 +122,5 @@ FORWARDS: dict[Callable[..., Any], Replacement] = {
     SelfAttention.forward: Replacement(causal_attention, "causal attention in one kernel"),
     GEGLU.forward: Replacement(geglu, "gate and GELU in one kernel", "gate in place"),
     BasicTransformerBlock.forward: Replacement(transformer_block, "residual and layer norm in one kernel"),
+    Decoder.forward: Replacement(decoder, "", on_cpu="large maps in bands of rows"),
 }

@@ -110,7 +110,8 @@ def install(
     ops = Ops(kernels if backend == "triton" else "torch")
     for module in _replaceable(network):
         replacement = FORWARDS[type(module).forward]
-        gain = replacement.by_kernel if backend == "triton" else replacement.in_torch
+        in_torch = replacement.in_torch or (replacement.on_cpu if first.device.type == "cpu" else "")
+        gain = replacement.by_kernel if backend == "triton" else in_torch
         if gain or (packed and replacement.forward is attention):
             module.forward = partial(replacement.forward, ops, module)
             forwards.append((module, module.forward))
