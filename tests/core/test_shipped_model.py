@@ -1,6 +1,7 @@
 """The model in weights/: the file is the one that the manifest names, and it does what its card says."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -15,6 +16,7 @@ from ldm.phantom import render, sample_attributes
 from ldm.phantom.prompts import DOMAINS
 from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion, to_uint8
 from ldm.samplers import initial_noise
+from ldm.study import classifier, shipped
 from ldm.traversal.prompt_tree import swaps, traverse_tree
 
 
@@ -31,6 +33,26 @@ def test_the_manifest_names_every_shipped_file() -> None:
         assert row["source"]
         assert row["licence"]
     assert PHANTOM_WEIGHTS.name in manifest
+
+
+def test_all_weights_together_stay_small() -> None:
+    """What a clone and a wheel carry, whatever `ldm fetch-weights` has put beside it."""
+    folder = PHANTOM_WEIGHTS.parent
+    shipped_files = [folder / name for name in json.loads((folder / "manifest.json").read_text())]
+    others = [path for path in folder.rglob("*") if path.suffix in (".md", ".png", ".jpg", ".json")]
+    assert sum(path.stat().st_size for path in {*shipped_files, *others}) <= 60e6
+
+
+def test_the_model_of_real_skin_draws_what_its_classifier_can_judge() -> None:
+    real = ldm.load(shipped.REAL.weights)
+    vae = replace(PHANTOM.vae, latent_channels=8)
+    assert real.config == replace(PHANTOM, vae=vae, unet=replace(PHANTOM.unet, latent_channels=8))
+    assert real.report.ok
+    for name, cell in shipped.REAL.cells.items():
+        judge = classifier.load(shipped.REAL.classifiers[name])
+        assert set(cell.styles) < set(judge.attributes)
+        images = real.decode_latents(initial_noise([0], real.latent_shape))
+        assert judge.probabilities(images).shape == (1, len(judge.attributes))
 
 
 def test_it_is_the_phantom_configuration(sd: StableDiffusion) -> None:

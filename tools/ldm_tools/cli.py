@@ -7,7 +7,7 @@ import sys
 
 # command: (module, one line of help). Imported only when called, so that `ldm --help` is quick.
 COMMANDS = {
-    "demo": ("ldm_tools.demo", "the main job: trajectories of both phantom domains with the shipped model"),
+    "demo": ("ldm_tools.demo", "the main job: trajectories on real skin and on phantoms, with the shipped models"),
     "generate": ("ldm_tools.generate", "images from prompts"),
     "traverse": ("ldm_tools.traverse", "trajectories: one noise, a neutral prompt, styles swapped in at many steps"),
     "invert": ("ldm_tools.invert", "from real images back to their noise, and how exactly it leads back"),
