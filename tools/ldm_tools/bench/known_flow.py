@@ -15,7 +15,7 @@ from ldm.schedule import SPACINGS
 from ldm.study.report.plot_style import save_figure
 from ldm.traversal.plan import parse_integers
 
-SECONDS_A_PAIR = 0.12  # sampler x spacing at 150 evaluations in all, on one quiet core
+SECONDS_A_PAIR = 0.45  # sampler x spacing at 150 evaluations in all, the mean of all; those that draw take longer
 
 
 def run(args: argparse.Namespace, own_code: Mapping[str, Any]) -> None:
