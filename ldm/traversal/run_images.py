@@ -41,7 +41,7 @@ def remove_images(out: Path, seeds: Sequence[int]) -> None:
 def write_images(sd: StableDiffusion, latents: Path, out: Path, label: str) -> int:
     """Decode the final latents and those of the curves, but for images that are there already; returns how many.
 
-    Decoding takes more memory than the U-Net (0.8 GB for one image of 512 x 512 in float32): its batches are smaller.
+    Decoding takes more memory a latent than the U-Net does: its batches are smaller.
     """
     wanted = [(path, latent) for path, latent in _image_files(latents, out) if not path.exists()]
     with tqdm(total=len(wanted), desc=f"{label}: decoding", unit="image", mininterval=1) as bar:
