@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--known-flow",
         action="store_true",
-        help="no network: mixtures of Gaussians, whose flow is known exactly; every sampler x spacing, in about two minutes",
+        help="no network: mixtures of Gaussians, whose flow is known exactly; every sampler x spacing; two minutes",
     )
     parser.add_argument("--seeds", help="such as 0-7 (default: 0-1; 0-7 with --known-flow)")
     parser.add_argument("--guidance", help="scales (default: 1,3,7.5)")
