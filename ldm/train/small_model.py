@@ -108,8 +108,9 @@ def train_autoencoder(
         noise = autoencoder.posterior_noise(vae, images, seed, step)
         return replicas.loss(autoencoder.autoencoder_loss, images, noise)
 
-    fit("autoencoder", vae, loss_at, recipe, folder)
-    autoencoder.normalise_latents(vae, data, images=min(2048, len(data)), batch=encoded_at_once)
+    if recipe.steps:  # one that is taken over as it is keeps its scale too, which the U-Net knows
+        fit("autoencoder", vae, loss_at, recipe, folder)
+        autoencoder.normalise_latents(vae, data, images=min(2048, len(data)), batch=encoded_at_once)
     encoded = autoencoder.encode_all(vae, data, batch=encoded_at_once)
     store(weights, dict(vae.state_dict()))
     store(latents, {"latents": encoded})
@@ -153,6 +154,8 @@ def train_text_encoder(
     seed: int,
 ) -> None:
     """The second stage. The image tower and the temperature are thrown away."""
+    if not recipe.steps:
+        return
     c, device = latents.shape[1] // 2, clip.text_model.final_layer_norm.weight.device
     model = text_encoder.ContrastiveModel(clip, (c, *latents.shape[2:])).to(device)
 

@@ -1,12 +1,13 @@
 """`ldm train-small`: from a folder to a checkpoint, stopped in every stage, and what it refuses."""
 
+import argparse
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from ldm_tools import cli
-from ldm_tools.train_small import command, copies
+from ldm_tools.train_small import command, copies, options
 from lookalikes import chexpert, isic, picture, radiograph, write_csv
 from PIL import Image
 from safetensors import safe_open
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from ldm import pipeline
 from ldm.config import CLIPConfig, Config, UNetConfig, VAEConfig
 from ldm.data import isic as isic_reader
+from ldm.data.images import load_image
 from ldm.files import read_json
 from ldm.train import loop
 
@@ -100,6 +102,38 @@ def test_two_folders_become_one_model(small, skin, chest, tmp_path):
         assert (work / f"{name}.png").exists()
 
 
+def test_what_is_left_out_is_not_learned_and_does_not_move_the_split(small, skin, tmp_path):
+    def learned_and_held(*option):
+        parser = argparse.ArgumentParser()
+        options.add_arguments(parser)
+        work = ("--work", str(tmp_path / "-".join(["work", *option])))
+        args = parser.parse_args(
+            [str(skin), "--out", str(tmp_path / "m.safetensors"), "--size", str(SIZE), *work, *option]
+        )
+        args.work.mkdir()
+        return [{image.tobytes() for image in part.pixels} for part in command.sets([command.read(skin, args)], args)]
+
+    data = isic_reader.read(skin)
+    hairy = {
+        load_image(file, SIZE).tobytes()
+        for file, hair in zip(data.files, data.observations["hair"], strict=True)
+        if hair == 1
+    }
+    for less, whole in zip(learned_and_held("--without", "hair"), learned_and_held(), strict=True):
+        assert whole & hairy
+        assert less == whole - hairy
+
+
+def test_what_is_taken_over_as_it_is(small, skin, tmp_path):
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    kept = ("--autoencoder-steps", "0", "--decoder-steps", "0", "--text-steps", "0", "--unet-steps", "3")
+    assert run(skin, "--out", first, *STEPS, "--samples", 0) == 0
+    assert run(skin, "--out", second, *kept, "--samples", 0, "--start", first) == 0
+    before, after = load_file(first), load_file(second)
+    changed = {name.split(".")[0] for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed == {"model"}
+
+
 class Stopped(Exception):
     pass
 
@@ -162,6 +196,9 @@ def test_it_takes_over_what_fits(small, skin, tmp_path, caplog):
         (("--shares", "1", "2"), "--shares: got [1.0, 2.0], expected 1 numbers above 0"),
         (("--boost", "hair"), "--boost: got 'hair', expected TEXT=FACTOR"),
         (("--only", "Hare"), "--only: no folder has a label 'Hare'"),
+        (("--text-steps", "0"), "--text-steps: got 0 without --start"),
+        (("--without", "Hare"), "--without: no folder has a label 'Hare'"),
+        (("--without", "MEL", "--without", "NV"), "skin shows MEL or NV"),
         (("--unet-steps", "0"), "--unet-steps: got [0], expected 1 or more"),
         (("--min-snr", "-1"), "--min-snr: got -1.0, expected 0 or more"),
     ],

@@ -56,27 +56,43 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read(folder: Path, args: argparse.Namespace) -> LabelledImages:
-    """The images of a folder that there is a caption for, that --only lets through, and that can be decoded."""
+    """The images of a folder that there is a caption for, that were chosen, and that can be decoded."""
     data = reading.read(folder, args)
     if args.attributes:
         data = data.saying(data.attributes)
     for note in data.notes:
         log.info("%s: %s", folder, note)
-    known = [label for label in args.only if label in data.observations]
-    if known:
-        data = data.select((data.observations[known] == 1).any(axis=1).to_numpy())
-    if not len(data):
-        raise ValueError(f"--only: no image of {folder} shows {' or '.join(known)}")
+    data = chosen(folder, data, args.only, args.without)
     data = data.select(images.usable(data.files, args.max_bad, reading=data.reading))
     log.info("%s: %d images", folder, len(data))
     return data
 
 
+def chosen(folder: Path, data: LabelledImages, only: Sequence[str], without: Sequence[str]) -> LabelledImages:
+    """The images that show any of `only`, if the folder knows such a label. ValueError: none, or none once without."""
+    if known := [label for label in only if label in data.observations]:
+        data = data.select(shows_any(data, known))
+    if not len(data):
+        raise ValueError(f"--only: no image of {folder} shows {' or '.join(known)}")
+    if (out := shows_any(data, without)).all():
+        raise ValueError(f"--without: every image of {folder} shows {' or '.join(without)}")
+    if out.any():
+        log.info("%s: %d of %d images are left out, which show %s", folder, out.sum(), len(out), " or ".join(without))
+    return data
+
+
+def shows_any(data: LabelledImages, labels: Sequence[str]) -> NDArray[np.bool_]:
+    """Whether an image is said to show one of the labels that its folder knows: (N,)."""
+    known = [label for label in labels if label in data.observations]
+    return (data.observations[known] == 1).any(axis=1).to_numpy()
+
+
 def shares_of(parts: Sequence[LabelledImages], args: argparse.Namespace) -> dict[str, float]:
-    """How often images of each kind of folder are drawn. Raises ValueError for an --only that no folder knows."""
-    for label in args.only:
-        if not any(label in part.observations for part in parts):
-            raise ValueError(f"--only: no folder has a label {label!r}")
+    """How often images of each kind of folder are drawn. Raises ValueError for a label that no folder knows."""
+    for option in ("only", "without"):
+        for label in getattr(args, option):
+            if not any(label in part.observations for part in parts):
+                raise ValueError(f"--{option}: no folder has a label {label!r}")
     given = args.shares or [1.0] * len(parts)
     shares: dict[str, float] = {}
     for part, share in zip(parts, given, strict=True):
@@ -92,6 +108,7 @@ def settings_of(
         "seed",
         "size",
         "only",
+        "without",
         "balance",
         "latent_channels",
         "autoencoder_steps",
@@ -106,12 +123,13 @@ def settings_of(
 
 
 def sets(parts: Sequence[LabelledImages], args: argparse.Namespace) -> tuple[FolderSet, FolderSet]:
-    """What is learned, in all positions, and what is held out, as it is."""
+    """What is learned, in all positions, and what is held out, as it is; the split is the same whatever is left out."""
     learned, unseen = [], []
     for part in parts:
-        split = splits.grouped(part)
-        learned.append(part.select(np.sort(np.concatenate([split.train, split.validation]))))
-        unseen.append(part.select(split.test))
+        split, kept = splits.grouped(part), ~shows_any(part, args.without)
+        rows = np.sort(np.concatenate([split.train, split.validation]))
+        learned.append(part.select(rows[kept[rows]]))
+        unseen.append(part.select(split.test[kept[split.test]]))
     training = folder_set.build(learned, args.size, args.work / "train.npy", turned=True)
     return training, folder_set.build(unseen, args.size, args.work / "held.npy", turned=False)
 

@@ -49,6 +49,13 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         help="of a folder that knows it: images that show it; repeated: that show any of them",
     )
     group.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="LABEL",
+        help="leave out images that show it, such as what no caption speaks of; may be repeated",
+    )
+    group.add_argument(
         "--shares", type=float, nargs="+", help="how often each FOLDER is drawn, relative (default: all the same)"
     )
     group.add_argument(
@@ -74,7 +81,12 @@ def _add_recipe(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--latent-channels", type=int, default=8, help="more keep more detail and cost the U-Net (default %(default)s)"
     )
-    group.add_argument("--autoencoder-steps", type=int, default=AUTOENCODER.steps, help="default %(default)s")
+    group.add_argument(
+        "--autoencoder-steps",
+        type=int,
+        default=AUTOENCODER.steps,
+        help="0: keep that of --start, as --text-steps 0 keeps its text encoder (default %(default)s)",
+    )
     group.add_argument(
         "--decoder-steps",
         type=int,
@@ -107,10 +119,22 @@ def _add_recipe(group: argparse._ArgumentGroup) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError for options that make no sense whatever the data; fills in --work."""
-    for name in ("size", "latent_channels", "autoencoder_steps", "text_steps", "threads"):
+    for name in ("size", "latent_channels", "threads"):
         if (value := getattr(args, name)) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected 1 or more")
-    for name in ("seed", "min_snr", "samples", "max_bad", "balance", "decoder_steps"):
+    for name in ("autoencoder_steps", "text_steps"):
+        if getattr(args, name) == 0 and args.start is None:
+            raise ValueError(f"--{name.replace('_', '-')}: got 0 without --start, expected a model to keep it of")
+    for name in (
+        "seed",
+        "min_snr",
+        "samples",
+        "max_bad",
+        "balance",
+        "autoencoder_steps",
+        "decoder_steps",
+        "text_steps",
+    ):
         if (value := getattr(args, name)) < 0:
             raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected 0 or more")
     if min(args.unet_steps) < 1:
