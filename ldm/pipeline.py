@@ -81,6 +81,11 @@ class StableDiffusion:
         return getattr(getattr(self.unet, "installed", None), "cuda_graph_used", False)
 
     @property
+    def kernels_refused(self) -> list[str]:
+        """Kernels that were found wrong where this runs, and why; torch computes those operations."""
+        return getattr(getattr(self.unet, "installed", None), "refused", [])
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(4, H/f, W/f) at the size that the U-Net was trained at: (4, 64, 64) for SD1.5."""
         return (self.config.unet.latent_channels, self.config.unet.sample_size, self.config.unet.sample_size)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ldm.blocks import ResnetBlock
+from ldm.fast import first_use
 from ldm.fast.backend import Backend, resolved
 from ldm.fast.cuda_graph import GraphedUNet
 from ldm.fast.forwards import FORWARDS, attention
@@ -41,6 +42,11 @@ class Installed:
     def cuda_graph_used(self) -> bool:
         """Whether any call of the network was the replay of a CUDA graph."""
         return self.graphed is not None and self.graphed.used
+
+    @property
+    def refused(self) -> list[str]:
+        """Kernels that were found wrong in this process, a line each; torch computes those operations."""
+        return [f"{use}: {why}" for use, why in first_use.refused().items()] if self.backend == "triton" else []
 
     def __str__(self) -> str:
         """A line for each kind of thing that was replaced."""

@@ -10,33 +10,49 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.blocks import attend
+from ldm.fast import first_use
 from ldm.fast.backend import Backend, resolved
+from ldm.fast.first_use import low, short
 
 HALF = (torch.float16, torch.bfloat16)
 WIDEST_HEAD = 160
 PROMPT_TOKENS = range(64, 81)  # that one block of the cross-attention kernel holds
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Where kernels run by themselves."""
+    return x.is_cuda
+
+
 @dataclass(frozen=True)
 class Ops:
-    """Kernels "auto": on CUDA, wherever dtype and shape are what they were made for; "triton": always; "torch": never.
+    """Kernels "auto": on CUDA, wherever dtype and shape are what they were made for, and the first use was right there
+    (`ldm.fast.first_use`); "triton": always; "torch": never.
 
     Torch works in place where that loses nothing: while no gradients are asked for, on what nobody else holds.
     """
 
     kernels: Backend
 
-    def served(self, x: Tensor, made_for: bool) -> bool:
-        """Whether to run a kernel on x; forced, the kernel itself says what it cannot."""
+    def served(self, x: Tensor, made_for: bool, op: str, *sizes: float) -> bool:
+        """Whether to run a kernel on x; forced, the kernel itself says what it cannot.
+
+        sizes: of the small case that it is proven on, see `ldm.fast.first_use`.
+        """
         if self.kernels == "auto":
-            return x.is_cuda and made_for and x.numel() > 0
+            return made_for and x.numel() > 0 and on_gpu(x) and self._right(x, op, sizes)
         return self.kernels == "triton" and resolved("triton", x.device) == "triton"
+
+    def _right(self, x: Tensor, op: str, sizes: tuple[float, ...]) -> bool:
+        use = first_use.Use(op, sizes, x.dtype, x.device, torch.is_grad_enabled())
+        return first_use.trusted(use, Ops("triton"), Ops("torch"))
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
         """See `ldm.blocks.attend`: q (B, N, h*d), k and v (B, M, h*d) -> (B, N, h*d)."""
         width = q.shape[-1] // heads
         made_for = q.dtype in HALF and q.shape[-1] % 16 == 0 and width % 8 == 0 and width <= WIDEST_HEAD
-        if not self.served(q, made_for):
+        sizes = short(q.shape[1]), short(k.shape[1]), width, causal
+        if not self.served(q, made_for, "attention", *sizes):
             return attend(q, k, v, heads, causal)
         from ldm_kernels.attention import attention as self_attention
         from ldm_kernels.cross_attention import cross_attention
@@ -48,7 +64,8 @@ class Ops:
 
     def geglu(self, x: Tensor) -> Tensor:
         """(..., 2C) -> (..., C): the first half times gelu(the second), with the exact (erf) GELU."""
-        if not self.served(x, made_for=True):
+        rows = short(x.numel() // max(1, x.shape[-1]))
+        if not self.served(x, True, "geglu", rows, x.shape[-1]):
             value, gate = x.chunk(2, dim=-1)
             gate = F.gelu(gate)
             return value * gate if torch.is_grad_enabled() else gate.mul_(value)
@@ -62,7 +79,9 @@ class Ops:
         Args:    x: (B, C, H, W).  time: (B, C), added at every position; None: nothing.  silu: apply it to the result.
         Returns: (B, C, H, W); channels_last from a kernel, which is also the layout that "auto" asks of x.
         """
-        if self.served(x, made_for=x.shape[1] % 8 == 0 and x.is_contiguous(memory_format=torch.channels_last)):
+        made_for = x.shape[1] % 8 == 0 and x.is_contiguous(memory_format=torch.channels_last)
+        sizes = low(x.shape[2], x.shape[3], x.shape[1]), x.shape[3], norm.num_groups, norm.eps, time is not None, silu
+        if self.served(x, made_for, "group_norm", x.shape[1], *sizes):
             from ldm_kernels.group_norm_silu import group_norm_silu
 
             return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, time, silu)
@@ -77,7 +96,8 @@ class Ops:
         Args:    x, branch: (..., C).  norm: of C channels.
         Returns: x + branch, norm(x + branch).
         """
-        if self.served(x, made_for=x.dtype == branch.dtype):
+        rows = short(x.numel() // max(1, x.shape[-1]))
+        if self.served(x, x.dtype == branch.dtype, "add_layer_norm", rows, x.shape[-1], norm.eps):
             from ldm_kernels.add_layer_norm import add_layer_norm as kernel
 
             return kernel(x, branch, norm.weight, norm.bias, norm.eps)
