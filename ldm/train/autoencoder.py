@@ -3,7 +3,7 @@
 Letters: B batch, H W image height and width, z the unscaled latent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -22,8 +22,12 @@ class Images(Protocol):
     def batch(self, indices: Sequence[int], /) -> Tensor: ...
 
 
-def reconstruction_loss(images: Tensor, decoded: Tensor) -> Tensor:
-    """How far decoded images (B, 3, H, W) are off, in [-1, 1] units.
+PERCEPTUAL_WEIGHT = 0.03  # where its gradient is about that of the pixels' error
+Distance = Callable[[Tensor, Tensor], Tensor]  # of images and decoded ones, (B, 3, H, W) each in [-1, 1]: a scalar
+
+
+def reconstruction_loss(images: Tensor, decoded: Tensor, perceptual: Distance | None = None) -> Tensor:
+    """How far decoded images (B, 3, H, W) are off, in [-1, 1] units; and how else they look, where that is measured.
 
     Absolute error, which keeps edges sharp; that of the horizontal and vertical differences, so that edges count more;
     and the squared error of the image and of its 8 x 8 means, whose gradient is largest where a small structure is
@@ -32,10 +36,17 @@ def reconstruction_loss(images: Tensor, decoded: Tensor) -> Tensor:
     error = decoded - images
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
     squares = 3.0 * error.square().mean() + 20.0 * F.avg_pool2d(error, 8).square().mean()
-    return error.abs().mean() + edges + squares
+    loss = error.abs().mean() + edges + squares
+    return loss if perceptual is None else loss + PERCEPTUAL_WEIGHT * perceptual(images, decoded)
 
 
-def autoencoder_loss(vae: AutoencoderKL, images: Tensor, noise: Tensor, kl_weight: float = 5e-4) -> Tensor:
+def autoencoder_loss(
+    vae: AutoencoderKL,
+    images: Tensor,
+    noise: Tensor,
+    kl_weight: float = 5e-4,
+    perceptual: Distance | None = None,
+) -> Tensor:
     """Reconstruction from a posterior sample, plus kl_weight times the KL per latent element (nats).
 
     Args:    images: (B, 3, H, W) in [-1, 1].  noise: (B, C, H/f, W/f) standard normal, what the sample is drawn with.
@@ -43,14 +54,14 @@ def autoencoder_loss(vae: AutoencoderKL, images: Tensor, noise: Tensor, kl_weigh
     with torch.autocast(images.device.type, torch.bfloat16):
         posterior = DiagonalGaussian.from_moments(vae.moments(images).float())
         decoded = vae.decode(posterior.sample(noise)).float()
-    return reconstruction_loss(images, decoded) + kl_weight * posterior.kl().mean() / noise[0].numel()
+    return reconstruction_loss(images, decoded, perceptual) + kl_weight * posterior.kl().mean() / noise[0].numel()
 
 
-def decoder_loss(decoder: nn.ModuleDict, images: Tensor, z: Tensor) -> Tensor:
+def decoder_loss(decoder: nn.ModuleDict, images: Tensor, z: Tensor, perceptual: Distance | None = None) -> Tensor:
     """Reconstruction of images (B, 3, H, W) from latents z (B, C, H/f, W/f). Args: decoder: of `decoding_half`."""
     with torch.autocast(images.device.type, torch.bfloat16):
         decoded = decoder["decoder"](decoder["post_quant_conv"](z)).float()
-    return reconstruction_loss(images, decoded)
+    return reconstruction_loss(images, decoded, perceptual)
 
 
 def decoding_half(vae: AutoencoderKL) -> nn.ModuleDict:

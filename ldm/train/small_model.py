@@ -27,7 +27,7 @@ from ldm.config import Config
 from ldm.files import complete, write_text
 from ldm.schedule import Schedule
 from ldm.train import autoencoder, diffusion, group_norm, text_encoder
-from ldm.train.autoencoder import Images
+from ldm.train.autoencoder import Distance, Images
 from ldm.train.learner import Recipe
 from ldm.train.loop import fit
 from ldm.train.replicas import Replicas
@@ -92,10 +92,11 @@ def train_autoencoder(
     seed: int,
     encoded_at_once: int = 64,
     threads: int = 1,
+    perceptual: Distance | None = None,
 ) -> Tensor:
     """The first stage. Returns the latents of all images: (N, 2 C, h, w), mean and standard deviation, scaled.
 
-    Args:    threads: of `Replicas`.
+    Args:    threads: of `Replicas`.  perceptual: of `autoencoder.reconstruction_loss`.
     """
     latents, weights = folder / "latents.safetensors", folder / "vae.safetensors"
     if latents.exists():
@@ -106,7 +107,7 @@ def train_autoencoder(
     def loss_at(step: int) -> Tensor:
         images = data.batch(images_of(step).tolist()).to(device)
         noise = autoencoder.posterior_noise(vae, images, seed, step)
-        return replicas.loss(autoencoder.autoencoder_loss, images, noise)
+        return replicas.loss(partial(autoencoder.autoencoder_loss, perceptual=perceptual), images, noise)
 
     if recipe.steps:  # one that is taken over as it is keeps its scale too, which the U-Net knows
         fit("autoencoder", vae, loss_at, recipe, folder)
@@ -126,6 +127,7 @@ def train_decoder(
     folder: Path,
     seed: int,
     threads: int = 1,
+    perceptual: Distance | None = None,
 ) -> None:
     """A stage more for the autoencoder's second half, at any time: latents, and so the U-Net, stay as they are.
 
@@ -139,7 +141,8 @@ def train_decoder(
         mean, std = latents[chosen].chunk(2, dim=1)
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + step))
         images = data.batch(chosen.tolist()).to(device)
-        return replicas.loss(autoencoder.decoder_loss, images, ((mean + 0.5 * std * noise) / scale).to(device))
+        z = ((mean + 0.5 * std * noise) / scale).to(device)
+        return replicas.loss(partial(autoencoder.decoder_loss, perceptual=perceptual), images, z)
 
     fit("decoder", half, loss_at, recipe, folder)
 

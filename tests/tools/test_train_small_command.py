@@ -18,6 +18,7 @@ from ldm.config import CLIPConfig, Config, UNetConfig, VAEConfig
 from ldm.data import isic as isic_reader
 from ldm.data.images import load_image
 from ldm.files import read_json
+from ldm.study import classifier
 from ldm.train import loop
 
 SIZE = 32
@@ -124,6 +125,25 @@ def test_what_is_left_out_is_not_learned_and_does_not_move_the_split(small, skin
         assert less == whole - hairy
 
 
+def test_a_decoder_alone_that_shall_look_alike(small, skin, tmp_path):
+    """What --start brings is kept but for the decoder, which another loss leads elsewhere."""
+    torch.manual_seed(0)
+    network = classifier.build("test_efficientnet", 1)
+    judge = classifier.Classifier("test_efficientnet", ["hair"], SIZE, (0.5,) * 3, (0.5,) * 3, network, {})
+    classifier.save(tmp_path / "judge.safetensors", judge)
+    first, pixels, alike = (tmp_path / f"{name}.safetensors" for name in ("first", "pixels", "alike"))
+    assert run(skin, "--out", first, *STEPS, "--samples", 0) == 0
+    more = ("--autoencoder-steps", 0, "--decoder-steps", 3, "--text-steps", 0, "--unet-steps", 0, "--samples", 0)
+    assert run(skin, "--out", pixels, *more, "--start", first) == 0
+    assert run(skin, "--out", alike, *more, "--start", first, "--perceptual", tmp_path / "judge.safetensors") == 0
+    before, one, other = (load_file(path) for path in (first, pixels, alike))
+    changed = {name.split(".")[1] for name, tensor in before.items() if not torch.equal(tensor, one[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+    assert not torch.equal(
+        one["first_stage_model.decoder.conv_in.weight"], other["first_stage_model.decoder.conv_in.weight"]
+    )
+
+
 def test_what_is_taken_over_as_it_is(small, skin, tmp_path):
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     kept = ("--autoencoder-steps", "0", "--decoder-steps", "0", "--text-steps", "0", "--unet-steps", "3")
@@ -196,10 +216,11 @@ def test_it_takes_over_what_fits(small, skin, tmp_path, caplog):
         (("--shares", "1", "2"), "--shares: got [1.0, 2.0], expected 1 numbers above 0"),
         (("--boost", "hair"), "--boost: got 'hair', expected TEXT=FACTOR"),
         (("--only", "Hare"), "--only: no folder has a label 'Hare'"),
+        (("--unet-steps", "0"), "--unet-steps: got 0 without --start"),
+        (("--unet-steps", "0", "5", "--start", "m.safetensors"), "--unet-steps: got [0, 5], expected 1 or more"),
         (("--text-steps", "0"), "--text-steps: got 0 without --start"),
         (("--without", "Hare"), "--without: no folder has a label 'Hare'"),
         (("--without", "MEL", "--without", "NV"), "skin shows MEL or NV"),
-        (("--unet-steps", "0"), "--unet-steps: got [0], expected 1 or more"),
         (("--min-snr", "-1"), "--min-snr: got -1.0, expected 0 or more"),
     ],
 )

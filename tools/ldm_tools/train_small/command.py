@@ -19,7 +19,7 @@ from ldm.data import images, splits
 from ldm.data.labelled import LabelledImages
 from ldm.files import write_json
 from ldm.tokenizer import Tokenizer
-from ldm.train import autoencoder, folder_set, small_model
+from ldm.train import autoencoder, folder_set, perceptual, small_model
 from ldm.train.folder_set import FolderSet, domain_of
 from ldm.train.small_model import Draw, Networks, Round
 from ldm.train.text_encoder import CaptionTokens
@@ -118,8 +118,9 @@ def settings_of(
     )
     chosen = {name: getattr(args, name) for name in names}
     start = None if args.start is None else checkpoint.sha256(args.start)
+    seen = None if args.perceptual is None else checkpoint.sha256(args.perceptual)
     counts = {str(folder.name): len(part) for folder, part in zip(args.folders, parts, strict=True)}
-    return chosen | {"boost": boosts_of(args), "shares": shares, "start": start, "images": counts}
+    return chosen | {"boost": boosts_of(args), "shares": shares, "start": start, "perceptual": seen, "images": counts}
 
 
 def sets(parts: Sequence[LabelledImages], args: argparse.Namespace) -> tuple[FolderSet, FolderSet]:
@@ -166,20 +167,22 @@ def train(
     def draw(chances: NDArray[np.float64], stage: str) -> Draw:
         return lambda step: folder_set.draw_views(chances, args.seed, step, BATCHES[stage])
 
+    seen = None if args.perceptual is None else perceptual.load(args.perceptual, args.device)
     recipe = replace(AUTOENCODER, steps=args.autoencoder_steps)
     latents = small_model.train_autoencoder(
-        vae, training, draw(as_they_come, "autoencoder"), recipe, args.work, args.seed, 16, args.threads
+        vae, training, draw(as_they_come, "autoencoder"), recipe, args.work, args.seed, 16, args.threads, seen
     )
     if args.decoder_steps:
         recipe = replace(DECODER, steps=args.decoder_steps)
         views = draw(as_they_come, "autoencoder")
-        small_model.train_decoder(vae, training, latents, views, recipe, args.work, args.seed, args.threads)
+        small_model.train_decoder(vae, training, latents, views, recipe, args.work, args.seed, args.threads, seen)
     fidelity = psnr_by_domain(networks, held_out)
     recipe = replace(TEXT_ENCODER, steps=args.text_steps)
     small_model.train_text_encoder(clip, latents, tokens, draw(balanced, "text"), recipe, args.work, args.seed)
     rounds = [
         Round(f"unet{i}_{steps}", replace(UNET, steps=steps), draw(boosted, "unet"))
         for i, steps in enumerate(args.unet_steps, start=1)
+        if steps
     ]
     contexts = small_model.contexts_of(clip, tokens.ids, tokenizer([""]))
     small_model.train_unet(unet, latents, contexts, tokens, rounds, args.work, args.seed, args.min_snr, args.threads)

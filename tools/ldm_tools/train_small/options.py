@@ -85,13 +85,20 @@ def _add_recipe(group: argparse._ArgumentGroup) -> None:
         "--autoencoder-steps",
         type=int,
         default=AUTOENCODER.steps,
-        help="0: keep that of --start, as --text-steps 0 keeps its text encoder (default %(default)s)",
+        help="0: keep that of --start, as 0 does for the text encoder and the U-Net (default %(default)s)",
     )
     group.add_argument(
         "--decoder-steps",
         type=int,
         default=DECODER.steps,
         help="of the autoencoder's second half alone, once latents are what they are (default %(default)s)",
+    )
+    group.add_argument(
+        "--perceptual",
+        type=Path,
+        metavar="CLASSIFIER",
+        help="the autoencoder shall also look alike to the first layers of a classifier of `ldm classify train`, such "
+        "as weights/real_skin_classifier.safetensors: sharper texture, a lower PSNR",
     )
     group.add_argument("--text-steps", type=int, default=TEXT_ENCODER.steps, help="default %(default)s")
     group.add_argument(
@@ -122,8 +129,8 @@ def check(args: argparse.Namespace) -> None:
     for name in ("size", "latent_channels", "threads"):
         if (value := getattr(args, name)) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected 1 or more")
-    for name in ("autoencoder_steps", "text_steps"):
-        if getattr(args, name) == 0 and args.start is None:
+    for name in ("autoencoder_steps", "text_steps", "unet_steps"):
+        if getattr(args, name) in (0, [0]) and args.start is None:
             raise ValueError(f"--{name.replace('_', '-')}: got 0 without --start, expected a model to keep it of")
     for name in (
         "seed",
@@ -137,7 +144,7 @@ def check(args: argparse.Namespace) -> None:
     ):
         if (value := getattr(args, name)) < 0:
             raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected 0 or more")
-    if min(args.unet_steps) < 1:
+    if min(args.unet_steps) < 1 and args.unet_steps != [0]:
         raise ValueError(f"--unet-steps: got {args.unet_steps}, expected 1 or more of each round")
     if args.size % SIZE_MULTIPLE:
         raise ValueError(f"--size: got {args.size}, expected a multiple of {SIZE_MULTIPLE}")
