@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ldm.checkpoint.dialects import unwrapped
 from ldm.files import complete, write_text
@@ -39,6 +40,7 @@ class Classifier:
     std: tuple[float, ...]  # ... and divided by
     network: nn.Module = field(repr=False)
     report: Mapping[str, object] = field(default_factory=dict, repr=False)  # data, split, figures on held-out images
+    seen_size: int = 0  # the side that images are enlarged to for the network; 0: it sees them as they are
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
@@ -56,14 +58,21 @@ class Classifier:
             )
         device = next(self.network.parameters()).device
         chunks = images.split(CHUNK)
-        logits = [self.network(normalise(chunk.to(device), self.mean, self.std)) for chunk in chunks]
+        logits = [self.network(normalise(chunk.to(device), self.mean, self.std, self.seen_size)) for chunk in chunks]
         return torch.cat(logits).float().sigmoid().to(images.device)
 
 
-def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Images (B, 3, S, S) in [-1, 1] -> channels of about mean 0 and variance 1, float32."""
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float], seen_size: int = 0) -> Tensor:
+    """Images (B, 3, S, S) in [-1, 1] -> channels of about mean 0 and variance 1, float32.
+
+    Args:    seen_size: the side to enlarge them to, bilinearly, which makes what is a pixel wide fit a network that
+             was trained on larger images; 0: they stay as they are.
+    """
     channels = images.new_tensor([mean, std], dtype=torch.float32)[:, :, None, None]
-    return (images.float() * 0.5 + 0.5 - channels[0]) / channels[1]
+    images = images.float()
+    if seen_size:
+        images = F.interpolate(images, size=(seen_size, seen_size), mode="bilinear", align_corners=False)
+    return (images * 0.5 + 0.5 - channels[0]) / channels[1]
 
 
 def build(model: str, outputs: int, pretrained: Mapping[str, Tensor] | None = None) -> nn.Module:
@@ -94,6 +103,8 @@ def save(path: Path, classifier: Classifier, dtype: torch.dtype = torch.float32)
         "std": list(classifier.std),
         "report": dict(classifier.report),
     }
+    if classifier.seen_size:
+        description["seen_size"] = classifier.seen_size
     path = checked_name(path)
     weights = {
         name: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
@@ -119,6 +130,7 @@ def load(path: Path | str, device: str | torch.device = "cpu") -> Classifier:
         attributes = tuple(str(name) for name in about["attributes"])
         mean, std = tuple(map(float, about["mean"])), tuple(map(float, about["std"]))
         model, input_size, report = str(about["model"]), int(about["input_size"]), dict(about["report"])
+        seen_size = int(about.get("seen_size", 0))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path.with_suffix('.json')}: does not describe a classifier ({type(error).__name__}: {error}); "
@@ -132,7 +144,7 @@ def load(path: Path | str, device: str | torch.device = "cpu") -> Classifier:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: not the weights of {model} with {len(attributes)} outputs: {reason}") from error
     network.eval().requires_grad_(False).to(device)
-    return Classifier(model, attributes, input_size, mean, std, network, report)
+    return Classifier(model, attributes, input_size, mean, std, network, report, seen_size)
 
 
 def columns(known: Sequence[str], wanted: Sequence[str], where: str) -> list[int]:

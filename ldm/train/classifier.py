@@ -8,7 +8,6 @@ was not.
 Letters: N images, B of a batch, K attributes, S the side of an image in pixels.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -26,21 +25,21 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm.checkpoint.dialects import unwrapped
-from ldm.data.images import iterate, load_image
 from ldm.data.labelled import LabelledImages
-from ldm.files import complete
 from ldm.images import from_uint8
 from ldm.study import classifier
 from ldm.study.classifier import Classifier
 from ldm.train import loop
 from ldm.train.augmentation import CHEXPERT, ISIC, Augmentation, augment
+from ldm.train.classifier_images import Decoded, fingerprint, labelled_pixels, redecoded
 from ldm.train.learner import Learner, NotFinite, Recipe, Taken
 from ldm.train.phantom_set import draw
 from ldm.train.state import put_back, read_metadata, write_state
+from ldm.vae import AutoencoderKL
 
 log = logging.getLogger(__name__)
 
@@ -63,52 +62,14 @@ class Training:
     seed: int = 0
     pretrained: bool = True  # start from ImageNet weights, where they can be had
     start: str = ""  # sha256 of the file that it starts from instead, where there is one
+    seen_size: int = 0  # the side that images are enlarged to for the network; 0: it sees them as they are
+    through: str = ""  # sha256 of the model whose autoencoder every image is seen through as well, where there is one
 
 
 TRAININGS = {  # of CheXpert and ISIC 2019
     "chest": Training(lr=2e-4, weight_decay=1e-2, epochs=10, augmentation=CHEXPERT),
     "skin": Training(lr=1e-4, weight_decay=1e-4, epochs=20, augmentation=ISIC),
 }
-
-
-class Decoded(Dataset[tuple[Tensor, Tensor]]):
-    """Item i is image i, uint8 (S, S, 3), and its labels (K,) float32, NaN = unknown.
-
-    kept: (N, S, S, 3), the images decoded before; None: each is decoded when it is asked for.
-    """
-
-    def __init__(self, images: LabelledImages, size: int, kept: NDArray[np.uint8] | None = None) -> None:
-        self.images, self.size, self.kept = images, size, kept
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        pixels = self._decoded(i) if self.kept is None else np.array(self.kept[i])
-        return torch.from_numpy(pixels), torch.from_numpy(self.images.labels[i])
-
-    def _decoded(self, i: int) -> NDArray[np.uint8]:
-        return load_image(self.images.files[i], self.size, reading=self.images.reading)
-
-
-def keep_decoded(images: LabelledImages, size: int, folder: Path, workers: int = 1) -> NDArray[np.uint8] | None:
-    """Decode all images once into a file, or take it as it is there: (N, S, S, 3), mapped; None without room for it."""
-    names = [f"{file} {Path(file).stat().st_mtime_ns}" for file in images.files]
-    digest = hashlib.sha256("\n".join([f"{size} {images.reading}", *names]).encode()).hexdigest()
-    path, shape = folder / f"{digest[:16]}.npy", (len(images), size, size, 3)
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        needed, free = math.prod(shape), shutil.disk_usage(folder).free
-        if needed > free / 2:
-            log.warning("images are decoded in every epoch: keeping them takes %.1f GB of disk", needed / 1e9)
-            return None
-        with complete(path) as partial:
-            pixels = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
-            decoded = iterate(images.files, size, workers=workers, reading=images.reading)
-            for i, image in tqdm(decoded, desc="decoding", total=len(images), mininterval=5):
-                pixels[i] = image
-            pixels.flush()
-    return np.load(path, mmap_mode="r")
 
 
 def require_both_classes(labels: NDArray[np.float32], attributes: Sequence[str], where: str) -> None:
@@ -237,21 +198,16 @@ def checkpoint_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}.training.safetensors")
 
 
-def fingerprint(images: LabelledImages) -> str:
-    """A hash of keys and labels, which tells one training set from another."""
-    digest = hashlib.sha256("\n".join(images.keys).encode())
-    digest.update(np.ascontiguousarray(images.labels).tobytes())
-    return digest.hexdigest()
-
-
 @torch.no_grad()
-def validate(network: nn.Module, loader: DataLoader[tuple[Tensor, Tensor]], pos_weight: Tensor) -> float:
+def validate(
+    network: nn.Module, loader: DataLoader[tuple[Tensor, Tensor]], pos_weight: Tensor, seen_size: int = 0
+) -> float:
     """The masked loss over a whole set, in evaluation mode. The network is left in training mode."""
     network.eval()
     device, statistics = pos_weight.device, channel_statistics(network)
     logits, labels = [], []
     for pixels, known in loader:
-        logits.append(network(classifier.normalise(from_uint8(pixels.to(device)), *statistics)))
+        logits.append(network(classifier.normalise(from_uint8(pixels.to(device)), *statistics, seen_size)))
         labels.append(known)
     network.train()
     loss = float(masked_loss(torch.cat(logits), torch.cat(labels).to(device), pos_weight))
@@ -261,11 +217,14 @@ def validate(network: nn.Module, loader: DataLoader[tuple[Tensor, Tensor]], pos_
 
 
 @torch.no_grad()
-def predict(trained: Classifier, images: LabelledImages, workers: int = 0) -> NDArray[np.float32]:
-    """The probabilities of every image, (N, K)."""
+def predict(
+    trained: Classifier, images: LabelledImages, workers: int = 0, vae: AutoencoderKL | None = None
+) -> NDArray[np.float32]:
+    """The probabilities of every image, (N, K). Args: vae: of each as this autoencoder returns it."""
     loader = DataLoader(Decoded(images, trained.input_size), batch_size=classifier.CHUNK, num_workers=workers)
     bar = tqdm(loader, desc="scoring", mininterval=5)
-    return torch.cat([trained.probabilities(from_uint8(pixels)) for pixels, _ in bar]).numpy()
+    seen = (pixels if vae is None else torch.from_numpy(redecoded(vae, pixels)) for pixels, _ in bar)
+    return torch.cat([trained.probabilities(from_uint8(pixels)) for pixels in seen]).numpy()
 
 
 def train(
@@ -277,6 +236,7 @@ def train(
     workers: int = 0,
     cached: bool = True,
     initial: Mapping[str, Tensor] | None = None,
+    vae: AutoencoderKL | None = None,
 ) -> Classifier:
     """Train, or go on with the run whose checkpoint (NAME.training.safetensors) lies beside `out`.
 
@@ -284,10 +244,11 @@ def train(
              workers: processes that read images; they do not change the result.
              cached: decode each image once, into a folder beside `out` that is deleted at the end.
              initial: of `take_over`, instead of ImageNet's weights; `training.start` is their file's sha256.
+             vae: of `labelled_pixels`: an epoch has every image twice; `training.through` is its file's sha256.
     Returns: the classifier of the lowest validation loss; its report says how it was trained.
     Raises:  ValueError: when a class is missing, the loss is not finite, or the checkpoint is of another run.
     """
-    attributes, count = training_images.attributes, len(training_images)
+    attributes, count = training_images.attributes, len(training_images) * (1 if vae is None else 2)
     require_both_classes(training_images.labels, attributes, "training images")
     require_both_classes(validation_images.labels, attributes, "validation images")
     pos_weight = positive_weights(training_images.labels).to(device)
@@ -308,7 +269,7 @@ def train(
     order = (draw(training.seed, step, count, batch).tolist() for step in range(start, steps))
     folder = out.with_name(f"{out.stem}.decoded")
     seen, held = (
-        Decoded(images, training.size, keep_decoded(images, training.size, folder, max(1, workers)) if cached else None)
+        labelled_pixels(images, training.size, folder if cached else None, max(1, workers), vae)
         for images in (training_images, validation_images)
     )
     loader = DataLoader(seen, batch_sampler=order, num_workers=workers)
@@ -319,7 +280,7 @@ def train(
             with torch.random.fork_rng():
                 torch.manual_seed(training.seed * 1_000_003 + step)  # of the augmentation and the dropout of this step
                 images = augment(from_uint8(pixels.to(device)), training.augmentation)
-                logits = network(classifier.normalise(images, *statistics))
+                logits = network(classifier.normalise(images, *statistics, training.seen_size))
             yield learner.learn(step, masked_loss(logits, labels.to(device), pos_weight))
 
     def epoch_over(done: int) -> bool:
@@ -327,7 +288,7 @@ def train(
 
     def after(done: int, taken: Taken, saving: bool) -> str:
         if epoch_over(done):
-            learner.keep_if_best(validate(network, unseen, pos_weight), done)
+            learner.keep_if_best(validate(network, unseen, pos_weight, training.seen_size), done)
         return f"loss {taken.loss:.4f}, best validation {learner.best_loss:.4f}"
 
     def due(done: int) -> bool:
@@ -351,4 +312,4 @@ def train(
         "best_step": learner.best_step,
         "validation_loss": learner.best_loss,
     }
-    return Classifier(training.model, attributes, training.size, *statistics, network, report)
+    return Classifier(training.model, attributes, training.size, *statistics, network, report, training.seen_size)

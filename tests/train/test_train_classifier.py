@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from ldm import checkpoint
 from ldm.data import folders, splits
 from ldm.data.labelled import LabelledImages
-from ldm.data.reading import Reading
 from ldm.phantom.folders import write as write_phantoms
 from ldm.phantom.items import Order
 from ldm.study import classifier
@@ -29,10 +28,8 @@ from ldm.train.augmentation import CHEXPERT, ISIC, Augmentation, augment
 from ldm.train.classifier import (
     TRAININGS,
     ClassifierLearner,
-    Decoded,
     Training,
     checkpoint_path,
-    keep_decoded,
     masked_loss,
     positive_weights,
     train,
@@ -475,29 +472,6 @@ def test_a_class_that_is_missing_is_one_line_before_any_training(
     line = refused(capsys, "classify", "train", folder, "--out", tmp_path / "x.safetensors", *QUICK)
     assert "attribute 'ink'" in line
     assert "0 positive" in line
-
-
-def test_images_are_decoded_once(parts: tuple[LabelledImages, LabelledImages], tmp_path: Path) -> None:
-    """And what is kept is what is decoded, as the folder was told to be read; afterwards it is gone."""
-    images = replace(parts[0], reading=Reading(invert=True))
-    kept = keep_decoded(images, SIZE, tmp_path / "kept")
-    assert kept is not None
-    for i in (0, len(images) - 1):
-        assert torch.equal(Decoded(images, SIZE, kept)[i][0], Decoded(images, SIZE)[i][0])
-    plain = keep_decoded(parts[0], SIZE, tmp_path / "kept")
-    assert plain is not None
-    assert (plain == 255 - np.asarray(kept)).all()
-    out, device = tmp_path / "x.safetensors", torch.device("cpu")
-    once, anew = (train(*parts, TINY, out, device, cached=cached) for cached in (True, False))
-    assert once.report["validation_loss"] == anew.report["validation_loss"]
-    assert not (tmp_path / "x.decoded").exists()
-
-
-def test_a_folder_that_does_not_fit_on_the_disk_is_decoded_anew(
-    parts: tuple[LabelledImages, LabelledImages], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    assert keep_decoded(parts[0], 1_000_000, tmp_path) is None
-    assert "images are decoded in every epoch" in caplog.text
 
 
 def test_a_broken_image_is_named(skin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ldm import checkpoint
+from ldm import checkpoint, pipeline
 from ldm.data import images, splits
 from ldm.data.labelled import LabelledImages
 from ldm.files import write_json
 from ldm.study import classifier
 from ldm.train import scores
 from ldm.train.classifier import TRAININGS, Training, checkpoint_path, predict, require_both_classes, train
+from ldm.vae import AutoencoderKL
 from ldm_tools import reading
 from ldm_tools.reading import FOLDER, add_reading, listed
 
@@ -63,6 +64,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--soften", action="store_true", help="blur and noise training images too, for images made by an autoencoder"
     )
     training.add_argument(
+        "--through",
+        type=Path,
+        metavar="MODEL",
+        help="show every image a second time as this model's autoencoder returns it, for a judge of what it draws; "
+        "the test is of both",
+    )
+    training.add_argument(
+        "--enlarge",
+        type=int,
+        metavar="SIDE",
+        help="enlarge images to this side for the network: what is a pixel wide fits one that learned on larger images",
+    )
+    training.add_argument(
         "--no-cache", action="store_true", help="decode the images in every epoch instead of once, to save disk space"
     )
     training.add_argument("--test", type=Path, help="a held-out folder to test on instead of the split's test part")
@@ -73,6 +87,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     evaluation.add_argument("folder", type=Path, help=FOLDER)
     evaluation.add_argument(
         "--part", choices=(*splits.PARTS, "all"), default="test", help="of the split; all: every image (default test)"
+    )
+    evaluation.add_argument(
+        "--through", type=Path, metavar="MODEL", help="score the images as this model's autoencoder returns them"
     )
     evaluation.add_argument("--out", type=Path, help="a .json to write the figures to, with the reliability tables")
     _add_data(evaluation)
@@ -110,6 +127,10 @@ def run_training(args: argparse.Namespace) -> None:
     for name in ("size", "epochs", "batch", "lr"):
         if (value := getattr(args, name)) is not None and not value > 0:
             raise ValueError(f"--{name}: got {value}, expected more than 0")
+    if args.enlarge is not None and args.enlarge <= args.size:
+        raise ValueError(f"--enlarge: got {args.enlarge}, expected more than --size, which is {args.size}")
+    if args.through is not None and args.no_cache:
+        raise ValueError("--through: not with --no-cache; what the autoencoder returns is kept on disk")
     data = read(args.folder, None, args)
     split = SPLITS[args.split](data)
     test = data.select(split.test) if args.test is None else read(args.test, data.attributes, args)
@@ -129,14 +150,17 @@ def run_training(args: argparse.Namespace) -> None:
         augmentation=replace(default.augmentation, soften=args.soften),
         pretrained=not args.from_scratch and args.start is None,
         start="" if args.start is None else checkpoint.sha256(args.start),
+        seen_size=args.enlarge or 0,
+        through="" if args.through is None else checkpoint.sha256(args.through),
     )
-    if args.device == "cpu" and training.size > SMALL:
-        times = (training.size / SMALL) ** 2
-        log.warning("%s at %d px on a CPU: --size %d has %.0f times fewer pixels", args.model, args.size, SMALL, times)
+    if args.device == "cpu" and (side := max(training.size, training.seen_size)) > SMALL:
+        times = (side / SMALL) ** 2
+        log.warning("%s at %d px on a CPU: --size %d has %.0f times fewer pixels", args.model, side, SMALL, times)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     learned, unseen = data.select(split.train), data.select(split.validation)
     device, initial = torch.device(args.device), None if args.start is None else load_file(args.start)
-    trained = train(learned, unseen, training, args.out, device, args.workers, not args.no_cache, initial)
+    vae = None if args.through is None else autoencoder_of(args.through, training.size, device)
+    trained = train(learned, unseen, training, args.out, device, args.workers, not args.no_cache, initial, vae)
     if args.float16:
         trained.network.half().float()  # tested as it will be read
     rows = scores.scores(predict(trained, test, args.workers), test.labels, test.groups, data.attributes)
@@ -149,10 +173,24 @@ def run_training(args: argparse.Namespace) -> None:
         **trained.report,
         "test": scores.to_json(rows),
     }
+    if vae is not None:
+        through = scores.scores(predict(trained, test, args.workers, vae), test.labels, test.groups, data.attributes)
+        report["test_through"] = scores.to_json(through)
     stored = torch.float16 if args.float16 else torch.float32
     classifier.save(args.out, replace(trained, report=report), stored)
     checkpoint_path(args.out).unlink()
     print(scores.table(rows))
+    if vae is not None:
+        print(f"\nThe same images, as the autoencoder of {args.through.name} returns them:\n\n{scores.table(through)}")
+
+
+def autoencoder_of(path: Path, size: int, device: torch.device) -> AutoencoderKL:
+    """That of a model, for images of a size. Raises ValueError for a size that it cannot halve often enough."""
+    vae = pipeline.load(path, device).vae
+    if size % vae.config.downscale:
+        multiple = vae.config.downscale
+        raise ValueError(f"--through: {path.name} takes images of a multiple of {multiple}, but --size is {size}")
+    return vae
 
 
 def run_evaluation(args: argparse.Namespace) -> None:
@@ -163,7 +201,9 @@ def run_evaluation(args: argparse.Namespace) -> None:
     data = read(args.folder, wanted, args)
     if args.part != "all":
         data = data.select(SPLITS[args.split](data).parts()[args.part])
-    rows = scores.scores(predict(trained, data, args.workers)[:, columns], data.labels, data.groups, wanted)
+    device = torch.device(args.device)
+    vae = None if args.through is None else autoencoder_of(args.through, trained.input_size, device)
+    rows = scores.scores(predict(trained, data, args.workers, vae)[:, columns], data.labels, data.groups, wanted)
     if args.out is not None:
         write_json(args.out, {"part": args.part, "split": args.split, "scores": scores.to_json(rows)})
     print(scores.table(rows))
