@@ -34,7 +34,7 @@ class Perceptual(nn.Module):
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Feature maps of images (B, 3, S, S) in [-1, 1], each of unit length over its channels."""
-        maps = self.network.forward_intermediates(
+        maps = self.network.forward_intermediates(  # type: ignore[operator]
             classifier.normalise(images, self.mean, self.std),
             indices=list(range(LAYERS)),
             stop_early=True,

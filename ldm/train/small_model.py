@@ -93,21 +93,23 @@ def train_autoencoder(
     encoded_at_once: int = 64,
     threads: int = 1,
     perceptual: Distance | None = None,
+    kl_weight: float = 5e-4,
 ) -> Tensor:
     """The first stage. Returns the latents of all images: (N, 2 C, h, w), mean and standard deviation, scaled.
 
-    Args:    threads: of `Replicas`.  perceptual: of `autoencoder.reconstruction_loss`.
+    Args:    threads: of `Replicas`.  perceptual, kl_weight: of `autoencoder.autoencoder_loss`.
     """
     latents, weights = folder / "latents.safetensors", folder / "vae.safetensors"
     if latents.exists():
         vae.load_state_dict(load_file(weights))
         return load_file(latents)["latents"]
     device, replicas = vae.quant_conv.weight.device, Replicas(vae, threads)
+    loss_of = partial(autoencoder.autoencoder_loss, kl_weight=kl_weight, perceptual=perceptual)
 
     def loss_at(step: int) -> Tensor:
         images = data.batch(images_of(step).tolist()).to(device)
         noise = autoencoder.posterior_noise(vae, images, seed, step)
-        return replicas.loss(partial(autoencoder.autoencoder_loss, perceptual=perceptual), images, noise)
+        return replicas.loss(loss_of, images, noise)
 
     if recipe.steps:  # one that is taken over as it is keeps its scale too, which the U-Net knows
         fit("autoencoder", vae, loss_at, recipe, folder)

@@ -115,6 +115,7 @@ def settings_of(
         "decoder_steps",
         "text_steps",
         "min_snr",
+        "kl",
     )
     chosen = {name: getattr(args, name) for name in names}
     start = None if args.start is None else checkpoint.sha256(args.start)
@@ -170,7 +171,7 @@ def train(
     seen = None if args.perceptual is None else perceptual.load(args.perceptual, args.device)
     recipe = replace(AUTOENCODER, steps=args.autoencoder_steps)
     latents = small_model.train_autoencoder(
-        vae, training, draw(as_they_come, "autoencoder"), recipe, args.work, args.seed, 16, args.threads, seen
+        vae, training, draw(as_they_come, "autoencoder"), recipe, args.work, args.seed, 16, args.threads, seen, args.kl
     )
     if args.decoder_steps:
         recipe = replace(DECODER, steps=args.decoder_steps)

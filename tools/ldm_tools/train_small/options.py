@@ -98,7 +98,15 @@ def _add_recipe(group: argparse._ArgumentGroup) -> None:
         type=Path,
         metavar="CLASSIFIER",
         help="the autoencoder shall also look alike to the first layers of a classifier of `ldm classify train`, such "
-        "as weights/real_skin_classifier.safetensors: sharper texture, a lower PSNR",
+        "as weights/real_skin_classifier.safetensors: sharper texture",
+    )
+    group.add_argument(
+        "--kl",
+        type=float,
+        default=5e-4,
+        metavar="WEIGHT",
+        help="of the autoencoder's pull towards noise: less keeps more detail in latents that are less regular, too "
+        "much leaves channels unused (default %(default)s)",
     )
     group.add_argument("--text-steps", type=int, default=TEXT_ENCODER.steps, help="default %(default)s")
     group.add_argument(
