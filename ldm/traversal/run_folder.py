@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ldm.files import read_json, write_json
 from ldm.guidance import rows_a_latent
 from ldm.pipeline import StableDiffusion
+from ldm.traversal import fewer_steps
 from ldm.traversal.plan import Generation, Traversal
 from ldm.traversal.prompt_tree import Branch, unet_rows
 from ldm.traversal.run_images import remove_images, write_images
@@ -130,6 +131,7 @@ class _Run:
             **self.model,
             **plan.settings(),
             **({"sampler_named": plan.sampler_named} if plan.sampler_named else {}),
+            **(fewer_steps.record(plan) if isinstance(plan, Traversal) else {}),
             **self.start.record(latents, out, earlier),
             "seeds": seeds,
             "latent_size": self.shape[1:],

@@ -29,6 +29,7 @@ from ldm.study.evaluation.judges import Judge, choose
 from ldm.study.evaluation.run import Task, Workplace, check, evaluate_cell
 from ldm.study.evaluation.workers import Worker
 from ldm.study.metrics import perceptual, predictions
+from ldm.traversal.fewer_steps import stands_for
 from ldm.traversal.plan import SWAP_STEPS, Traversal, parse_integers
 from ldm.traversal.run_folder import read_record
 from ldm.traversal.sampling import latent_shape
@@ -279,7 +280,7 @@ def task_of_run(folder: Path, averaged: tuple[int, ...] | None) -> Task:
     """
     cell, plan = cell_of_run(folder)
     if averaged is None:
-        averaged = steps.early(plan.swap_steps, plan.steps)
+        averaged = stands_for(read_record(folder), steps.AVERAGED) or steps.early(plan.swap_steps, plan.steps)
         if averaged != steps.AVERAGED:
             shown = ", ".join(map(str, averaged))
             log.info("%s: CFRT averages swap steps %s of its %d (--swap-steps names others)", folder, shown, plan.steps)

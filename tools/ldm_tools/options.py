@@ -179,12 +179,12 @@ def add_cuda_graph(parser: argparse.ArgumentParser) -> None:
 def add_sampling(parser: argparse.ArgumentParser, guidance: float = 7.5) -> None:
     """Steps, guidance, seeds, size, memory, launches, output."""
     parser.add_argument("--seeds", default="0", help="such as 0-15 or 0,3,8 (default %(default)s); a seed is an image")
-    parser.add_argument("--steps", type=int, default=50, help="sampling steps (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="sampling steps (default 50)")
     parser.add_argument(
         "--sampler",
         default="ddim",
         help=f"one of {', '.join(SAMPLERS)}; a name known elsewhere, such as dpmpp_2m_sde_karras; or your own, "
-        "FILE.py:NAME, as ldm/samplers/README.md shows (default: %(default)s)",
+        "FILE.py:NAME, as ldm/samplers/README.md shows (default: ddim)",
     )
     add_spacing(parser)
     parser.add_argument(

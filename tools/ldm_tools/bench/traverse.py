@@ -6,6 +6,7 @@ import json
 from ldm.bench import harness, traversal
 from ldm.phantom.prompts import CELLS
 from ldm.traversal.plan import SWAP_STEPS, Traversal
+from ldm_tools.bench import fast_traverse
 from ldm_tools.options import add_model, load_model
 
 CELL = CELLS["chest"]  # two attributes, as the paper's chest X-rays
@@ -22,11 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of the timing (default %(default)s)")
     parser.add_argument("--max-batch", type=int, help="most rows in one U-Net call, to bound memory")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    fast_traverse.add_arguments(parser)
     add_model(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Raises ValueError for options that do not fit."""
+    fast_traverse.refuse_idle(args)
+    if args.fast:
+        fast_traverse.run(args)
+        return
     if args.rounds < 1 or args.steps < len(SWAP_STEPS) + 1:
         raise ValueError(f"--rounds, --steps: got {args.rounds}, {args.steps}, expected 1 or more, 10 or more")
     plan = Traversal(
