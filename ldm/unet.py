@@ -217,7 +217,7 @@ class UNet(nn.Module):
         t: training timestep in [0, 999], one number or (B,); it may lie between two.
         """
         batch = self._check(x_t, context)
-        t = torch.as_tensor(t, device=x_t.device)
+        t = t.to(x_t.device) if isinstance(t, Tensor) else torch.full((), t, device=x_t.device)  # a copy would wait
         if t.ndim > 1 or (t.ndim == 1 and t.shape[0] != batch):
             raise ValueError(f"t: shape {tuple(t.shape)}, expected one number or (B,) = ({batch},)")
         time = self.time_embedding(timestep_embedding(t.expand(batch), self.config.widths[0]).to(x_t.dtype))

@@ -9,7 +9,7 @@ buffers of its own that never move: inputs are copied in, the graph is replayed,
 
 One thread and one CUDA stream at a time: all graphs work in the same memory. They keep to what torch's own switches
 (TF32, deterministic algorithms, which attention) said when they were recorded. What is here has been run without CUDA
-only, the recording replaced by a stand-in; tests/test_cuda_graph.py has what is to be run on a GPU.
+only, the recording replaced by a stand-in; tests/fast/test_recording.py has what is to be run on a GPU.
 
 Letters: B rows of a call, R >= B rows of its graph, C channels, H W height and width, L tokens, D their width.
 """

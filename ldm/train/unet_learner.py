@@ -80,6 +80,8 @@ class UNetLearner(Learner):
                 "to which the batches of a step are dealt out"
             )
         own_memory(self.whole)
+        if on_gpu(self.processes.device) and not sharded:  # which takes contiguous weights only
+            unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.whole.requires_grad_(False)
         trained.requires_grad_(True)
         if recipe.checkpoint_gradients:
@@ -148,6 +150,11 @@ class UNetLearner(Learner):
         began = time.perf_counter()
         yield
         self.seconds_in_network += time.perf_counter() - began
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Where convolutions work in channels_last, and would lay other weights anew in every step."""
+    return device.type == "cuda"
 
 
 def own_memory(network: nn.Module) -> None:

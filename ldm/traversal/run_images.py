@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from ldm.images import Pixels, load_pixels, save_image, to_uint8
 from ldm.pipeline import StableDiffusion
+from ldm.traversal.batches import images_a_call
+from ldm.traversal.image_writer import ImageWriter
 from ldm.traversal.plan import Traversal
 from ldm.traversal.prompt_tree import KEEPABLE
 from ldm.traversal.sampling import swap_name
@@ -41,17 +43,19 @@ def remove_images(out: Path, seeds: Sequence[int]) -> None:
 def write_images(sd: StableDiffusion, latents: Path, out: Path, label: str) -> int:
     """Decode the final latents and those of the curves, but for images that are there already; returns how many.
 
-    Decoding takes more memory a latent than the U-Net does: its batches are smaller.
+    Files are written by threads while the next images are decoded.
     """
     wanted = [(path, latent) for path, latent in _image_files(latents, out) if not path.exists()]
-    with tqdm(total=len(wanted), desc=f"{label}: decoding", unit="image", mininterval=1) as bar:
-        while wanted:
-            batch = max(1, 16 * 16 * 16 // wanted[0][1][0].numel())
-            (paths, rows), wanted = zip(*wanted[:batch], strict=True), wanted[batch:]
+    at_once = images_a_call(sd, wanted[0][1].shape) if wanted else 1
+    with (
+        tqdm(total=len(wanted), desc=f"{label}: decoding", unit="image", mininterval=1) as bar,
+        ImageWriter(bar.update) as writer,
+    ):
+        for first in range(0, len(wanted), at_once):
+            paths, rows = zip(*wanted[first : first + at_once], strict=True)
             for path, pixels in zip(paths, to_uint8(sd.decode_latents(torch.stack(rows))), strict=True):
-                save_image(path, pixels)
-            bar.update(len(paths))
-    return int(bar.n)
+                writer.write(path, pixels)
+    return len(wanted)
 
 
 def _image_files(latents: Path, out: Path) -> Iterator[tuple[Path, Tensor]]:

@@ -5,7 +5,6 @@ Letters: B seeds, P points of a curve, C H W of a latent.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ldm.pipeline import StableDiffusion
 from ldm.samplers import initial_noise
+from ldm.traversal.batches import rows_a_call
 from ldm.traversal.plan import Sampling, Traversal
 from ldm.traversal.prompt_tree import Branch, TreeResult, swaps, traverse_tree
 
@@ -27,8 +27,8 @@ def latent_shape(sd: StableDiffusion, plan: Sampling) -> tuple[int, int, int]:
 
 
 def bounded(sd: StableDiffusion, shape: Sequence[int]) -> StableDiffusion:
-    """The model with a limit to the rows of a U-Net call: its own, or 8 of 64 x 64, or as many as are as large."""
-    return sd if sd.max_batch else replace(sd, max_batch=max(1, 8 * 64 * 64 // math.prod(shape[1:])))
+    """The model with a limit to the rows of a U-Net call: its own, or what `ldm.traversal.batches` finds fit."""
+    return sd if sd.max_batch else replace(sd, max_batch=rows_a_call(sd, shape))
 
 
 def prompt_tree(sd: StableDiffusion, plan: Traversal) -> Branch:

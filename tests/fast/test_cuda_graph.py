@@ -1,30 +1,23 @@
-"""CUDA graphs of the U-Net: everything but CUDA itself on the CPU, by a stand-in for the recording; the rest on a GPU.
+"""CUDA graphs of the U-Net: everything but CUDA itself, on the CPU, by a stand-in for the recording.
 
 The stand-in runs the work on the buffers when it is asked to replay it, and writes into the same result each time: what
-a graph does. What it cannot show is whether the U-Net can be recorded; there is a test for what would prevent it.
+a graph does. What it cannot show is whether the U-Net can be recorded: see test_recording.py.
 """
 
 import copy
-import json
-import logging
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 
 import pytest
 import torch
-from ldm_tools.cli import main
+from graphed import Recorder, Watched, args, inputs, lines, replace_data
 from networks import small
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import ldm
 from ldm import fast, probe
 from ldm.conditioning import constant
 from ldm.fast import cuda_graph
-from ldm.fast.cuda_graph import CudaCapture, GraphedUNet, bucket
+from ldm.fast.cuda_graph import GraphedUNet, bucket
 from ldm.guidance import guided
 from ldm.pipeline import PHANTOM_WEIGHTS
 from ldm.probe import zero
@@ -32,48 +25,6 @@ from ldm.samplers import ddim
 from ldm.schedule import Schedule
 from ldm.traversal.plan import Traversal
 from ldm.traversal.sampling import prompt_tree, sample
-from ldm.unet import UNet
-
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-
-class Recorder:
-    """A `Capture` without CUDA."""
-
-    def __init__(self):
-        self.recordings = 0
-
-    def __call__(self, work):
-        self.recordings += 1
-        before = work()
-        result = before.clone()
-        return lambda: result.copy_(work()), result, before
-
-
-class Watched(nn.Module):
-    """A network that keeps what it was called with, and adds up rows by themselves."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(0.5))
-        self.calls = []
-
-    def forward(self, x_t, t, context):
-        if len(x_t) != len(context):
-            raise ValueError("context: its own words")
-        self.calls.append((x_t, t, context))
-        t = torch.as_tensor(t).expand(len(x_t))
-        return self.scale * x_t + t.view(-1, 1, 1, 1).to(x_t.dtype) / 1000 + context.mean((1, 2))[:, None, None, None]
-
-
-def inputs(rows, dtype=torch.float32, seed=0, device="cpu", size=8):
-    generator = torch.Generator().manual_seed(seed)
-    x_t = torch.randn(rows, 4, size, size, generator=generator)
-    return x_t.to(device, dtype), torch.randn(rows, 77, 64, generator=generator).to(device, dtype)
-
-
-def lines(caplog):
-    return [record.getMessage() for record in caplog.records if record.name == "ldm.fast.cuda_graph"]
 
 
 @pytest.fixture(autouse=True)
@@ -114,11 +65,6 @@ def test_the_graphs_used_last_are_kept(monkeypatch):
     for rows, recordings in ((1, 1), (2, 2), (1, 2), (3, 3), (1, 3), (2, 4), (1, 4)):  # 3 drives out 2, then 2 drives 3
         unet(*args(rows))
         assert (rows, recorder.recordings) == (rows, recordings)
-
-
-def args(rows, t=500, **how):
-    x_t, context = inputs(rows, **how)
-    return x_t, t, context
 
 
 # ---- what is computed ------------------------------------------------------------------------------
@@ -356,10 +302,6 @@ def test_weights_changed_in_place_are_read():
     assert recorder.recordings == 1
 
 
-def replace_data(network):
-    network.conv_out.weight.data = 2 * network.conv_out.weight.data
-
-
 def replace_parameter(network):
     network.conv_out.bias = nn.Parameter(1 + network.conv_out.bias)
 
@@ -382,141 +324,3 @@ def test_weights_and_modules_that_were_replaced_are_noticed(replace):
     assert not torch.equal(unet(*args(2)), before[0])
     assert torch.equal(unet(*args(3)), network(*args(3)))
     assert recorder.recordings == 4
-
-
-# ---- whether the U-Net can be recorded -------------------------------------------------------------
-
-
-class OnlyOn(TorchDispatchMode):
-    """Notes every operation whose result is not on the device."""
-
-    def __init__(self, device):
-        super().__init__()
-        self.device, self.elsewhere = device, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        leaves = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
-        self.elsewhere += [str(func) for x in leaves if x.device.type != self.device]
-        return result
-
-
-class FromNumbers(TorchFunctionMode):
-    """Notes every tensor that is made of Python numbers: on a GPU they are copied there."""
-
-    def __init__(self):
-        super().__init__()
-        self.numbers = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in (torch.tensor, torch.as_tensor, torch.from_numpy) and not isinstance(args[0], torch.Tensor):
-            self.numbers.append(args[0])
-        return func(*args, **(kwargs or {}))
-
-
-def copied_to_the_device(network, x_t, t, context):
-    with OnlyOn("meta") as results, FromNumbers() as made:
-        network(x_t, t, context)
-    return results.elsewhere + made.numbers
-
-
-def test_nothing_in_the_unet_would_end_a_recording():
-    """No copy from the CPU; nor is a value read back, for a meta tensor has none, and that would raise here."""
-    with torch.device("meta"):
-        network = UNet(small("unet").config)
-        x_t, t, context = torch.empty(2, 4, 8, 8), torch.empty(2), torch.empty(2, 77, 64)
-    assert copied_to_the_device(network, x_t, t, context) == []
-    assert copied_to_the_device(network, x_t, 500, context) == [500]  # why the time is a buffer
-    with_table = nn.Module()
-    with_table.forward = lambda x_t, t, context: x_t * torch.arange(8).to(x_t.device)
-    assert copied_to_the_device(with_table, x_t, t, context) == ["aten.arange.default"]
-
-
-# ---- the command -----------------------------------------------------------------------------------
-
-
-def test_the_command_goes_on_without_cuda_and_records_it(tmp_path, caplog):
-    caplog.set_level(logging.WARNING)
-    command = ["generate", "--prompt", "a chest", "--steps", "1", "--seeds", "0,1", "--device", "cpu"]
-    assert main([*command, "--out", str(tmp_path / "plain")]) == 0
-    assert lines(caplog) == []
-    assert main([*command, "--cuda-graph", "--out", str(tmp_path / "graph")]) == 0
-    assert len(lines(caplog)) == 1
-    plain, graph = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("plain", "graph"))
-    assert graph["cuda_graph"] is plain["cuda_graph"] is False
-    same = "latents.safetensors"
-    assert (tmp_path / "plain" / same).read_bytes() == (tmp_path / "graph" / same).read_bytes()
-
-
-# ---- on a GPU --------------------------------------------------------------------------------------
-
-
-@gpu
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_on_a_gpu_a_replay_is_the_network_bit_for_bit(dtype, backend):
-    network = copy.deepcopy(small("unet")).to("cuda", dtype)
-    unet = copy.deepcopy(network)
-    fast.install(network, kernels=backend)
-    installed = fast.install(unet, kernels=backend, cuda_graph=True)
-    for seed in (0, 1):
-        for rows in (1, 2, 3, 18):
-            x_t, context = inputs(rows, dtype, seed, "cuda")
-            t = torch.arange(rows, device="cuda") * 50
-            for time in (981, 0.5, t, t.cpu()):
-                assert torch.equal(unet(x_t, time, context), network(x_t, time, context))
-        x_t, context = inputs(17, dtype, seed, "cuda")
-        padded = torch.arange(18).clamp(max=16)
-        assert torch.equal(unet(x_t, 500, context), network(x_t[padded], 500, context[padded])[:17])
-    assert installed.cuda_graph_used
-
-
-def cannot_be_recorded() -> list[str]:
-    """What is wrong after a recording that fails; before torch 2.12 no other one of the process succeeds then."""
-
-    class Synchronising(Watched):
-        def forward(self, x_t, t, context):
-            return super().forward(x_t, t, context) * (1 + 0 * float(x_t.sum()))
-
-    said = []
-    logging.getLogger("ldm.fast.cuda_graph").addFilter(lambda record: said.append(record.getMessage()) or False)
-    network = Synchronising().cuda()
-    unet = GraphedUNet(network)
-    stream = torch.cuda.current_stream()
-    call = args(2, device="cuda")
-    same = all(torch.equal(unet(*call), network(*call)) for _ in range(2))
-    wrong = {
-        "another result than the network's": not same,
-        "another stream is current": torch.cuda.current_stream() != stream,
-        "still recording": torch.cuda.is_current_stream_capturing(),
-        "used": unet.used,
-        f"said {said}, expected one line": len(said) != 1,
-    }
-    if torch.__version__ >= "2.12":  # another recording is possible afterwards
-        replay, result, before = CudaCapture()(lambda: call[0] + 1)
-        replay()
-        wrong["the next recording is wrong"] = not torch.equal(result, before)
-    return [what for what, is_so in wrong.items() if is_so]
-
-
-@gpu
-@pytest.mark.gpu
-def test_on_a_gpu_what_cannot_be_recorded_falls_back():
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        assert process.submit(cannot_be_recorded).result() == []
-
-
-@gpu
-@pytest.mark.gpu
-def test_on_a_gpu_weights_may_change():
-    network = copy.deepcopy(small("unet")).to("cuda")
-    unet = GraphedUNet(network)
-    call = args(2, device="cuda")
-    for change in (lambda: network.conv_out.weight.mul_(2), lambda: replace_data(network), lambda: network.half()):
-        unet(*call)
-        change()
-        dtype = network.conv_out.weight.dtype
-        call = (call[0].to(dtype), call[1], call[2].to(dtype))
-        assert torch.equal(unet(*call), network(*call))
-        assert unet._graphs, "recorded anew, not fallen back"

@@ -167,6 +167,19 @@ def test_two_batches_of_two_are_one_of_four():
         torch.testing.assert_close(cut[name], whole[name], rtol=1e-3, atol=1e-6)
 
 
+def test_on_a_gpu_weights_lie_as_its_convolutions_read_them(monkeypatch):
+    """Which changes the order of sums, nothing else."""
+    plain = UNetLearner(network(), RECIPE)
+    monkeypatch.setattr("ldm.train.unet_learner.on_gpu", lambda device: True)
+    laid = UNetLearner(network(), RECIPE)
+    for learner in (plain, laid):
+        learner.gradients(0, material(), SCHEDULE)
+    for name, p in laid.unet.named_parameters():
+        assert p.is_contiguous(memory_format=torch.channels_last) or p.ndim != 4, name
+        torch.testing.assert_close(p.grad, plain.unet.get_parameter(name).grad, rtol=1e-3, atol=1e-6)
+    assert not all(p.is_contiguous() for p in laid.unet.parameters())
+
+
 def test_recomputed_activations_give_the_same_gradients():
     kept, recomputed = gradients(RECIPE), gradients(replace(RECIPE, checkpoint_gradients=True))
     assert [name for name in kept if not torch.equal(kept[name], recomputed[name])] == []

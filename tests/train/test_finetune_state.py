@@ -181,3 +181,19 @@ def test_a_signal_asks_once(number):
         assert stop()
         assert signal.getsignal(number) == former  # the second one acts at once
     assert signal.getsignal(number) == former
+
+
+def test_weights_laid_for_a_gpu_are_saved_as_ever_and_come_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.train.unet_learner.on_gpu", lambda device: True)
+    saved = trained()
+    run_folder(tmp_path).save(1, saved)
+    there = trained(seed=1)
+    monkeypatch.undo()
+    for other in (there, trained(seed=1)):
+        assert run_folder(tmp_path).resume(other) == 1
+        before, after = contents(saved), contents(other)
+        assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    sd = ldm.load(RunFolder(tmp_path, FROZEN, SETTINGS, 2).checkpoint(1))
+    assert all(torch.equal(p, saved.ema.values[name]) for name, p in sd.unet.named_parameters())
+    assert all(p.is_contiguous() for p in sd.unet.parameters())
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in there.unet.parameters() if p.ndim == 4)

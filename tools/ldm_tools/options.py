@@ -134,9 +134,15 @@ def load_model(args: argparse.Namespace) -> pipeline.StableDiffusion:
         logger.info("--blocks: the U-Net with %s\n%s", wanted.changes() or "standard blocks", transplant)
         fast.install(unet, kernels=args.backend)
         sd = replace(sd, unet=unet)
-    if getattr(args, "cuda_graph", False):
+    if wants_cuda_graph(args, device):
         fast.install(sd.unet, kernels=args.backend, cuda_graph=True)
     return replace(sd, max_batch=limit)
+
+
+def wants_cuda_graph(args: argparse.Namespace, device: torch.device) -> bool:
+    """What --cuda-graph or --no-cuda-graph says; without either, whether this is a GPU. Never for other commands."""
+    chosen = getattr(args, "cuda_graph", False)
+    return device.type == "cuda" if chosen is None else chosen
 
 
 def no_tf32() -> None:
@@ -170,9 +176,10 @@ def add_cuda_graph(parser: argparse.ArgumentParser) -> None:
     """How the U-Net's steps are launched."""
     parser.add_argument(
         "--cuda-graph",
-        action="store_true",
-        help="launch each sampling step's U-Net as one CUDA graph, which changes results in the last bits at most; "
-        "where there can be none, say so once and go on without",
+        action=argparse.BooleanOptionalAction,
+        help="launch each sampling step's U-Net as one CUDA graph, which changes results in the last bits at most (the "
+        "default on a GPU). Each is held against the network when it is recorded; where there can be none, or it gives "
+        "something else, say so once and go on without",
     )
 
 
@@ -202,7 +209,8 @@ def add_sampling(parser: argparse.ArgumentParser, guidance: float = 7.5) -> None
     parser.add_argument(
         "--max-batch",
         type=int,
-        help="most rows in one U-Net call, to bound memory; guidance makes two of a latent (default: 8 at 512 x 512)",
+        help="most rows in one U-Net call, to bound memory; guidance makes two of a latent (default: 8 at 512 x 512, "
+        "and on a GPU up to 64, as its free memory allows)",
     )
     add_cuda_graph(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder to write; continues a run cut off there")

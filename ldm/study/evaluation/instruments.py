@@ -17,6 +17,7 @@ from ldm.names import nearest
 from ldm.pipeline import StableDiffusion
 from ldm.study.classifier import Classifier
 from ldm.study.metrics import perceptual
+from ldm.traversal.batches import images_a_call
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ class Instruments:
 
         Decoded in pieces of one size whatever B is, for decoding takes more memory than the U-Net.
         """
-        at_once = max(1, 16 * 16 * 16 // latents[0, 0].numel())
+        at_once = images_a_call(self.sd, latents.shape[1:])
         return np.concatenate([to_uint8(self.sd.decode_latents(piece)) for piece in latents.split(at_once)])
 
     @property
