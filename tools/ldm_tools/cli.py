@@ -35,6 +35,7 @@ COMMANDS = {
         "the bottleneck along trajectories: are directions there straighter than in the latents",
     ),
     "traps": ("ldm_tools.traps", "every known mistake in re-implementing SD1.5, and what it looks like"),
+    "doctor": ("ldm_tools.doctor", "what this machine is, what would be used on it, and whether that works"),
     "fetch-weights": ("ldm_tools.fetch_weights", "download the known SD1.5 files, checked by hash"),
 }
 

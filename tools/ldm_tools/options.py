@@ -106,13 +106,8 @@ def lora_files(args: argparse.Namespace) -> list[tuple[str | Path, float]]:
 def load_model(args: argparse.Namespace) -> pipeline.StableDiffusion:
     """The model that the options of `add_model` name, with --max-batch and --cuda-graph where the command has them."""
     limit = max_batch(args)
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).cpu()  # is it really there?
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device: torch cannot use {name!r} here; expected cpu, cuda or cuda:N") from error
-    dtype = DTYPES.get(args.dtype, torch.float16 if device.type == "cuda" else torch.float32)
+    device = device_of(args)
+    dtype = dtype_of(args, device)
     if dtype == torch.float32:
         no_tf32()
     wanted, blocks = own_blocks(args, args.weights)
@@ -137,6 +132,22 @@ def load_model(args: argparse.Namespace) -> pipeline.StableDiffusion:
     if wants_cuda_graph(args, device):
         fast.install(sd.unet, kernels=args.backend, cuda_graph=True)
     return replace(sd, max_batch=limit)
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    """What --device names. Raises ValueError where torch cannot use it."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()  # is it really there?
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device: torch cannot use {name!r} here; expected cpu, cuda or cuda:N") from error
+    return device
+
+
+def dtype_of(args: argparse.Namespace, device: torch.device) -> torch.dtype:
+    """What --dtype names; "auto": float16 on a GPU, else float32."""
+    return DTYPES.get(args.dtype, torch.float16 if device.type == "cuda" else torch.float32)
 
 
 def wants_cuda_graph(args: argparse.Namespace, device: torch.device) -> bool:
