@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -105,7 +106,7 @@ class Schedule:
         """T, the number of training timesteps."""
         return len(self.betas)
 
-    @property
+    @cached_property
     def lambdas(self) -> Tensor:
         """(T,) half the log signal-to-noise ratio of every timestep, falling: 3.5 at t = 0, -2.7 at t = 999."""
         return 0.5 * torch.log(self.alphas_cumprod / (1 - self.alphas_cumprod))

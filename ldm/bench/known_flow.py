@@ -21,7 +21,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import product
 from typing import Any
 
@@ -32,6 +32,7 @@ from ldm.bench.rows import RowFile
 from ldm.bench.sampler_statistics import directions, errors_by_seed, fitted_order, mean_error
 from ldm.samplers import SAMPLERS, EpsFn, Sampler, Step, initial_noise, step_noise
 from ldm.samplers.driver import final_level
+from ldm.samplers.noise import SeedNoise
 from ldm.schedule import EVEN_SPACINGS, SPACINGS, Schedule
 
 SHAPE = (4, 8, 8)
@@ -122,6 +123,7 @@ class KnownFlow:
     seeds: tuple[int, ...]
     schedule: Schedule = field(default_factory=Schedule.sd15)
     exact: dict[tuple[float, float], Tensor] = field(default_factory=dict)  # (begin, swap) levels -> (B, *SHAPE)
+    visited: dict[tuple[str, int], tuple[float, ...]] = field(default_factory=dict)  # spacing, steps -> timesteps
 
     @cached_property
     def mixture(self) -> Mixture:
@@ -132,6 +134,11 @@ class KnownFlow:
     def x_T(self) -> Tensor:
         """(B, *SHAPE) float64."""
         return initial_noise(self.seeds, SHAPE).double()
+
+    @cached_property
+    def noise(self) -> KeptNoise:
+        """What random samplers add."""
+        return KeptNoise(step_noise(self.seeds, SHAPE))
 
     @cached_property
     def end(self) -> float:
@@ -149,14 +156,30 @@ class KnownFlow:
                 self.exact[key] = self.mixture.flow(middle, a_swap, self.end, SHIFT)
         return self.exact[key]
 
+    def timesteps(self, spacing: str, steps: int) -> tuple[float, ...]:
+        """Those of a spacing, computed once."""
+        if (spacing, steps) not in self.visited:
+            self.visited[spacing, steps] = tuple(SPACINGS[spacing](steps, self.schedule))
+        return self.visited[spacing, steps]
+
     def eps_fn(self, counted: list[int], shift: float = 0.0) -> EpsFn:
-        """eps under a prompt; each call is counted."""
+        """eps under a prompt; the rows of each call are counted."""
 
         def eps(x_t: Tensor, t: float, step: int) -> Tensor:
-            counted[0] += 1
+            counted[0] += len(x_t)
             return self.mixture.eps(x_t, t, shift)
 
         return eps
+
+
+class KeptNoise:
+    """A seed's noise, drawn once: samplers that visit the same levels ask for the same."""
+
+    def __init__(self, noise: SeedNoise) -> None:
+        self.between, self.drawn = cache(noise.between), cache(noise)
+
+    def __call__(self, step: int, /, draw: int = 0) -> Tensor:
+        return self.drawn(step, draw)
 
 
 def steps_for(sampler: Sampler, budget: int) -> int:
@@ -164,17 +187,17 @@ def steps_for(sampler: Sampler, budget: int) -> int:
     return max(1, (budget - sampler.starting) // sampler.evaluations)
 
 
-def run(flow: KnownFlow, sampler: Sampler, timesteps: Sequence[float]) -> tuple[list[Step], list[Step], int]:
-    """The neutral run, the steps after the swap, and how often the neutral one asked for eps."""
-    counted, steps = [0], len(timesteps)
-    noise = step_noise(flow.seeds, SHAPE)
+def run(flow: KnownFlow, sampler: Sampler, timesteps: Sequence[float]) -> tuple[list[Step], list[Step], float]:
+    """The neutral run, the steps after the swap, and how often the neutral one asked for eps, the mean over seeds."""
+    counted, steps, noise = [0], len(timesteps), flow.noise
     fork = fork_near(timesteps)
     with torch.no_grad():
         neutral = list(sampler(flow.eps_fn(counted), flow.x_T, flow.schedule, steps, noise=noise, timesteps=timesteps))
         at_fork = neutral[fork - 1].x_prev if fork else flow.x_T
         other = flow.eps_fn([0], SHIFT)
         swapped = list(sampler(other, at_fork, flow.schedule, steps, start=fork, noise=noise, timesteps=timesteps))
-    return neutral, swapped, counted[0]
+    evaluations, rest = divmod(counted[0], len(flow.seeds))
+    return neutral, swapped, evaluations + rest / len(flow.seeds) if rest else evaluations
 
 
 def fork_near(timesteps: Sequence[float]) -> int:
@@ -182,23 +205,23 @@ def fork_near(timesteps: Sequence[float]) -> int:
     return min(range(len(timesteps)), key=lambda i: abs(timesteps[i] - SWAP_NEAR))
 
 
-def measure(flow: KnownFlow, name: str, spacing: str, budget: int) -> dict[str, Any]:
+def measure(flow: KnownFlow, sampler: str, spacing: str, budget: int) -> dict[str, Any]:
     """One row; see the head of this file. `refused` says why where the two do not fit."""
-    sampler, row = SAMPLERS[name], {"sampler": name, "spacing": spacing, "budget": budget}
+    method, row = SAMPLERS[sampler], {"sampler": sampler, "spacing": spacing, "budget": budget}
     began = time.perf_counter()
     try:
-        timesteps = SPACINGS[spacing](steps_for(sampler, budget), flow.schedule)
-        neutral, swapped, evaluations = run(flow, sampler, timesteps)
+        timesteps = flow.timesteps(spacing, steps_for(method, budget))
+        neutral, swapped, evaluations = run(flow, method, timesteps)
     except ValueError as error:
         return {**row, "refused": str(error)}
-    row |= {"steps": len(timesteps), "evaluations": evaluations, "order": sampler.order, "random": sampler.random}
+    row |= {"steps": len(timesteps), "evaluations": evaluations, "order": method.order, "random": method.random}
     x, y = neutral[-1].x_prev, swapped[-1].x_prev
     a_first, a_begin = (flow.schedule.alphas_cumprod_at(t) for t in (len(flow.schedule) - 1, timesteps[0]))
     a_swap = flow.schedule.alphas_cumprod_at(timesteps[fork_near(timesteps)])
     row |= {"finite": bool((x.isfinite() & y.isfinite()).all()), "distance": flow.mixture.distance(x, flow.end)}
     if not row["finite"]:
         return {**row, "distance": None}
-    if not sampler.random:
+    if not method.random:
         row |= _errors(flow, x, y, a_first, a_begin, a_swap)
     return {**row, "seconds": round(time.perf_counter() - began, 4)}
 
@@ -229,15 +252,35 @@ def _errors(flow: KnownFlow, x: Tensor, y: Tensor, a_first: float, a_begin: floa
 
 
 def compare(question: Question, file: RowFile | None = None) -> Iterator[list[dict[str, Any]]]:
-    """For each sampler x spacing the rows of all budgets, as they come; those that the file holds are not run again."""
+    """For each sampler x spacing the rows of all budgets, as they come; those that the file holds are not run again.
+
+    Spacings with the same levels are run once: the row of the later one names the first in `same_as`.
+    """
     flow = KnownFlow(question.seeds)
+    first: dict[Levels, dict[str, Any]] = {}  # whose row it is
     for sampler, spacing in question.pairs():
         rows = []
         for budget in question.budgets:
-            compute = partial(measure, flow, sampler, spacing, budget)
             name = {"sampler": sampler, "spacing": spacing, "budget": budget}
+            levels = _levels(flow, sampler, spacing, budget)
+            compute = partial(_measure_once, flow, name, first.get(levels))
             rows.append(compute() if file is None else file.get(name, compute))
+            first.setdefault(levels, rows[-1])
         yield rows
+
+
+Levels = tuple[str, int, str | tuple[float, ...]]  # sampler, budget, timesteps; a spacing's name where it refuses
+
+
+def _levels(flow: KnownFlow, sampler: str, spacing: str, budget: int) -> Levels:
+    try:
+        return sampler, budget, flow.timesteps(spacing, steps_for(SAMPLERS[sampler], budget))
+    except ValueError:
+        return sampler, budget, spacing
+
+
+def _measure_once(flow: KnownFlow, name: Mapping[str, Any], same: Mapping[str, Any] | None) -> dict[str, Any]:
+    return measure(flow, **name) if same is None else {**same, **name, "same_as": same["spacing"]}
 
 
 def orders(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -266,7 +309,7 @@ def paths(
     """Where the first points of the plane go: sampler, spacing, path of each point, (x, y) after every step."""
     for name, spacing in question.pairs():
         try:
-            timesteps = SPACINGS[spacing](steps_for(SAMPLERS[name], budget), flow.schedule)
+            timesteps = flow.timesteps(spacing, steps_for(SAMPLERS[name], budget))
             neutral, _, _ = run(flow, SAMPLERS[name], timesteps)
         except ValueError:
             continue

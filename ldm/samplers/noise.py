@@ -47,6 +47,7 @@ class SeedNoise:
         self.seeds, self.shape = seeds, shape
         self._unique = list(dict.fromkeys(seeds))
         self._normal = lru_cache(maxsize=2 * DEPTH)(self._fresh_normal)
+        self._path = lru_cache(maxsize=4)(self._fresh_path)  # a step begins where the one before ended
 
     def __call__(self, step: int, /, draw: int = 0) -> Tensor:
         # SeedSequence hashes the numbers: seed + step would give seed 7's step 1 to seed 8's step 0.
@@ -65,7 +66,7 @@ class SeedNoise:
         change = (after - before) / math.sqrt(end - begin) if end > begin else torch.zeros_like(after)
         return change[[self._unique.index(seed) for seed in self.seeds]].float()
 
-    def _path(self, log_snr: float) -> tuple[float, Tensor]:
+    def _fresh_path(self, log_snr: float) -> tuple[float, Tensor]:
         """Time and B there: halving an interval, B in the middle is a Brownian bridge between its ends."""
         sought = min(max(round((log_snr - LOWEST) / (HIGHEST - LOWEST) * 2**DEPTH), 0), 2**DEPTH)
         (low, time), (high, last) = (0, _time(0)), (2**DEPTH, _time(2**DEPTH))

@@ -15,7 +15,7 @@ from ldm.schedule import SPACINGS
 from ldm.study.report.plot_style import save_figure
 from ldm.traversal.plan import parse_integers
 
-SECONDS_A_PAIR = 0.45  # sampler x spacing at 150 evaluations in all, the mean of all; those that draw take longer
+SECONDS_A_PAIR = 0.2  # sampler x spacing at 150 evaluations in all, the mean of all; those that draw take longer
 
 
 def run(args: argparse.Namespace, own_code: Mapping[str, Any]) -> None:
@@ -78,8 +78,11 @@ def line(rows: Sequence[Mapping[str, Any]]) -> str:
     """One sampler and spacing: errors at all budgets; of the swap and the distribution, at the second."""
     first, second = rows[0], rows[min(1, len(rows) - 1)]
     begin = f"{first['sampler']:26}{first['spacing']:18}"
+    notes = [f"levels of {first['same_as']}"] if all("same_as" in row for row in rows) else []
     if refused := [row["refused"] for row in rows if "refused" in row]:
         return f"{begin}  refused: {refused[0]}"
+    if any(row["evaluations"] > row["budget"] for row in rows):
+        notes.append("evaluations " + ", ".join(f"{row['evaluations']:.0f}" for row in rows))
     errors = "".join(f"{row['error']:10.2e}" if row.get("error") is not None else f"{'-':>10}" for row in rows)
     orders = known_flow.orders(rows)
     fit = "{order:.2f} [{order_low:.2f}, {order_high:.2f}]".format(**orders[0]) if orders else "-"
@@ -88,7 +91,7 @@ def line(rows: Sequence[Mapping[str, Any]]) -> str:
     swap = (
         f"{second['swap_error']:10.2e}{second['swap_cosine']:8.4f}" if "swap_error" in second else f"{'-':>10}{'-':>8}"
     )
-    return f"{begin}{errors}  {fit:>18}{swap}{second['distance']:10.4f}"
+    return f"{begin}{errors}  {fit:>18}{swap}{second['distance']:10.4f}  {'; '.join(notes)}".rstrip()
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
