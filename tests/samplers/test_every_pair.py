@@ -1,6 +1,7 @@
 """Every sampler with every spacing under the prompt tree, on a cheap eps: finite, counted, the same in any batch."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import cycle
 
 import pytest
@@ -9,11 +10,33 @@ from torch import Tensor
 
 from ldm.conditioning import Contexts
 from ldm.samplers import SAMPLERS, History, Sampler, Step, initial_noise, step_noise
+from ldm.samplers.noise import SeedNoise
 from ldm.schedule import EVEN_SPACINGS, SPACINGS, Schedule
 from ldm.traversal.prompt_tree import Branch, TreeResult, traverse_tree, unet_rows
 
 SCHEDULE, SHAPE = Schedule.sd15(), (1, 2, 2)
-PAIRS = [(n, s) for n, sampler in SAMPLERS.items() for s in SPACINGS if not sampler.even or s in EVEN_SPACINGS]
+COUNTS = (2, 3, 5, 10, 50)  # of steps; 1 and 6 in the batch's test
+LARGE = (250, 999, 1000)
+
+
+def spacings_of(name: str) -> tuple[str, ...]:
+    return EVEN_SPACINGS if SAMPLERS[name].even else tuple(SPACINGS)
+
+
+PAIRS = [(name, spacing) for name in SAMPLERS for spacing in spacings_of(name)]
+
+
+@cache
+def levels(spacing: str, steps: int) -> tuple[float, ...]:
+    return tuple(SPACINGS[spacing](steps, SCHEDULE))
+
+
+@cache
+def noise_of(seeds: tuple[int, ...]) -> SeedNoise:
+    """Its path kept: samplers ask for the same levels of it."""
+    noise = step_noise(seeds, SHAPE)
+    noise.between = cache(noise.between)
+    return noise
 
 
 class GaussianEps:
@@ -39,9 +62,8 @@ def traversed(sampler: Sampler, spacing: str, steps: int, seeds: Sequence[int]) 
 
     def sample(contexts: Contexts, of: Sequence[int], *, x_T: Tensor, start: int, history: History) -> Iterator[Step]:
         asked.append(GaussianEps(contexts))
-        timesteps = SPACINGS[spacing](steps, SCHEDULE)
-        rest = {"start": start, "history": history, "timesteps": timesteps}
-        return sampler(asked[-1], x_T, SCHEDULE, steps, noise=step_noise(of, SHAPE), **rest)
+        rest = {"start": start, "history": history, "timesteps": levels(spacing, steps)}
+        return sampler(asked[-1], x_T, SCHEDULE, steps, noise=noise_of(tuple(of)), **rest)
 
     result = traverse_tree(sample, initial_noise(seeds, SHAPE).double(), tree, seeds, steps)
     return result, tree, sum(eps.rows for eps in asked)
@@ -66,8 +88,30 @@ def test_every_pair_runs_under_the_tree_whatever_the_batch(name, spacing):
             torch.testing.assert_close(latents[1:], alone.latents[branch], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_pair_at_few_steps(name):
+    for spacing in spacings_of(name):
+        for steps in COUNTS:
+            check(name, spacing, steps, (0,))
+
+
 def test_a_thousand_steps():
-    """Every sampler, and every spacing: not every pair, which would take minutes."""
+    """Every sampler, and every spacing; the slow test below has every pair."""
     spacings, even = cycle(SPACINGS), cycle(EVEN_SPACINGS)
     for name, sampler in SAMPLERS.items():
         check(name, next(even if sampler.even else spacings), 1000, (0,))
+
+
+@pytest.mark.parametrize("steps", [250, 999])
+def test_hundreds_of_steps(steps):
+    for name in SAMPLERS:
+        check(name, "linspace", steps, (0,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_pair_at_many_steps(name):
+    """Spacings with the same levels make the same run: once."""
+    for steps in (4, 7, 20, 61, 100, *LARGE):
+        for spacing in {levels(spacing, steps): spacing for spacing in spacings_of(name)}.values():
+            check(name, spacing, steps, (0,))
