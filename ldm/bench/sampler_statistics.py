@@ -83,3 +83,44 @@ def cheapest(rows: Sequence[Row], within: float = WITHIN) -> Row | None:
     """The fewest evaluations whose error is at most this; among equals the smallest error. None: there are none."""
     near = [row for row in scored(rows) if row["error"] <= within]
     return min(near, key=lambda row: (row["evaluations"], row["error"])) if near else None
+
+
+# ---- a network's rows: guidance x sampler x spacing x budget ------------------------------------------
+
+
+def slopes(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The observed order of every guidance x sampler x spacing, and its interval over seeds. See `fitted_order`."""
+    orders = []
+    rows = [row for row in rows if "by_seed" in row]
+    for guidance, sampler, spacing in dict.fromkeys((row["guidance"], row["sampler"], row["spacing"]) for row in rows):
+        runs = [r for r in rows if (r["guidance"], r["sampler"], r["spacing"]) == (guidance, sampler, spacing)]
+        entry: dict[str, Any] = {"guidance": guidance, "sampler": sampler, "spacing": spacing}
+        for name, error in (("order", "error"), ("swap_order", "swap_error")):
+            fit = fitted_order([row["evaluations"] for row in runs], [row["by_seed"][error] for row in runs])
+            if fit is not None:
+                entry |= {name: fit[0], f"{name}_low": fit[1], f"{name}_high": fit[2]}
+        orders += [entry] if "order" in entry else []
+    return orders
+
+
+def paired(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For every guidance and budget how many times smaller the best pair's error is than each other's, seed by seed."""
+    found = []
+    rows = [row for row in rows if "by_seed" in row]
+    for guidance, budget in dict.fromkeys((row["guidance"], row["budget"]) for row in rows):
+        here = [row for row in rows if (row["guidance"], row["budget"]) == (guidance, budget)]
+        best = min(here, key=lambda row: row["error"])
+        for row in here:
+            ratio, low, high = ratio_interval(best["by_seed"]["error"], row["by_seed"]["error"])
+            case = {"guidance": guidance, "budget": budget, "sampler": row["sampler"], "spacing": row["spacing"]}
+            against = {"best_sampler": best["sampler"], "best_spacing": best["spacing"]}
+            found.append({**case, **against, "ratio": ratio, "low": low, "high": high})
+    return found
+
+
+def best_spacing(rows: Sequence[Mapping[str, Any]], sampler: str, budget: int, guidance: float) -> str:
+    """The spacing with the smallest error; "trailing" for a sampler that has none."""
+    runs = [
+        r for r in rows if (r["sampler"], r["budget"], r["guidance"]) == (sampler, budget, guidance) and "error" in r
+    ]
+    return min(runs, key=lambda row: row["error"])["spacing"] if runs else "trailing"

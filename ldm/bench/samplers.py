@@ -22,21 +22,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
-from ldm.bench.harness import Timing, time_in_turn
 from ldm.bench.rows import RowFile
-from ldm.bench.sampler_statistics import directions, errors_by_seed, fitted_order, mean_error, ratio_interval
+from ldm.bench.sampler_statistics import directions, errors_by_seed, mean_error
 from ldm.files import complete
 from ldm.images import from_uint8
 from ldm.pipeline import StableDiffusion
@@ -44,7 +41,6 @@ from ldm.samplers import SAMPLERS, initial_noise
 from ldm.schedule import EVEN_SPACINGS, SPACINGS, Schedule, log_snr
 from ldm.study.evaluation.instruments import Instruments
 from ldm.study.metrics import perceptual
-from ldm.study.metrics.cfrt import cfrt
 from ldm.traversal.prompt_tree import Branch, TreeResult, traverse_tree
 
 # What a default run has time for. Any other that is registered may be asked for.
@@ -317,44 +313,6 @@ def steps_for(sampler: str, budget: int) -> int:
     return max(1, budget // SAMPLERS[sampler].evaluations)
 
 
-def slopes(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The observed order of every guidance x sampler x spacing, and its interval over seeds. See `fitted_order`."""
-    orders = []
-    rows = [row for row in rows if "by_seed" in row]
-    for guidance, sampler, spacing in dict.fromkeys((row["guidance"], row["sampler"], row["spacing"]) for row in rows):
-        runs = [r for r in rows if (r["guidance"], r["sampler"], r["spacing"]) == (guidance, sampler, spacing)]
-        entry: dict[str, Any] = {"guidance": guidance, "sampler": sampler, "spacing": spacing}
-        for name, error in (("order", "error"), ("swap_order", "swap_error")):
-            fit = fitted_order([row["evaluations"] for row in runs], [row["by_seed"][error] for row in runs])
-            if fit is not None:
-                entry |= {name: fit[0], f"{name}_low": fit[1], f"{name}_high": fit[2]}
-        orders += [entry] if "order" in entry else []
-    return orders
-
-
-def paired(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For every guidance and budget how many times smaller the best pair's error is than each other's, seed by seed."""
-    found = []
-    rows = [row for row in rows if "by_seed" in row]
-    for guidance, budget in dict.fromkeys((row["guidance"], row["budget"]) for row in rows):
-        here = [row for row in rows if (row["guidance"], row["budget"]) == (guidance, budget)]
-        best = min(here, key=lambda row: row["error"])
-        for row in here:
-            ratio, low, high = ratio_interval(best["by_seed"]["error"], row["by_seed"]["error"])
-            case = {"guidance": guidance, "budget": budget, "sampler": row["sampler"], "spacing": row["spacing"]}
-            against = {"best_sampler": best["sampler"], "best_spacing": best["spacing"]}
-            found.append({**case, **against, "ratio": ratio, "low": low, "high": high})
-    return found
-
-
-def best_spacing(rows: Sequence[Mapping[str, Any]], sampler: str, budget: int, guidance: float) -> str:
-    """The spacing with the smallest error; "trailing" for a sampler that has none."""
-    runs = [
-        r for r in rows if (r["sampler"], r["budget"], r["guidance"]) == (sampler, budget, guidance) and "error" in r
-    ]
-    return min(runs, key=lambda row: row["error"])["spacing"] if runs else "trailing"
-
-
 # ---- what it will cost -----------------------------------------------------------------------------
 
 
@@ -375,102 +333,3 @@ def seconds_a_row(bench: Bench) -> float:
         began = time.perf_counter()
         bench.sd.unet(x.to(bench.sd.dtype), 500, context)
     return (time.perf_counter() - began) / 4
-
-
-# ---- what the classifiers see ----------------------------------------------------------------------
-
-
-def flip_cases(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, int]]:
-    """What CFRT is measured of: the published ddim, leading, 50 steps, and every sampler at the smallest budget."""
-    budget, guidance = min(comparison.budgets), comparison.guidances[-1]
-    best = [(name, best_spacing(rows, name, budget, guidance), steps_for(name, budget)) for name in comparison.samplers]
-    return [("ddim", "leading", 50), *best]
-
-
-def flip_rate(
-    bench: Bench, instruments: Instruments, case: tuple[str, str, int], seeds: Sequence[int]
-) -> dict[str, Any]:
-    """CFRT of a sampler, spacing and number of steps; all styles swapped in after a fifth of the steps."""
-    comparison, (sampler, spacing, steps) = bench.comparison, case
-    styles = tuple(comparison.styles)
-    heads = instruments.heads(styles, "melanoma")
-    columns = [instruments.attributes.index(name) for name in heads]
-    forks = {style: (style, steps // 5) for style in styles}
-    timesteps = SPACINGS[spacing](steps, bench.sd.schedule)
-    latents = bench.traverse(sampler, timesteps, forks, comparison.guidances[-1], seeds).latents
-    probabilities = [instruments.probabilities(instruments.pixels(latents[name])) for name in ("neutral", *styles)]
-    neutral, *swapped = (rates.numpy()[:, columns] for rates in probabilities)
-    report = cfrt(neutral, np.stack(swapped, axis=1)[:, :, None], heads, styles)
-    return {
-        "evaluations": SAMPLERS[sampler].evaluations_of(steps),
-        "seeds": len(seeds),
-        "cfrt": {style: report[style]["cfrt"]["own_head_signed"]["value"] for style in styles},
-        "target_change": {style: report[style]["target_change"]["value"] for style in styles},
-    }
-
-
-# ---- checks and timing -----------------------------------------------------------------------------
-
-CHECKED_STEPS = 3
-
-
-def run_alone(bench: Bench, sampler: str, seeds: Sequence[int]) -> Tensor:
-    """A short neutral run at the last guidance -> (B, C, H, W)."""
-    *_, last = bench.sd.sample(
-        bench.contexts["neutral"],
-        seeds,
-        steps=CHECKED_STEPS,
-        guidance_scale=bench.comparison.guidances[-1],
-        negative=bench.empty,
-        sampler=sampler,
-        spacing="trailing",
-    )
-    return last.x_prev
-
-
-def check(bench: Bench) -> list[dict[str, Any]]:
-    """Is a run the same when it is run again, and whatever is in the batch? The samplers that are compared.
-
-    batch_error: how far a seed's latent moves with the batch; 0 with one latent a call of the network, which
-    `batch_invariant` says, and the last bits of the network's precision otherwise.
-    """
-    rows = []
-    seeds = (0, 1)
-    singly = Bench(replace(bench.sd, max_batch=1), bench.comparison)
-    for name in tqdm(bench.comparison.samplers, desc="checks", unit="sampler", mininterval=1):
-        together, again = (run_alone(bench, name, seeds) for _ in range(2))
-        one_a_call, alone = run_alone(singly, name, seeds), run_alone(singly, name, seeds[1:2])
-        rows.append(
-            {
-                "sampler": name,
-                "repeatable": torch.equal(together, again),
-                "batch_invariant": torch.equal(one_a_call[1:2], alone),
-                "batch_error": relative_error(together[1:2], alone),
-            }
-        )
-    if {"ddim", "euler"} <= set(bench.comparison.samplers):
-        apart = relative_error(*(run_alone(bench, name, seeds) for name in ("euler", "ddim")))
-        if apart > (1e-3 if bench.sd.dtype == torch.float32 else 0.1):
-            raise ValueError(f"euler: {apart:.2g} away from ddim, whose step it takes; expected roundings only")
-    if not all(row["repeatable"] for row in rows):
-        raise ValueError(f"samplers: not the same twice: {[r['sampler'] for r in rows if not r['repeatable']]}")
-    return rows
-
-
-def timings(bench: Bench, rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds an evaluation of the samplers compared, as a ratio to ddim in the same rounds, and their memory."""
-    names = dict.fromkeys(("ddim", *bench.comparison.samplers))
-    calls = {name: partial(run_alone, bench, name, bench.comparison.seeds) for name in names}
-    timed: dict[str, Timing] = time_in_turn(calls, rounds, label="timing")
-    table = {}
-    for name, timing in timed.items():
-        asked = SAMPLERS[name].evaluations_of(CHECKED_STEPS)
-        base = asdict(timing)
-        table[name] = {
-            "ms_per_evaluation": timing.median_ms / asked,
-            "p20_ms": base["p20_ms"] / asked,
-            "p80_ms": base["p80_ms"] / asked,
-            "ratio_to_ddim": timing.ratio * asked / CHECKED_STEPS,
-            "latents_remembered": SAMPLERS[name].memory,
-        }
-    return table

@@ -74,6 +74,38 @@ def test_what_does_not_run_is_a_row_that_says_so(monkeypatch):
         Question(samplers=("absent",))
 
 
+def test_evaluations_that_vary_are_the_mean_over_seeds():
+    first, second, both = (
+        measure(KnownFlow(seeds), "dpm_adaptive", "karras", 20)["evaluations"] for seeds in ((0,), (1,), (0, 1))
+    )
+    assert both == (first + second) / 2
+    assert both >= 18  # six steps of three evaluations each, or more
+    assert measure(KnownFlow((0, 1)), "plms", "leading", 20)["evaluations"] == 20
+
+
+def test_the_same_levels_are_run_once_and_said_to_be_the_same(tmp_path, monkeypatch):
+    asked = []
+
+    def counted(flow, sampler, spacing, budget):
+        asked.append((spacing, budget))
+        return measure(flow, sampler, spacing, budget)
+
+    monkeypatch.setattr(known_flow, "measure", counted)
+    question = Question(
+        samplers=("unipc",), spacings=("log_snr", "karras", "exponential"), seeds=(0,), budgets=(10, 20)
+    )
+    first, other, again = known_flow.compare(question)
+    assert asked == [("log_snr", 10), ("log_snr", 20), ("karras", 10), ("karras", 20)]
+    assert [row["same_as"] for row in again] == ["log_snr", "log_snr"]
+    assert not any("same_as" in row for row in first + other)
+    assert again == [{**row, "spacing": "exponential", "same_as": "log_snr"} for row in first]
+
+    file = RowFile(tmp_path / "rows.jsonl", {}, ("sampler", "spacing", "budget"))
+    for row in first:
+        file.add(row)  # a run that was cut off here says the same
+    assert [row["same_as"] for row in list(known_flow.compare(question, file))[2]] == ["log_snr", "log_snr"]
+
+
 def test_every_registered_pair_runs_or_says_why_not():
     question = Question(budgets=(10,), seeds=(0,))
     rows = [row for of_pair in known_flow.compare(question) for row in of_pair]
@@ -145,11 +177,7 @@ def levels(steps, schedule):
 """
 
 
-def test_the_command_compares_ones_own_beside_the_others(tmp_path, capsys, monkeypatch):
-    for table in (SAMPLERS, SPACINGS):
-        for name in ("mine.py:mine", "mine.py:levels"):
-            monkeypatch.setitem(table, name, None)  # so that it is taken out again
-            monkeypatch.delitem(table, name)
+def test_the_command_compares_ones_own_beside_the_others(tmp_path, capsys, monkeypatch, own_names):
     (tmp_path / "mine.py").write_text(MINE)
     file, out = tmp_path / "mine.py", tmp_path / "out"
     base = ["bench", "samplers", "--known-flow", "--samplers", "ddim,ddpm", "--spacings", "linspace", "--seeds", "0-1"]
@@ -176,6 +204,48 @@ def test_the_command_compares_ones_own_beside_the_others(tmp_path, capsys, monke
     monkeypatch.delitem(SAMPLERS, "mine.py:mine")
     assert cli.main([*base[:-1], "0-2", *options]) == 2
     assert "seeds was [0, 1], is [0, 1, 2]" in capsys.readouterr().err
+
+
+@pytest.fixture
+def own_names(monkeypatch):
+    for table in (SAMPLERS, SPACINGS):
+        for name in ("mine.py:mine", "mine.py:levels"):
+            monkeypatch.setitem(table, name, None)  # so that it is taken out again
+            monkeypatch.delitem(table, name)
+
+
+def compared(out: Path, *options: str) -> set[tuple[str, str]]:
+    base = ["bench", "samplers", "--known-flow", "--seeds", "0", "--evaluations", "4", "--out", str(out)]
+    assert cli.main([*base, *options]) == 0
+    rows = json.loads((out / "known_flow.json").read_text())["rows"]
+    return {(row["sampler"], row["spacing"]) for row in rows}
+
+
+def test_the_lists_take_names_from_elsewhere_and_files(tmp_path, capsys, own_names):
+    (tmp_path / "mine.py").write_text(MINE)
+    file = tmp_path / "mine.py"
+    found = compared(tmp_path / "a", "--samplers", f"DPM++ 2M Karras,{file}:mine", "--spacings", f"{file}:levels,beta")
+    both = {"dpm_solver_pp_2m", "mine.py:mine"}
+    assert found == {(name, spacing) for name in both for spacing in ("mine.py:levels", "beta", "karras")}
+    assert "DPM++ 2M Karras: dpm_solver_pp_2m, spacing karras" in capsys.readouterr().out
+    # Names that all say a spacing need no list of them; one that says none has every one.
+    assert compared(tmp_path / "b", "--samplers", "dpmpp_2m_karras") == {("dpm_solver_pp_2m", "karras")}
+    assert len(compared(tmp_path / "c", "--samplers", "dpmpp_2m_karras,euler_a")) >= 2 * 12
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--samplers", "dpmpp_9m_karras"], "samplers: expected some of ddim"),
+        (["--samplers", "absent.py:mine"], "--samplers: there is no file absent.py"),
+        (["--spacings", "absent.json"], "--spacings: there is no file absent.json"),
+    ],
+)
+def test_a_name_that_means_nothing_is_refused(tmp_path, capsys, options, message):
+    assert cli.main(["bench", "samplers", "--known-flow", "--out", str(tmp_path), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_the_page_cannot_be_broken_out_of():

@@ -10,24 +10,22 @@ import torch
 from mixture import Mixture
 from torch import Tensor
 
-from ldm.bench import samplers, samplers_report
+from ldm.bench import samplers_report
 from ldm.bench.rows import RowFile
+from ldm.bench.sampler_checks import check, timings
+from ldm.bench.sampler_flips import flip_cases
+from ldm.bench.sampler_statistics import best_spacing, paired, slopes
 from ldm.bench.samplers import (
     COMPARED_SPACINGS,
     Bench,
     Comparison,
-    best_spacing,
-    check,
     compare,
     fork_step,
-    paired,
     reference,
     reference_timesteps,
-    slopes,
     steps_for,
     swap_timestep,
     swaps,
-    timings,
 )
 from ldm.pipeline import StableDiffusion
 from ldm.samplers import SAMPLERS
@@ -171,7 +169,7 @@ def test_random_samplers_are_let_in_and_have_no_row(tmp_path):
     bench = bench_of(samplers=("ddpm", "unipc"), budgets=(20,))
     rows, _ = rows_of(bench, tmp_path)
     assert {row["sampler"] for row in rows} == {"unipc"}
-    assert [case[0] for case in samplers.flip_cases(bench.comparison, rows)] == ["ddim", "ddpm", "unipc"]
+    assert [case[0] for case in flip_cases(bench.comparison, rows)] == ["ddim", "ddpm", "unipc"]
 
 
 def test_a_network_that_is_not_the_same_twice_is_refused():

@@ -28,7 +28,7 @@ def load(text: str, option: str, kind: type[Kind]) -> Kind:
     return value
 
 
-def sampler(text: str) -> tuple[str, dict[str, str]]:
+def sampler(text: str, option: str = "--sampler") -> tuple[str, dict[str, str]]:
     """A name in SAMPLERS as it is; FILE.py:NAME is loaded, tried, and put there for as long as the command runs.
 
     Returns: its name there, and for run.json the file and its SHA-256; nothing for a name that was there.
@@ -36,10 +36,10 @@ def sampler(text: str) -> tuple[str, dict[str, str]]:
     """
     if ".py" not in text:
         return text, {}
-    path, module, name = _module(text, "--sampler")
+    path, module, name = _module(text, option)
     facts = getattr(module, "FACTS", {})
     if not isinstance(facts, dict):
-        raise ValueError(f"--sampler: FACTS of {path} is of type {type(facts).__name__}, expected a dict of facts")
+        raise ValueError(f"{option}: FACTS of {path} is of type {type(facts).__name__}, expected a dict of facts")
     known = f"{path.name}:{name}"
     if facts and all(isinstance(of_one, dict) for of_one in facts.values()):
         facts = facts.get(name, {})
@@ -47,10 +47,10 @@ def sampler(text: str) -> tuple[str, dict[str, str]]:
     return known, _source(path)
 
 
-def spacing(text: str) -> tuple[str, dict[str, str]]:
+def spacing(text: str, option: str = "--spacing") -> tuple[str, dict[str, str]]:
     """The same of SPACINGS; FILE.json holds timesteps, as `ldm bench samplers --optimise spacing` writes them."""
     if ".py" in text:
-        path, module, name = _module(text, "--spacing")
+        path, module, name = _module(text, option)
         known = f"{path.name}:{name}"
         SPACINGS[known] = own.spacing(known, getattr(module, name))
         return known, _source(path)
@@ -58,7 +58,7 @@ def spacing(text: str) -> tuple[str, dict[str, str]]:
     if path.suffix != ".json":
         return text, {}
     if not path.is_file():
-        raise ValueError(f"--spacing: there is no file {path}")
+        raise ValueError(f"{option}: there is no file {path}")
     SPACINGS[path.name] = own.stored_spacing(path.name, read_json(path))
     return path.name, _source(path)
 

@@ -11,14 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ldm.bench import harness, samplers, samplers_page, samplers_report
+from ldm.bench import harness, sampler_checks, sampler_flips, samplers, samplers_page, samplers_report
 from ldm.bench.known_flow import Question
 from ldm.bench.rows import RowFile
-from ldm.bench.sampler_statistics import cheapest, pareto, scored
+from ldm.bench.sampler_statistics import cheapest, paired, pareto, scored, slopes
 from ldm.files import write_json, write_text
 from ldm.phantom.prompts import CELLS
 from ldm.pipeline import PHANTOM_WEIGHTS
 from ldm.samplers import SAMPLERS
+from ldm.samplers.names import Meaning, understood
 from ldm.schedule import SPACINGS
 from ldm.study import classifier as classifiers
 from ldm.study.evaluation.instruments import Instruments
@@ -46,18 +47,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--known-flow",
         action="store_true",
-        help="no network: mixtures of Gaussians, whose flow is known exactly; every sampler x spacing; two minutes",
+        help="no network: mixtures of Gaussians, whose flow is known exactly; every sampler x spacing; a minute",
     )
     parser.add_argument("--seeds", help="such as 0-7 (default: 0-1; 0-7 with --known-flow)")
     parser.add_argument("--guidance", help="scales (default: 1,3,7.5)")
     parser.add_argument("--evaluations", help="of a run (default: 10,20; and 40, 80 with --known-flow)")
     parser.add_argument(
         "--samplers",
-        help=f"some of {', '.join(SAMPLERS)} (default: {','.join(default.samplers)}; all with --known-flow)",
+        help=f"some of {', '.join(SAMPLERS)}, names for them such as dpmpp_2m_karras, whose spacing joins --spacings, "
+        f"or FILE.py:NAME (default: {','.join(default.samplers)}; all with --known-flow)",
     )
     parser.add_argument(
         "--spacings",
-        help=f"some of {', '.join(SPACINGS)} (default: {','.join(default.spacings)}; all with --known-flow)",
+        help=f"some of {', '.join(SPACINGS)}, FILE.py:NAME or FILE.json (default: those that --samplers say, else "
+        f"{','.join(default.spacings)}; all with --known-flow)",
     )
     parser.add_argument(
         "--sampler", action="append", default=[], metavar="FILE.py:NAME", help="your own, beside them; may be repeated"
@@ -102,10 +105,10 @@ def run(args: argparse.Namespace) -> None:
             print(samplers_report.line(row), flush=True)
     flips = list(flip_rates(args, bench, rows, file))
     if any({"part": "check", "sampler": name} not in file for name in comparison.samplers):
-        for checked in samplers.check(bench):
+        for checked in sampler_checks.check(bench):
             file.add({"part": "check", **checked})
     if any({"part": "timing", "sampler": name} not in file for name in comparison.samplers):
-        for name, timing in samplers.timings(bench, args.rounds).items():
+        for name, timing in sampler_checks.timings(bench, args.rounds).items():
             file.add({"part": "timing", "sampler": name, **timing})
     report(args, bench, file, {"rows": rows, "reference": references, "cfrt": flips}, own)
 
@@ -152,10 +155,10 @@ def flip_rates(
         return
     no_lpips = perceptual.Unavailable("not asked for", "see `ldm evaluate`")
     instruments = Instruments(bench.sd, classifiers.load(judge, bench.sd.device), judge, no_lpips)
-    for case in samplers.flip_cases(bench.comparison, rows):
+    for case in sampler_flips.flip_cases(bench.comparison, rows):
         sampler, spacing, steps = case
         name = {"part": "cfrt", "sampler": sampler, "spacing": spacing, "budget": steps, "steps": steps}
-        compute = partial(samplers.flip_rate, bench, instruments, case, range(args.cfrt_seeds))
+        compute = partial(sampler_flips.flip_rate, bench, instruments, case, range(args.cfrt_seeds))
         yield file.get(name, compute)
 
 
@@ -170,10 +173,10 @@ def report(
     by_guidance = {g: [row for row in rows if row["guidance"] == g] for g in comparison.guidances}
     result = {
         **found,
-        "orders": samplers.slopes(rows),
+        "orders": slopes(rows),
         "pareto": [row for of_one in by_guidance.values() for row in pareto(of_one)],
         "cheapest_within_1_percent": {f"{g:g}": cheapest(of_one) for g, of_one in by_guidance.items()},
-        "paired": samplers.paired(rows),
+        "paired": paired(rows),
         "checks": checks,
         "timings": timed,
         "peak_memory_mib": round(harness.peak_memory_mib(sd.device)),
@@ -212,23 +215,46 @@ def page_of(bench: samplers.Bench, rows: list[dict[str, Any]], floors: Mapping[f
 
 
 def take_own(args: argparse.Namespace) -> dict[str, dict[str, str]]:
-    """Put what --sampler and --spacing name into the tables, beside those to compare: name -> file, sha256."""
+    """Put our names in place of those from elsewhere and of files, --sampler and --spacing beside the lists.
+
+    A sampler's name that says a spacing adds it to those compared. Returns name -> file, sha256 of what was in a file.
+    """
     if args.optimise:
         args.guidance, args.samplers = args.guidance or "1", args.samplers or "unipc"
     args.guidance = args.guidance or "1,3,7.5"
-    if not args.known_flow:
-        args.samplers = args.samplers or ",".join(samplers.COMPARED)
-        args.spacings = args.spacings or ",".join(samplers.COMPARED_SPACINGS)
-    sources: dict[str, dict[str, str]] = {}
-    for option, load, several in (("sampler", own_code.sampler, "samplers"), ("spacing", own_code.spacing, "spacings")):
-        names = []
-        for text in getattr(args, option):
-            name, source = load(text)
-            names.append(name)
-            sources |= {name: source} if source else {}
-        if names and getattr(args, several):
-            setattr(args, several, ",".join([getattr(args, several), *names]))
+    names, said, sources = _own_samplers(args.samplers, args.sampler)
+    listed, levels = _listed(args.spacings), list[str]()
+    if not listed and not (args.samplers and len(said) == len(names)):
+        levels += SPACINGS if args.known_flow else samplers.COMPARED_SPACINGS
+    for option, text in [*(("--spacings", text) for text in listed), *(("--spacing", text) for text in args.spacing)]:
+        name, source = own_code.spacing(text, option)
+        levels.append(name)
+        sources |= {name: source} if source else {}
+    args.spacings = ",".join(dict.fromkeys([*levels, *said]))
+    if args.samplers or not args.known_flow:
+        args.samplers = ",".join(dict.fromkeys([*([] if args.samplers else samplers.COMPARED), *names]))
     return sources
+
+
+def _own_samplers(listed: str | None, beside: list[str]) -> tuple[list[str], list[str], dict[str, dict[str, str]]]:
+    """Our names, the spacings that those from elsewhere say, and where files are. Unknown ones are left to refuse."""
+    names, said, sources = [], [], {}
+    for option, text in [
+        *(("--samplers", text) for text in _listed(listed)),
+        *(("--sampler", text) for text in beside),
+    ]:
+        name, source = own_code.sampler(text, option)
+        meant = understood(name, SAMPLERS) or Meaning(name, None)
+        names.append(meant.sampler)
+        said += [meant.spacing] if meant.spacing else []
+        sources |= {name: source} if source else {}
+        if meant.sampler != name:
+            print(f"{name}: {meant.sampler}, spacing {meant.spacing or 'of all that are compared'}")
+    return names, said, sources
+
+
+def _listed(names: str | None) -> list[str]:
+    return names.split(",") if names else []
 
 
 def comparison_of(args: argparse.Namespace) -> samplers.Comparison:
