@@ -47,7 +47,7 @@ def load(
     *,
     ema: Literal["ema", "plain"] | None = None,
     base: str | Path | None = None,
-    backend: Literal["auto", "torch", "triton"] | None = None,
+    backend: Literal["auto", "torch", "triton", "openvino"] | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
     embeddings: Sequence[str | Path] = (),
     blocks: UNetBlocks = STANDARD_BLOCKS,
@@ -55,8 +55,9 @@ def load(
     """Read a model, see `ldm.pipeline.load`, and install what makes its networks fast where it runs.
 
     Args:    path, device, dtype, ema, base, loras, embeddings, blocks: see there.
-             backend: "auto", as None: fused kernels on a GPU that has them; "torch"; "triton". See `ldm.fast.backend`.
-    Raises:  what it raises. ValueError: "triton" where no kernel can run.
+             backend: "auto", as None: fused kernels on a GPU that has them; "torch"; "triton"; "openvino". See
+             `ldm.fast.backend`.
+    Raises:  what it raises. ValueError: a backend that cannot compute there.
     """
     from ldm import fast
 

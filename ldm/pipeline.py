@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -72,13 +72,18 @@ class StableDiffusion:
 
     @property
     def backend(self) -> str:
-        """What computes its U-Net: "torch", or "triton" where `ldm.fast` installed kernels into it."""
+        """What computes its U-Net: "torch", or what `ldm.fast` installed into it: "triton", "openvino"."""
         return getattr(getattr(self.unet, "installed", None), "backend", "torch")
 
     @property
     def cuda_graph_used(self) -> bool:
         """Whether any call of its U-Net was the replay of a CUDA graph, which `ldm.fast` installs."""
         return getattr(getattr(self.unet, "installed", None), "cuda_graph_used", False)
+
+    @property
+    def engine(self) -> dict[str, Any] | None:
+        """Which other engine than torch computes its U-Net: name, version, precision, calls; None: none does."""
+        return getattr(getattr(self.unet, "installed", None), "engine", None)
 
     @property
     def kernels_refused(self) -> list[str]:

@@ -20,6 +20,7 @@ from ldm.fast import first_use
 from ldm.fast.backend import Backend, resolved
 from ldm.fast.cuda_graph import GraphedUNet
 from ldm.fast.forwards import FORWARDS, attention
+from ldm.fast.openvino_engine import PRECISIONS, OpenVINOUNet
 from ldm.fast.ops import HALF, Ops
 from ldm.fast.projections import pack
 from ldm.unet import UNet
@@ -32,16 +33,22 @@ class Installed:
     """What was installed into a network: what computes it now, and what was replaced, with how many of each."""
 
     network: nn.Module
-    backend: Literal["torch", "triton"]
+    backend: Literal["torch", "triton", "openvino"]
     replaced: Mapping[str, int]  # "22 x ResnetBlock: ..." without the number -> the number
     graphed: GraphedUNet | None = None
     forwards: list[tuple[nn.Module, Any]] = field(default_factory=list, repr=False)
     strides: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)  # before, of what was laid anew
+    by_openvino: OpenVINOUNet | None = None
 
     @property
     def cuda_graph_used(self) -> bool:
         """Whether any call of the network was the replay of a CUDA graph."""
         return self.graphed is not None and self.graphed.used
+
+    @property
+    def engine(self) -> dict[str, Any] | None:
+        """Which other engine computes the network, for run.json; None: none does."""
+        return self.by_openvino.record() if self.by_openvino else None
 
     @property
     def refused(self) -> list[str]:
@@ -98,14 +105,17 @@ def install(
              channels_last: the layout of the weights that convolutions and norms are fastest in.
              None of either: where kernels run in half precision.  cuda_graph: launch each call as one; a U-Net.
     Returns: the report, which can undo it.
-    Raises:  ValueError: "triton" where no kernel can run, a CUDA graph of something else than a U-Net.
+    Raises:  ValueError: a backend that cannot compute there, a CUDA graph of something else than a U-Net.
     """
     first = next(network.parameters())
     backend = resolved(kernels, first.device)
     if cuda_graph and not isinstance(network, UNet):
         raise ValueError(f"cuda_graph: got a {type(network).__name__}, expected a U-Net")
+    if backend == "openvino" and isinstance(network, UNet):
+        return _by_openvino(network, cuda_graph)
     if before := installed(network):
         before.undo()
+    backend = "torch" if backend == "openvino" else backend
     half = backend == "triton" and first.dtype in HALF
     packed, channels_last = (half if chosen is None else chosen for chosen in (packed, channels_last))
 
@@ -138,6 +148,22 @@ def install(
     network.installed = report  # type: ignore[assignment]
     if replaced:
         logger.info("%s", ", ".join(line.strip() for line in str(report).splitlines()))
+    return report
+
+
+def _by_openvino(network: UNet, cuda_graph: bool) -> Installed:
+    dtype = network.conv_in.weight.dtype
+    if dtype not in PRECISIONS:
+        raise ValueError(f"backend: openvino computes in float32 or bfloat16, the U-Net is in {dtype}")
+    if cuda_graph:
+        raise ValueError("cuda_graph: openvino launches nothing on a GPU; expected one of the two")
+    if before := installed(network):
+        before.undo()
+    network.forward = engine = OpenVINOUNet(network)  # type: ignore[assignment]
+    replaced = {f"{type(network).__name__}: computed by OpenVINO in {PRECISIONS[dtype]}": 1}
+    report = Installed(network, "openvino", replaced, by_openvino=engine, forwards=[(network, engine)])
+    network.installed = report  # type: ignore[assignment]
+    logger.info("%s", str(report).strip())
     return report
 
 

@@ -191,6 +191,7 @@ def run_inversion(
         "images": originals.finish(path, out, "retraced", earlier),
         **settings,
         "backend": sd.backend,
+        **({"engine": sd.engine} if sd.engine else {}),
         "device": str(sd.device),
         "max_batch": sd.max_batch,
         "weights": [str(file) for file in sd.files],

@@ -123,6 +123,7 @@ class _Run:
             **({"unet_rows_separate_is": "the least: its sampler's evaluations vary"} if varies else {}),
             "seconds": round(earlier.get("seconds", 0) + time.monotonic() - began, 2),
             "backend": self.sd.backend,
+            **({"engine": self.sd.engine} if self.sd.engine else {}),
             **({"kernels_refused": self.sd.kernels_refused} if self.sd.kernels_refused else {}),
             "cuda_graph": self.sd.cuda_graph_used or earlier.get("cuda_graph", False),
             "device": str(self.sd.device),

@@ -312,7 +312,8 @@ def test_no_import_name_can_be_anybody_elses():
 
 def test_every_library_that_is_imported_is_declared():
     project = PYPROJECT["project"]
-    requirements = [*project["dependencies"], *project["optional-dependencies"]["dicom"]]
+    extras = project["optional-dependencies"]
+    requirements = [*project["dependencies"], *extras["dicom"], *extras["openvino"]]
     declared = {re.match(r"[\w.-]+", requirement)[0] for requirement in requirements}
     ours = {"ldm", "ldm_kernels", "ldm_tools"}
     used = {name.split(".")[0] for source in SOURCES for name, _, _ in imports(source)}

@@ -50,7 +50,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--backend",
         choices=get_args(fast.Backend),
         default="auto",
-        help="fused kernels on GPUs that have them (auto), never (torch), or an error where there are none (triton)",
+        help="fused kernels on GPUs that have them (auto), never (torch), or an error where there are none (triton); "
+        "openvino: the U-Net by OpenVINO on a CPU, see ldm/fast/README.md (default: %(default)s)",
     )
 
 

@@ -103,6 +103,10 @@ def report(
         else:
             fast.install(fused, kernels=args.backend, packed=False, channels_last=False)  # as ldm.load has it
         ways["kernels"] = partial(call, fused, x)
+    if backend == "openvino" and isinstance(network, UNet):
+        converted = copy.deepcopy(network)
+        fast.install(converted, kernels="openvino")
+        ways["openvino"] = partial(call, converted, x)
     if isinstance(network, UNet) and x.device.type == "cuda":
         graphed = copy.deepcopy(other_layout if backend == "torch" else network)
         installed = fast.install(graphed, kernels=args.backend, cuda_graph=True)
