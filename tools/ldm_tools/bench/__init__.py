@@ -1,6 +1,6 @@
 """`ldm bench`: what things cost here, each as a ratio to a named peer that was timed in turn with it in the same run.
 
-ldm bench samplers|inversion|unet|vae|traverse|load|kernels
+ldm bench samplers|inversion|unet|vae|traverse|load|kernels|gpu
 """
 
 import argparse
@@ -15,6 +15,7 @@ SUBJECTS: dict[str, tuple[str, str]] = {
     "traverse": ("ldm_tools.bench.traverse", "the prompt tree against every branch run alone"),
     "load": ("ldm_tools.bench.load", "from disk to the first step, against reading the file"),
     "kernels": ("ldm_tools.bench.kernels", "the fused kernels: compiled, predicted, and on a GPU timed"),
+    "gpu": ("ldm_tools.bench.gpu", "all that only a GPU can tell, by one command, into one file of tables"),
 }
 
 

@@ -1,0 +1,121 @@
+"""`ldm bench gpu`: parts that fail, hang or are skipped, what is kept of them, and the dry run's own parts."""
+
+import json
+import sys
+import time
+
+import pytest
+import torch
+from ldm_tools import cli
+from ldm_tools.bench import gpu as command
+
+from ldm.bench import gpu_hour, gpu_parts
+from ldm.bench.gpu_hour import Part
+
+
+def script(name, code, minutes=1.0):
+    return Part(name, "", minutes, [sys.executable, "-c", code])
+
+
+def states(out):
+    return {name: of["state"] for name, of in json.loads((out / "results.json").read_text())["parts"].items()}
+
+
+def test_a_part_that_fails_or_hangs_is_noted_and_the_next_one_follows(tmp_path):
+    hangs = "import subprocess, sys; print('{\"ok\": true}', flush=True); subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"  # noqa: E501
+    listed = [
+        script("good", 'print(\'{"way": "a", "ok": true}\'); print(\'said beside\')'),
+        script("raises", "raise SystemExit('no such kernel')"),
+        script("crashes", "import os; os.kill(os.getpid(), 11)"),
+        script("wrong", "print('{\"ok\": false}')"),
+        script("hangs", hangs, minutes=0.05),
+        script("last", "print('{\\n \"broken\": []\\n}')"),
+    ]
+    began, seen = time.monotonic(), []
+    for part, found in gpu_hour.run(listed, tmp_path, 5):
+        seen.append(part.name)
+        assert list(states(tmp_path)) == seen, "written after each"
+        assert states(tmp_path)[part.name] == found["state"]
+    assert time.monotonic() - began < 50
+    assert states(tmp_path) == {
+        **{"good": "ok", "raises": "exit status 1", "crashes": "exit status -11", "wrong": "1 wrong"},
+        **{"hangs": "cut off after 3 s", "last": "ok"},
+    }
+    parts = json.loads((tmp_path / "results.json").read_text())["parts"]
+    assert parts["good"]["rows"] == [{"way": "a", "ok": True}]
+    assert parts["hangs"]["rows"] == [{"ok": True}]
+    assert parts["last"]["rows"] == [{"broken": []}]
+    assert parts["raises"]["last_lines"] == ["no such kernel"]
+    assert "| raises | exit status 1 |" in (tmp_path / "results.md").read_text()
+
+
+def test_what_there_is_no_time_for_is_skipped(tmp_path):
+    listed = [script("one", "pass"), script("two", "pass")]
+    assert [found["state"] for _, found in gpu_hour.run(listed, tmp_path, 0.0)] == ["skipped: no time"] * 2
+
+
+def test_the_tables_have_every_number_that_came():
+    rows = [
+        {"way": "torch", "dtype": "float16", "rows": 2, "ok": True, "error": 1e-3, "first_call_s": 2.0},
+        {"way": "torch", "dtype": "float16", "rows": 2, "median_ms": 18.25, "p20_ms": 18.0, "p80_ms": 19.0},
+    ]
+    best = [{"us": 31.5, "candidate": "forward d40 128x64 w8 s3 split8", "shipped": True}]
+    tune = [{"kernel": "forward", "width": 40, "n": 4096, "batch": 2, "best": best, "failed": []}]
+    sites = {"rows": [{"site": "attention 4096x4096 8x40", "by": "triton", "median_us": 99.0}]}
+    run = {"seconds": 4.5, "unet_rows": 275, "max_batch": 64}
+    record = {
+        "environment": {"device": "NVIDIA H100", "torch": "2.14"},
+        "parts": {
+            "step": {"state": "ok", "seconds": 1.0, "rows": rows},
+            "kernels": {"state": "ok", "seconds": 1.0, "rows": [], "kernels": sites},
+            "traverse": {"state": "ok", "seconds": 9.0, "rows": [], "run": run},
+            "tune": {"state": "ok", "seconds": 1.0, "rows": tune},
+        },
+    }
+    text = gpu_hour.tables(record)
+    for cell in ("NVIDIA H100", "18.2", "attention 4096x4096 8x40", "| traverse | 4.5 | 275 |", "31.5", "split8"):
+        assert cell in text
+
+
+def test_every_part_has_a_bound_and_all_of_them_fit_an_hour(tmp_path):
+    listed = gpu_hour.parts(tmp_path, dry=False)
+    assert len({part.name for part in listed}) == len(listed) >= 9
+    assert all(0 < part.minutes < 10 for part in listed)
+    assert sum(part.minutes for part in listed) < 60
+    assert {part.name for part in gpu_hour.parts(tmp_path, dry=True)} == {part.name for part in listed}
+
+
+def test_without_a_gpu_it_says_so_and_an_unknown_part_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["bench", "gpu", "--out", str(tmp_path)]) == 2
+    assert "no CUDA GPU that torch can use here; --dry-run takes the same steps" in capsys.readouterr().err
+    assert cli.main(["bench", "gpu", "--dry-run", "--only", "step,nonsense", "--out", str(tmp_path)]) == 2
+    assert "--only: got nonsense, expected some of doctor, agree, step, kernels" in capsys.readouterr().err
+
+
+def test_the_command_ends_with_what_was_wrong(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_hour, "parts", lambda out, dry: [script("a", "pass"), script("b", "raise SystemExit(3)")])
+    assert cli.main(["bench", "gpu", "--dry-run", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert "results.md" in said.out
+    assert "1 parts not all right: b: exit status 3" in said.err
+
+
+@pytest.mark.parametrize("name", ["tune", "weights"])
+def test_parts_print_a_json_object_a_line(name, tmp_path, capsys):
+    assert cli.main(["bench", "gpu", "--dry-run", "--part", name, "--out", str(tmp_path)]) == 0
+    rows = list(gpu_hour.rows(capsys.readouterr().out))
+    assert len(rows) == 1
+    assert "candidates" in rows[0] or rows[0]["gigabytes"] > 0
+
+
+def test_candidates_hold_what_is_shipped_first():
+    from ldm_kernels.attention import CONFIGURATIONS
+    from ldm_kernels.configurations import SM90
+
+    tried = {str(c) for c in gpu_parts.candidates()}
+    for kernel in ("forward", "dq"):
+        for width in gpu_parts.LENGTHS:
+            first = next(c for c in CONFIGURATIONS if (c.kernel, c.width) == (kernel, width) and SM90 in c.capabilities)
+            assert str(first) in tried | {"dq d160 64x32 w4 s2 split"}
+    assert command.OWN.keys() == {"agree", "step", "tune", "weights"}
