@@ -30,7 +30,10 @@ from ldm_tools.reading import add_pixels, pixels
 
 # What --fast chooses, and what stands there where neither it nor the user says anything.
 CHOSEN = {"sampler": "ddim", "steps": USUAL.steps, "swap_steps": ",".join(map(str, SWAP_STEPS)), "spacing": None}
-FIDELITY = "Swap directions lose some 1 to 2 % of their cosine to those of 50 steps: see ldm/samplers/README.md"
+FIDELITY = (
+    "On drawn phantoms the swap directions keep a cosine of .98 to .99 to those of 50 steps, on real skin less "
+    "(one seed: .93 to .96); see ldm/samplers/README.md"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from tqdm import tqdm
+
 from ldm.bench import samplers, spacing_search
 from ldm.bench.sampler_statistics import errors_by_seed, mean_error, ratio_interval
 from ldm.files import write_json
@@ -29,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "SAMPLER_STEPS.json, which --spacing takes; with --known-flow without a network",
     )
     parser.add_argument("--steps", type=int, default=10, help="of the run to optimise (default: %(default)s)")
-    parser.add_argument("--tries", type=int, default=40, help="runs of all seeds in the search (default: %(default)s)")
+    parser.add_argument("--tries", type=int, default=200, help="runs of all seeds in the search (default: %(default)s)")
 
 
 def run(args: argparse.Namespace, bench: samplers.Bench | None) -> None:
@@ -78,7 +80,13 @@ def on_checkpoint(
         found = [math.log(error) for error in errors(timesteps, training)]  # so that no one seed decides
         return math.exp(sum(found) / len(found))
 
-    trained, best = spacing_search.refine(objective, candidates, schedule, args.tries)
+    with tqdm(total=len(candidates) + args.tries, desc="search", unit="run", mininterval=1) as bar:
+
+        def tried(timesteps: tuple[float, ...]) -> float:
+            bar.update()
+            return objective(timesteps)
+
+        trained, best = spacing_search.refine(tried, candidates, schedule, args.tries)
     verified = {
         spacing: errors(timesteps, held) for spacing, timesteps in {**candidates, "found": best.timesteps}.items()
     }
