@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.bench.against import Peer, beside
 from ldm.bench.rows import RowFile
 from ldm.bench.sampler_statistics import directions, errors_by_seed, fitted_order, mean_error
 from ldm.samplers import SAMPLERS, EpsFn, Sampler, Step, initial_noise, step_noise
@@ -122,6 +123,7 @@ class KnownFlow:
 
     seeds: tuple[int, ...]
     schedule: Schedule = field(default_factory=Schedule.sd15)
+    peer: Peer | None = None  # another library, whose run is measured beside each
     exact: dict[tuple[float, float], Tensor] = field(default_factory=dict)  # (begin, swap) levels -> (B, *SHAPE)
     visited: dict[tuple[str, int], tuple[float, ...]] = field(default_factory=dict)  # spacing, steps -> timesteps
 
@@ -223,6 +225,9 @@ def measure(flow: KnownFlow, sampler: str, spacing: str, budget: int) -> dict[st
         return {**row, "distance": None}
     if not method.random:
         row |= _errors(flow, x, y, a_first, a_begin, a_swap)
+        if flow.peer is not None:
+            case, eps = (sampler, spacing, timesteps), flow.mixture.eps
+            row |= beside(flow.peer, eps, flow.x_T, flow.schedule, case, x, flow.ends_at(a_first))
     return {**row, "seconds": round(time.perf_counter() - began, 4)}
 
 
@@ -251,19 +256,22 @@ def _errors(flow: KnownFlow, x: Tensor, y: Tensor, a_first: float, a_begin: floa
     return means | {"by_seed": {name: by_seed[name] for name in kept}}
 
 
-def compare(question: Question, file: RowFile | None = None) -> Iterator[list[dict[str, Any]]]:
+def compare(
+    question: Question, file: RowFile | None = None, peer: Peer | None = None
+) -> Iterator[list[dict[str, Any]]]:
     """For each sampler x spacing the rows of all budgets, as they come; those that the file holds are not run again.
 
-    Spacings with the same levels are run once: the row of the later one names the first in `same_as`.
+    Spacings with the same levels are run once (but for a peer, which goes by names): the row of the later one names the
+    first in `same_as`.
     """
-    flow = KnownFlow(question.seeds)
+    flow = KnownFlow(question.seeds, peer=peer)
     first: dict[Levels, dict[str, Any]] = {}  # whose row it is
     for sampler, spacing in question.pairs():
         rows = []
         for budget in question.budgets:
             name = {"sampler": sampler, "spacing": spacing, "budget": budget}
             levels = _levels(flow, sampler, spacing, budget)
-            compute = partial(_measure_once, flow, name, first.get(levels))
+            compute = partial(_measure_once, flow, name, None if peer else first.get(levels))
             rows.append(compute() if file is None else file.get(name, compute))
             first.setdefault(levels, rows[-1])
         yield rows

@@ -32,8 +32,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ldm.bench.against import Eps, Peer, beside
 from ldm.bench.rows import RowFile
 from ldm.bench.sampler_statistics import directions, errors_by_seed, mean_error
+from ldm.conditioning import constant
 from ldm.files import complete
 from ldm.images import from_uint8
 from ldm.pipeline import StableDiffusion
@@ -104,6 +106,12 @@ class Bench:
     def empty(self) -> Tensor:
         """The context that guidance pushes away from."""
         return self.sd.encode_prompts([""])
+
+    def neutral_eps(self, guidance: float) -> Eps:
+        """What the network says under the neutral prompt."""
+        contexts = self.contexts["neutral"].expand(len(self.comparison.seeds), -1, -1)
+        guided = self.sd.guided(constant(contexts, 1), guidance, self.empty)
+        return lambda x_t, t: guided(x_t, t, 0)
 
     def traverse(
         self,
@@ -209,6 +217,7 @@ class Yardstick:
     exact: Mapping[str, Tensor]  # see `reference`
     lpips: perceptual.Lpips | perceptual.Unavailable
     images: bool = True
+    peer: Peer | None = None  # another library, whose run is measured beside each
 
     @cached_property
     def instruments(self) -> Instruments:
@@ -262,13 +271,28 @@ def measure(yardstick: Yardstick, sampler: str, spacing: str, budget: int) -> di
         "swap_cosine": _mean(cosines),
         "swap_length": _mean(lengths),
         **{name: _mean(by_seed[name]) for name in ("ssim", "lpips") if name in by_seed},
+        **_beside(yardstick, (sampler, spacing, timesteps), neutral),
         "seconds": round(seconds, 3),
         "by_seed": by_seed,
     }
 
 
+def _beside(yardstick: Yardstick, case: tuple[str, str, Sequence[float]], ours: Tensor) -> dict[str, Any]:
+    """The peer's run, if one is asked for."""
+    if yardstick.peer is None:
+        return {}
+    bench = yardstick.bench
+    x_T = initial_noise(bench.comparison.seeds, bench.sd.latent_shape).to(bench.sd.device)
+    eps = bench.neutral_eps(yardstick.guidance)
+    return beside(yardstick.peer, eps, x_T, bench.sd.schedule, case, ours, yardstick.exact["neutral"])
+
+
 def compare(
-    bench: Bench, file: RowFile, lpips: perceptual.Lpips | perceptual.Unavailable, images: bool = True
+    bench: Bench,
+    file: RowFile,
+    lpips: perceptual.Lpips | perceptual.Unavailable,
+    images: bool = True,
+    peer: Peer | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The row of every guidance x run as it comes, and last of each guidance that of its reference.
 
@@ -282,7 +306,7 @@ def compare(
             name = {"part": "run", "guidance": guidance, "sampler": sampler, "spacing": spacing, "budget": budget}
             if name not in file:
                 yardstick = yardstick or Yardstick(
-                    bench, guidance, kept_reference(bench, guidance, kept), lpips, images
+                    bench, guidance, kept_reference(bench, guidance, kept), lpips, images, peer
                 )
                 file.add({**name, **measure(yardstick, sampler, spacing, budget)})
             yield file[name]

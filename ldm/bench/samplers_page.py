@@ -12,7 +12,8 @@ from ldm.bench.known_flow import KnownFlow, Mixture, Question
 
 COLUMNS = (
     *("guidance", "sampler", "spacing", "evaluations", "steps", "error", "step_error", "start_error", "swap_error"),
-    *("swap_cosine", "swap_length", "ssim", "lpips", "distance", "seconds", "refused"),
+    *("swap_cosine", "swap_length", "ssim", "lpips", "distance", "peer_error", "peer_apart", "peer_evaluations"),
+    *("peer_refused", "seconds", "refused"),
 )
 
 

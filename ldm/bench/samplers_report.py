@@ -17,11 +17,12 @@ from ldm.study.report.plot_style import COLOURS, GREY, MARKERS, PAGE_WIDTH, SMAL
 Row = Mapping[str, Any]
 
 
-def heading() -> str:
+def heading(peer: str | None = None) -> str:
     """Over the lines of `line`."""
+    theirs = f"{'its error':>10}{'apart':>10}   {peer}" if peer else ""
     return (
         f"{'guidance':>8}  {'sampler':26}{'spacing':18}{'evals':>5}{'error':>10}{'swap':>10}{'cosine':>8}{'SSIM':>8}"
-        f"{'LPIPS':>8}{'s':>7}"
+        f"{'LPIPS':>8}{'s':>7}{theirs}"
     )
 
 
@@ -30,10 +31,12 @@ def line(row: Row) -> str:
     begin = f"{row['guidance']:8g}  {row['sampler']:26}{row['spacing']:18}"
     if "refused" in row:
         return f"{begin}  refused: {row['refused']}"
+    theirs = "".join(f"{row[name]:10.2e}" for name in ("peer_error", "peer_apart") if name in row)
+    theirs += f"  refused: {row['peer_refused']}" if "peer_refused" in row else ""
     looks = "".join(f"{row[name]:8.4f}" if name in row else f"{'-':>8}" for name in ("ssim", "lpips"))
     return (
         f"{begin}{row['evaluations']:5d}{row['error']:10.2e}{row['swap_error']:10.2e}{row['swap_cosine']:8.4f}{looks}"
-        f"{row['seconds']:7.1f}"
+        f"{row['seconds']:7.1f}{theirs}"
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.bench import known_flow, samplers_page, samplers_report
+from ldm.bench.against import Peer
 from ldm.bench.rows import RowFile
 from ldm.bench.sampler_statistics import cheapest, pareto
 from ldm.files import write_json, write_text
@@ -18,7 +19,7 @@ from ldm.traversal.plan import parse_integers
 SECONDS_A_PAIR = 0.2  # sampler x spacing at 150 evaluations in all, the mean of all; those that draw take longer
 
 
-def run(args: argparse.Namespace, own_code: Mapping[str, Any]) -> None:
+def run(args: argparse.Namespace, own_code: Mapping[str, Any], peer: Peer | None = None) -> None:
     """Raises ValueError for options that do not fit."""
     question = known_flow.Question(
         samplers=tuple(args.samplers.split(",")) if args.samplers else (),
@@ -32,10 +33,11 @@ def run(args: argparse.Namespace, own_code: Mapping[str, Any]) -> None:
         f"{SECONDS_A_PAIR * len(pairs) * sum(question.budgets) / 150:.0f} s on one quiet core"
     )
     settings = {"seeds": question.seeds, "facts": facts(question), "own_code": own_code}
+    settings |= {"against": peer.name} if peer else {}
     file = RowFile(args.out / "known_flow.jsonl", settings, ("sampler", "spacing", "budget"))
     began, rows = time.perf_counter(), []
     print(heading(question.budgets), flush=True)
-    for of_pair in known_flow.compare(question, file):
+    for of_pair in known_flow.compare(question, file, peer):
         rows += of_pair
         print(line(of_pair), flush=True)
     write(args.out, question, rows, own_code)
@@ -81,6 +83,10 @@ def line(rows: Sequence[Mapping[str, Any]]) -> str:
     notes = [f"levels of {first['same_as']}"] if all("same_as" in row for row in rows) else []
     if refused := [row["refused"] for row in rows if "refused" in row]:
         return f"{begin}  refused: {refused[0]}"
+    if refused := [row["peer_refused"] for row in rows if "peer_refused" in row]:
+        notes.append(f"peer: {refused[0]}")
+    if "peer_error" in second:
+        notes.append(f"peer {second['peer_error']:.2e}, apart {second['peer_apart']:.1e}")
     if any(row["evaluations"] > row["budget"] for row in rows):
         notes.append("evaluations " + ", ".join(f"{row['evaluations']:.0f}" for row in rows))
     errors = "".join(f"{row['error']:10.2e}" if row.get("error") is not None else f"{'-':>10}" for row in rows)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.bench import harness, sampler_checks, sampler_flips, samplers, samplers_page, samplers_report
+from ldm.bench.against import Peer
 from ldm.bench.known_flow import Question
 from ldm.bench.rows import RowFile
 from ldm.bench.sampler_statistics import cheapest, paired, pareto, scored, slopes
@@ -27,7 +28,7 @@ from ldm.study.metrics import perceptual
 from ldm.study.report.plot_style import save_figure
 from ldm.traversal.plan import parse_integers
 from ldm_tools import own_code
-from ldm_tools.bench import known_flow, optimise_spacing
+from ldm_tools.bench import known_flow, optimise_spacing, peers
 from ldm_tools.options import add_model, add_own_prompts, load_model, own_prompts
 
 CELL = CELLS["chest"]
@@ -68,6 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--spacing", action="append", default=[], metavar="FILE", help="your own, FILE.py:NAME or FILE.json, likewise"
     )
+    parser.add_argument(
+        "--against",
+        choices=("k-diffusion", "diffusers"),
+        help="run that library's samplers beside, where it is installed: k-diffusion's at our levels, diffusers' at "
+        "its own for that spacing; their error, and how far from ours they end",
+    )
     parser.add_argument("--reference-steps", type=int, default=default.reference_steps, help="default: %(default)s")
     parser.add_argument("--no-images", action="store_true", help="neither SSIM nor LPIPS")
     parser.add_argument("--cfrt-seeds", type=int, default=2, help="for the CFRT; 0: none (default: %(default)s)")
@@ -85,8 +92,9 @@ def run(args: argparse.Namespace) -> None:
     if args.optimise and args.known_flow:
         optimise_spacing.run(args, None)
         return
+    peer = peers.load(args.against) if args.against else None
     if args.known_flow:
-        known_flow.run(args, own)
+        known_flow.run(args, own, peer)
         return
     comparison = comparison_of(args)
     sd = load_model(args)
@@ -94,12 +102,12 @@ def run(args: argparse.Namespace) -> None:
         optimise_spacing.run(args, samplers.Bench(sd, comparison))
         return
     bench, lpips = samplers.Bench(sd, comparison), perceptual.load_lpips()
-    file = RowFile(args.out / "samplers.jsonl", settings_of(args, bench, lpips, own), NAMES)
+    file = RowFile(args.out / "samplers.jsonl", settings_of(args, bench, lpips, own, peer), NAMES)
     say_how_long(bench, file)
     rows: list[dict[str, Any]] = []
     references: list[dict[str, Any]] = []
-    print(samplers_report.heading(), flush=True)
-    for row in samplers.compare(bench, file, lpips, images=not args.no_images):
+    print(samplers_report.heading(peer.name if peer else None), flush=True)
+    for row in samplers.compare(bench, file, lpips, images=not args.no_images, peer=peer):
         (rows if row["part"] == "run" else references).append(row)
         if row["part"] == "run":
             print(samplers_report.line(row), flush=True)
@@ -114,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def settings_of(
-    args: argparse.Namespace, bench: samplers.Bench, lpips: Judge, own: Mapping[str, Any]
+    args: argparse.Namespace, bench: samplers.Bench, lpips: Judge, own: Mapping[str, Any], peer: Peer | None
 ) -> dict[str, Any]:
     """All that rows depend on: another value of it needs another folder."""
     comparison, sd = bench.comparison, bench.sd
@@ -126,7 +134,8 @@ def settings_of(
         "images": not args.no_images,
     }
     model = {"weights_sha256": sd.weights_sha256(), "dtype": str(sd.dtype).removeprefix("torch.")}
-    return {**asdict(comparison), **model, **judged, "levels": levels, "own_code": own}
+    theirs = {"against": peer.name} if peer else {}
+    return {**asdict(comparison), **model, **judged, "levels": levels, "own_code": own, **theirs}
 
 
 def say_how_long(bench: samplers.Bench, file: RowFile) -> None:
@@ -238,7 +247,8 @@ def take_own(args: argparse.Namespace) -> dict[str, dict[str, str]]:
 
 def _own_samplers(listed: str | None, beside: list[str]) -> tuple[list[str], list[str], dict[str, dict[str, str]]]:
     """Our names, the spacings that those from elsewhere say, and where files are. Unknown ones are left to refuse."""
-    names, said, sources = [], [], {}
+    names, said = list[str](), list[str]()
+    sources: dict[str, dict[str, str]] = {}
     for option, text in [
         *(("--samplers", text) for text in _listed(listed)),
         *(("--sampler", text) for text in beside),
