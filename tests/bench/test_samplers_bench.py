@@ -11,6 +11,7 @@ from mixture import Mixture
 from torch import Tensor
 
 from ldm.bench import samplers_report
+from ldm.bench.against import PeerRun
 from ldm.bench.rows import RowFile
 from ldm.bench.sampler_checks import check, timings
 from ldm.bench.sampler_flips import flip_cases
@@ -170,6 +171,28 @@ def test_random_samplers_are_let_in_and_have_no_row(tmp_path):
     rows, _ = rows_of(bench, tmp_path)
     assert {row["sampler"] for row in rows} == {"unipc"}
     assert [case[0] for case in flip_cases(bench.comparison, rows)] == ["ddim", "ddpm", "unipc"]
+
+
+class Ours:
+    """A peer that is ourselves."""
+
+    name = "ours"
+
+    def __call__(self, eps, x_T, schedule, sampler, spacing, timesteps):
+        run = SAMPLERS[sampler](lambda x, t, _: eps(x, t), x_T, schedule, len(timesteps), timesteps=timesteps)
+        return None if sampler == "heun" else PeerRun(list(run)[-1].x_prev, clean=False)
+
+
+def test_a_peer_runs_on_the_same_network_and_noise(tmp_path):
+    bench, file = bench_of(budgets=(20,), guidances=(3.0,), spacings=("karras",)), RowFile(tmp_path / "r", {}, NAMES)
+    rows = [row for row in compare(bench, file, Unavailable("", ""), False, Ours()) if row["part"] == "run"]
+    by_name = {row["sampler"]: row for row in rows}
+    assert "peer_error" not in by_name["heun"]
+    for row in (by_name["ddim"], by_name["unipc"]):
+        assert row["peer_apart"] < 1e-6
+        assert (row["peer_error"], row["peer_evaluations"]) == (pytest.approx(row["error"], rel=1e-3), 20)
+    lines = [samplers_report.line(row) for row in rows]
+    assert len(lines[0]) == len(samplers_report.heading("ours")) - len("   ours")
 
 
 def test_a_network_that_is_not_the_same_twice_is_refused():
