@@ -24,7 +24,7 @@ def images():
     return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def test_by_hand(images):
+def test_zhang_et_al_2018_arxiv_1801_03924_eq_1(images):
     """In bfloat16 the features have 8 bits, and so each squared distance of unit vectors 1 % of error at most."""
     of = judge()
     other = images.roll(3, 3)
