@@ -2,6 +2,7 @@
 
 ldm bench unet                                            the shipped phantom model
 ldm bench unet --random-sd15 --batch 2                    SD1.5's size, where no file is at hand
+ldm bench unet --random-sd15 --against openvino           in turn with a peer; also diffusers, previous --checkout DIR
 ldm bench vae --weights FILE --json > vae.json
 """
 
@@ -20,6 +21,7 @@ from ldm.bench import harness, networks
 from ldm.config import CONTEXT_TOKENS, SD15, Config
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
+from ldm_tools.bench import against
 from ldm_tools.options import DTYPES, add_model, load_model, no_tf32
 
 Network = Callable[[], Tensor]
@@ -43,6 +45,10 @@ def run_unet(args: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(0)
     x_t = torch.randn(args.batch, config.unet.latent_channels, size, size, generator=generator).to(device, dtype)
     context = torch.randn(args.batch, CONTEXT_TOKENS, config.unet.context_width, generator=generator).to(device, dtype)
+    if args.against:
+        assert isinstance(network, UNet)
+        against.report(args, network, x_t, context)
+        return
     blocks = {f"{part}.{i}": block for part in ("down_blocks", "up_blocks") for i, block in parts(network, part)}
     blocks["mid_block"] = network.get_submodule("mid_block")
     report(args, "unet", network, blocks, lambda unet, x: unet(x, 500, context), x_t)

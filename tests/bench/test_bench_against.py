@@ -1,0 +1,74 @@
+"""`ldm bench unet --against`: our U-Net and a peer's, in turn. No time itself is asserted."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ldm_tools import cli
+from ldm_tools.bench import against
+from tiny_model import write_tiny_model
+
+from ldm.fast import backend
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    rates = {"matmul_gflops": 50.0, "conv_gflops": 100.0}
+    monkeypatch.setattr(against, "best_rates", lambda dtype, clock: rates)  # products of full size
+    weights = str(write_tiny_model(tmp_path / "tiny.safetensors"))
+    return lambda *options: cli.main(["bench", "unet", "--weights", weights, "--rounds", "2", *options])
+
+
+def test_another_checkout_is_timed_with_the_same_weights(bench, capsys):
+    modules = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "ldm"}
+    bench("--against", "previous", "--checkout", str(ROOT), "--clock", "cpu", "--json")
+    result = json.loads(capsys.readouterr().out)
+    assert (result["against"], result["clock"], result["rounds"]) == ("previous", "cpu", 2)
+    assert result["interval"][0] <= result["ratio"] <= result["interval"][1]
+    assert [way["error"] for way in result["ways"].values()] == [0, 0]  # this checkout against itself
+    assert (result["conv_gflops"], result["matmul_gflops"]) == (100, 50)
+    assert all(sys.modules[name] is module for name, module in modules.items())  # ours are back
+
+
+def test_the_table_reads(bench, capsys):
+    bench("--against", "previous", "--checkout", str(ROOT))
+    out = capsys.readouterr().out
+    assert "x as fast as previous" in out
+    assert "error to float32" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["previous"], "--checkout: expected a folder"),
+        (["previous", "--checkout", "/nowhere"], "has no ldm/unet.py"),
+        (["openvino"], "openvino is not installed here"),
+        (["diffusers"], "diffusers is not installed here"),
+        (["openvino", "--checkout", str(ROOT)], "only there"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(bench, capsys, monkeypatch, options, complaint):
+    monkeypatch.setattr(backend, "_OPENVINO", False)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert bench("--against", *options)
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert complaint in err
+
+
+def test_a_peer_that_computes_something_else_is_not_timed(bench, capsys, monkeypatch):
+    monkeypatch.setitem(against.PEERS, "diffusers", lambda network, args: (lambda x, t, c: torch.zeros_like(x), "0"))
+    assert bench("--against", "diffusers")
+    assert "away from ours in float32; not timed" in capsys.readouterr().err
+
+
+def test_each_round_turns_the_order_and_the_ratio_is_the_peers_time_to_ours():
+    order: list[str] = []
+    costs = {"ours": 1, "peer": 3}
+    calls = {name: lambda name=name: order.append(name) for name in costs}
+    result = against.compared(calls, 4, lambda: float(sum(costs[name] for name in order)))
+    assert order == ["ours", "peer", "peer", "ours"] * 2
+    assert (result["ratio"], result["interval"]) == (3.0, [3.0, 3.0])
