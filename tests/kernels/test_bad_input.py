@@ -193,7 +193,7 @@ def normed(dtype=torch.float16, branch=torch.float16, batch=2):
     ],
 )
 def test_auto_takes_a_kernel_only_for_what_it_was_made_for(call, expected, monkeypatch):
-    """A GPU without one: tensors that say they are on it, and hold nothing. What has no numbers cannot be proven first."""
+    """A GPU without one: tensors that say they are on it, and hold nothing, so that no kernel can be proven first."""
     monkeypatch.setattr(first_use, "trusted", lambda use, kernels, plain: True)
     with FakeTensorMode(), Seen() as seen:
         call()
