@@ -1,7 +1,5 @@
 """Another library's samplers beside ours, on the same network. What imports it is in ldm_tools/bench/peers.py."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Sequence
