@@ -20,6 +20,7 @@ from ldm.data.images import iterate, load_image
 from ldm.data.labelled import LabelledImages
 from ldm.files import complete
 from ldm.images import from_uint8, to_uint8
+from ldm.train import latent_cache
 from ldm.vae import AutoencoderKL
 
 log = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ def labelled_pixels(
         return own
     if folder is None or kept is None:
         raise ValueError("through an autoencoder: its images are kept on disk, which --no-cache or a full disk forbids")
-    path = kept_path(images, size, folder).with_suffix(".through.npy")
+    path = kept_path(images, size, folder).with_suffix(f".{latent_cache.fingerprint(vae)[:16]}.npy")
     return ConcatDataset([own, Decoded(images, size, keep_redecoded(vae, kept, path))])
 
 

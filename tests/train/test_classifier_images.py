@@ -1,5 +1,6 @@
 """The images that a classifier learns from: decoded once, seen through an autoencoder, enlarged."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +87,17 @@ def test_through_an_autoencoder_every_image_is_there_twice(
         expected = to_uint8(vae.decode(vae.encode(from_uint8(seen)).mean))
     assert all(np.array_equal(both[len(images) + i][0], expected[i]) for i in range(16))
     assert not np.array_equal(expected, seen)
+
+
+def test_what_another_autoencoder_returned_is_not_taken_for_this_ones(
+    parts: tuple[LabelledImages, LabelledImages], vae: AutoencoderKL, tmp_path: Path
+) -> None:
+    """A run that was stopped leaves its files, and may be begun anew through another model."""
+    few, other = parts[1].select(range(2)), copy.deepcopy(vae)
+    torch.nn.init.zeros_(other.post_quant_conv.weight)
+    first, second = (labelled_pixels(few, SIZE, tmp_path, vae=one) for one in (vae, other))
+    assert torch.equal(first[0][0], second[0][0])
+    assert not torch.equal(first[2][0], second[2][0])
 
 
 def test_an_autoencoder_needs_images_that_are_kept(
