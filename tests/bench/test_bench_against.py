@@ -47,7 +47,7 @@ def test_the_table_reads(bench, capsys):
         (["previous"], "--checkout: expected a folder"),
         (["previous", "--checkout", "/nowhere"], "has no ldm/unet.py"),
         (["openvino"], "openvino is not installed here"),
-        (["diffusers"], "diffusers is not installed here"),
+        (["diffusers"], "--against diffusers: it cannot be imported here"),
         (["openvino", "--checkout", str(ROOT)], "only there"),
     ],
 )

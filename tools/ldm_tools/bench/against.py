@@ -28,6 +28,7 @@ from ldm.bench import harness, networks
 from ldm.checkpoint.config_json import written
 from ldm.traversal.round_trip import relative_error
 from ldm.unet import UNet
+from ldm_tools.bench import peers
 
 EpsFn = Callable[[Tensor, float, Tensor], Tensor]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -146,10 +147,7 @@ def _openvino(network: UNet, args: argparse.Namespace) -> tuple[EpsFn, str]:
 
 
 def _diffusers(network: UNet, args: argparse.Namespace) -> tuple[EpsFn, str]:
-    try:
-        diffusers = importlib.import_module("diffusers")  # by hand: nothing of ours depends on it
-    except ImportError as error:
-        raise ValueError("--against: diffusers is not installed here; pip install diffusers installs it") from error
+    diffusers = peers.library("diffusers")
     unet = diffusers.UNet2DConditionModel.from_config(written(network.config))
     unet.load_state_dict(network.state_dict())
     unet = unet.to(network.conv_in.weight.dtype).eval()

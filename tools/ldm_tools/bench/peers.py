@@ -1,4 +1,4 @@
-"""k-diffusion's and diffusers' samplers on our network: for `ldm bench samplers --against`, and read for nothing else.
+"""k-diffusion's and diffusers' samplers on our network, for `ldm bench samplers --against`.
 
 Both are imported where they are asked for; neither is a dependency. k-diffusion's samplers take any levels, and so
 visit ours. diffusers' schedulers choose theirs: they run as their users run them, by the spacing of the same name.
@@ -49,15 +49,20 @@ DIFFUSERS_SPACINGS: dict[str, dict[str, Any]] = {
 
 
 def load(name: str) -> Peer:
-    """The peer of this name. Raises ValueError where it cannot be imported."""
+    """The samplers of the peer of this name. Raises ValueError where it cannot be imported."""
+    return KDiffusion(library(name)) if name == "k-diffusion" else Diffusers(library(name))
+
+
+def library(name: str) -> Any:
+    """k_diffusion.sampling or diffusers, as installed by whoever asks. ValueError where it cannot be imported."""
     try:
         if name == "k-diffusion":
             import k_diffusion.sampling
 
-            return KDiffusion(k_diffusion.sampling)
+            return k_diffusion.sampling
         import diffusers
 
-        return Diffusers(diffusers)
+        return diffusers
     except ImportError as error:
         raise ValueError(f"--against {name}: it cannot be imported here ({error}); install it beside ldm") from error
 
