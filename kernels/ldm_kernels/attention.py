@@ -25,6 +25,7 @@ dq sums along keys, dk and dv along queries. So two kernels: one owns queries an
 owns keys and walks along queries. Every sum lives in one program: no atomics, and the same bits every time.
 
 A head's width is cut into two pieces (kernels/ldm_kernels/heads.py): what reads q below is q0 and q1 in the code.
+attention_descriptors.py has another forward, for Hopper, that no GPU has run: a candidate that nothing chooses yet.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,22 +36,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ldm_kernels import attention_descriptors
 from ldm_kernels.configurations import EVERYWHERE, SM80, SM86, SM89, SM90, Configuration, run_first_that_fits
-from ldm_kernels.heads import LOG2_E, dot, load_rows, pieces, readable, require_heads, scores, store_rows
+from ldm_kernels.heads import LOG2_E, dot, load_rows, pieces, readable, require_heads, scores, store_rows, visible
 from ldm_kernels.interpreter import interpreting
 from ldm_kernels.specs import Spec, signature
 
 # ---- kernels ---------------------------------------------------------------------------------------
-
-
-@triton.jit
-def visible(s, queries, keys, M, CAUSAL: tl.constexpr, EVEN: tl.constexpr):
-    """Scores with -inf where there is no key, or none that a query may see yet."""
-    if not EVEN:
-        s = tl.where(keys < M, s, float("-inf"))
-    if CAUSAL:
-        s = tl.where(keys <= queries, s, float("-inf"))
-    return s
 
 
 @triton.jit
@@ -272,12 +264,21 @@ CONFIGURATIONS = (
 )
 
 
+KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel}
+
+
+def kernel_of(c: Configuration) -> Any:
+    """The kernel that a configuration is for."""
+    return attention_descriptors.forward_kernel if c.layout == "box" else KERNELS[c.kernel]
+
+
 def constants(c: Configuration, width: int, causal: bool, even: bool, upcast: bool) -> dict[str, int]:
     """A configuration's compile-time arguments for heads of one width."""
     first, second, outer = pieces(width, c.layout)
+    cut = {"BOX": first} if c.layout == "box" else {"D0": first, "D1": second}
     return {
-        **{"D": width, "HEAD_STRIDE": width, "D0": first, "D1": second},
-        **({"V1": outer} if c.kernel == "forward" else {}),
+        **{"D": width, "HEAD_STRIDE": width, **cut},
+        **({"V1": outer} if c.kernel == "forward" and c.layout != "box" else {}),
         **{"OWN": c.own, "LOOP": c.loop, "CAUSAL": causal, "EVEN": even, "UPCAST": upcast},
     }
 
@@ -295,7 +296,15 @@ def launch(kernel: Any, c: Configuration, causal: bool, tensors: Sequence[Tensor
     strides = [stride for view in views for stride in view.stride()[:2]]
     grid = (triton.cdiv(own, c.own), heads, batch)
     settings = {"num_warps": c.warps, "num_stages": c.stages}
-    kernel[grid](*tensors, *strides, n, m, **constants(c, width, causal, even, upcast), **settings)
+    compiled_in = constants(c, width, causal, even, upcast)
+
+    def run() -> None:
+        kernel[grid](*tensors, *strides, n, m, **compiled_in, **settings)
+
+    if c.layout == "box":
+        attention_descriptors.with_scratch(run)
+    else:
+        run()
 
 
 def require_supported(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
@@ -314,7 +323,9 @@ def launch_forward(
     out = q.new_empty(q.shape)
     lse = q.new_empty((batch, heads, n), dtype=torch.float32)
     pointers, views = (q, k, v, out, lse), (q, k, v)
-    run_first_that_fits(options, "forward", q, lambda c: launch(forward_kernel, c, causal, pointers, views))
+    if not attention_descriptors.serves(q, k):
+        options = [c for c in options if c.layout != "box"]
+    run_first_that_fits(options, "forward", q, lambda c: launch(kernel_of(c), c, causal, pointers, views))
     return out, lse
 
 
@@ -401,12 +412,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
 
 # ---- for the compiler ------------------------------------------------------------------------------
 
-KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel}
-
 
 def compile_spec(c: Configuration, causal: bool = False, even: bool = True) -> Spec:
     """What to compile for one configuration, at its own head width."""
-    fn = KERNELS[c.kernel]
+    fn = kernel_of(c)
     constexprs = constants(c, c.width, causal, even, upcast=False)
     sizes = {"N", "M"}
     strides = {name for name in fn.arg_names if name.endswith(("_batch", "_row"))}
@@ -428,8 +437,8 @@ def compile_spec(c: Configuration, causal: bool = False, even: bool = True) -> S
 
 
 def compile_specs() -> Iterator[Spec]:
-    """What is shipped, for the compiler: every configuration; and the text encoder's causal 77 tokens, 64 wide."""
-    for c in CONFIGURATIONS:
+    """For the compiler: every configuration and candidate; and the text encoder's causal 77 tokens, 64 wide."""
+    for c in (*CONFIGURATIONS, *attention_descriptors.CANDIDATES):
         yield compile_spec(c)
         if c.width == 64:
             yield compile_spec(c, causal=True, even=False)

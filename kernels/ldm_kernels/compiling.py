@@ -26,7 +26,7 @@ from importlib.metadata import version
 from math import ceil
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ldm_kernels.specs import Spec
@@ -72,7 +72,7 @@ class Compiled:
     wide_loads: int  # of 16 bytes a thread, into registers
     wide_copies: int  # of 16 bytes a thread or whole tiles into shared memory, while the program goes on computing
     serialized: bool  # matrix products of the Hopper kind that wait for each other
-    loop_instructions: int  # of the loop with most matrix products; where there is no loop, of the kernel
+    loop_instructions: int  # of the loop with most matrix products, all groups of warps; without one, of the kernel
     useful_ratio: float | None  # see Spec
     most_useful_ratio: float | None
     pipelined: bool  # has a loop whose loads are to run ahead
@@ -128,8 +128,9 @@ def _by_name(specs: Callable[[], Iterator[Spec]]) -> dict[str, Spec]:
 def _compile(job: Job) -> Compiled:
     specs, name, capability = job
     spec = _by_name(specs)[name]
-    cubin, shared_bytes, log = _build(spec, capability)
-    code = disassemble(cubin)
+    built, log = build(spec, capability)
+    code = disassemble(built.asm["cubin"])
+    shared_bytes, warps = built.metadata.shared, built.metadata.num_warps  # with those of warp specialisation
     registers = _number(r"Used (\d+) registers", log)
     spilled = _number(r"(\d+) bytes spill stores", log) + _number(r"(\d+) bytes spill loads", log)
     return Compiled(
@@ -139,7 +140,7 @@ def _compile(job: Job) -> Compiled:
         spilled_bytes=spilled,
         local_accesses=count(code, r"(STL|LDL)\b"),
         shared_bytes=shared_bytes,
-        programs=programs_at_once(GPUS[capability], registers, 32 * spec.num_warps, shared_bytes),
+        programs=programs_at_once(GPUS[capability], registers, 32 * warps, shared_bytes),
         tensor_instructions=count(code, "(HMMA|HGMMA)"),
         narrow_loads=count(code, r"LDG\.E\.[US]16"),
         wide_loads=count(code, r"LDG\.E.*\.128"),
@@ -152,8 +153,8 @@ def _compile(job: Job) -> Compiled:
     )
 
 
-def _build(spec: Spec, capability: int) -> tuple[bytes, int, str]:
-    """The machine code, the shared memory that it asks for, and what ptxas had to say."""
+def build(spec: Spec, capability: int) -> tuple[Any, str]:
+    """Triton's compiled kernel, and what ptxas had to say; in a process that does not interpret kernels."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -168,7 +169,7 @@ def _build(spec: Spec, capability: int) -> tuple[bytes, int, str]:
             target=GPUTarget("cuda", capability, 32),
             options={"num_warps": spec.num_warps, "num_stages": spec.num_stages},
         )
-    return built.asm["cubin"], built.metadata.shared, log.getvalue()
+    return built, log.getvalue()
 
 
 def _number(pattern: str, log: str) -> int:
@@ -179,9 +180,12 @@ def _number(pattern: str, log: str) -> int:
 
 
 def _most_useful_ratio(spec: Spec) -> float | None:
-    """What a head's width allows at best: 1.2 at 40, 1.1 where its second product is cut 32 + 8, 1 at any other."""
+    """What a head's width allows at best: 1.2 at 40, 1.1 where its second product is cut 32 + 8, 1 at any other; all of
+    the box that a descriptor brings."""
     if spec.useful_ratio is None:
         return None
+    if box := spec.constexprs.get("BOX"):
+        return int(box) / int(spec.constexprs["D"])
     width = 1.0 if spec.constexprs["D"] != 40 else 1.1 if spec.constexprs.get("V1") == 8 else 1.2
     return width * (80 / 77 if spec.name.startswith("cross_attention") else 1)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm_kernels.checks import MOST_BLOCKS
 from ldm_kernels.interpreter import interpreting, mend_loops
 
-Layout = Literal["split", "split8", "pad"]
+Layout = Literal["split", "split8", "pad", "box"]
 
 NARROWEST, WIDEST = 8, 160
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -34,8 +34,8 @@ class Pieces(NamedTuple):
 
 
 def pieces(width: int, layout: Layout) -> Pieces:
-    """How a head of this width is cut: 40 into 32 + 16 (split), the same with 32 + 8 in p v (split8), or 64 (pad)."""
-    if layout == "pad" or width <= 16:
+    """How a head is cut: one of 40 into 32 + 16 (split), the same with 32 + 8 in p v (split8), or 64 (pad, box)."""
+    if layout in ("pad", "box") or width <= 16:
         return Pieces(max(16, triton.next_power_of_2(width)), 0, 0)
     first = 1 << (width.bit_length() - 1)
     if first == width:
@@ -95,6 +95,16 @@ def scores(a0, a1, b0, b1, D1: tl.constexpr, UPCAST: tl.constexpr):
     s = dot(a0, tl.trans(b0), tl.zeros((a0.shape[0], b0.shape[0]), tl.float32), UPCAST)
     if D1:
         s = dot(a1, tl.trans(b1), s, UPCAST)
+    return s
+
+
+@triton.jit
+def visible(s, queries, keys, M, CAUSAL: tl.constexpr, EVEN: tl.constexpr):
+    """Scores with -inf where there is no key, or none that a query may see yet."""
+    if not EVEN:
+        s = tl.where(keys < M, s, float("-inf"))
+    if CAUSAL:
+        s = tl.where(keys <= queries, s, float("-inf"))
     return s
 
 

@@ -119,3 +119,28 @@ def test_candidates_hold_what_is_shipped_first():
             first = next(c for c in CONFIGURATIONS if (c.kernel, c.width) == (kernel, width) and SM90 in c.capabilities)
             assert str(first) in tried | {"dq d160 64x32 w4 s2 split"}
     assert command.OWN.keys() == {"agree", "step", "tune", "weights"}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "layout"), [("forward", "split8"), ("forward", "box"), ("dq", "split"), ("dkdv", "split")]
+)
+def test_a_candidate_is_timed_only_if_it_is_right(kernel, layout, monkeypatch):
+    from ldm_kernels import attention
+    from ldm_kernels.configurations import Configuration
+
+    c = Configuration(40, kernel, 32, 32, 4, 2, (80,), layout)
+    gpu_parts.require_right(c, "cpu", n=64)
+    right = attention.launch
+
+    def one_tile_short(kernel, c, causal, tensors, views):
+        right(kernel, c, causal, tensors, [*views[:1], *(x[:, :-32] for x in views[1:3]), *views[3:]])
+
+    monkeypatch.setattr(attention, "launch", one_tile_short)
+    with pytest.raises(ValueError, match=r"error .* allowed"):
+        gpu_parts.require_right(c, "cpu", n=64)
+
+
+def test_what_no_gpu_has_run_is_timed_last():
+    layouts = [c.layout == "box" for c in gpu_parts.candidates()]
+    assert layouts == sorted(layouts)
+    assert any(layouts)

@@ -353,4 +353,7 @@ def test_specs_name_every_argument():
         assert {name for name, kind in spec.signature.items() if kind == "constexpr"} == set(spec.constexprs)
         assert spec.constexprs["HEAD_STRIDE"] == spec.constexprs["D"]
         assert set(spec.divisible) <= set(spec.signature) - set(spec.constexprs)
+        if "BOX" in spec.constexprs:
+            assert spec.useful_ratio == spec.constexprs["BOX"] / spec.constexprs["D"]
+            continue
         assert spec.useful_ratio <= (1.0 if spec.constexprs["D"] != 40 else 1.1 if "split8" in spec.name else 1.2)
