@@ -6,7 +6,7 @@ to-noise ratio, e^-lambda the sigma of EDM and k-diffusion; between two entries 
 Papers: DDPM = Ho et al. 2020, arXiv:2006.11239.  EDM = Karras et al. 2022, arXiv:2206.00364.  DPM-Solver = Lu et al.
 2022, arXiv:2206.00927.  AYS = Sabour et al. 2024, arXiv:2404.14507.  Lin et al. 2023, arXiv:2305.08891.
 DDIM = Song et al. 2020, arXiv:2010.02502.  Beta sampling = Lee et al. 2024, arXiv:2407.12173.  Laplace = Hang et al.
-2024, arXiv:2407.03297.
+2024, arXiv:2407.03297.  Time shift = Li et al. 2023, arXiv:2305.15583.
 """
 
 from __future__ import annotations
@@ -141,6 +141,22 @@ class Schedule:
 # A run of N steps has N + 1 noise levels: one at each timestep that it visits, and the one that it ends at, which is
 # the schedule's `final_alpha_cumprod`. SD1's is that of t = 0, so most spacings leave t = 0 to the end. `endpoint`
 # has it visited instead: for a run that ends without any noise (final_alpha_cumprod 1), as k-diffusion's do.
+
+
+class ToldTime(float):
+    """A timestep by which a latent's noise level goes, where the network is told another one.   [Time shift]"""
+
+    told: float
+
+    def __new__(cls, t: float, told: float) -> ToldTime:
+        timestep = super().__new__(cls, t)
+        timestep.told = told
+        return timestep
+
+
+def told_at(t: float) -> float:
+    """What the network is told at a timestep of a spacing: the timestep itself, or another."""
+    return t.told if isinstance(t, ToldTime) else t
 
 
 def leading(steps: int, offset: int = 1, train_steps: int = TRAIN_STEPS) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ from ldm.bench.sampler_statistics import directions, errors_by_seed, fitted_orde
 from ldm.samplers import SAMPLERS, EpsFn, Sampler, Step, initial_noise, step_noise
 from ldm.samplers.driver import final_level
 from ldm.samplers.noise import SeedNoise
-from ldm.schedule import EVEN_SPACINGS, SPACINGS, Schedule
+from ldm.schedule import EVEN_SPACINGS, SPACINGS, Schedule, told_at
 
 SHAPE = (4, 8, 8)
 SWAP_NEAR = 600  # the timestep that swaps are made near to
@@ -277,12 +277,15 @@ def compare(
         yield rows
 
 
-Levels = tuple[str, int, str | tuple[float, ...]]  # sampler, budget, timesteps; a spacing's name where it refuses
+Levels = tuple[
+    str, int, str | tuple[float, ...]
+]  # sampler, budget, timesteps and told; a spacing's name where it refuses
 
 
 def _levels(flow: KnownFlow, sampler: str, spacing: str, budget: int) -> Levels:
     try:
-        return sampler, budget, flow.timesteps(spacing, steps_for(SAMPLERS[sampler], budget))
+        timesteps = flow.timesteps(spacing, steps_for(SAMPLERS[sampler], budget))
+        return sampler, budget, (*timesteps, *map(told_at, timesteps))
     except ValueError:
         return sampler, budget, spacing
 

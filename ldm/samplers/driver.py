@@ -25,7 +25,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ldm.schedule import Schedule, leading
+from ldm.schedule import Schedule, leading, told_at
 
 EpsFn = Callable[[Tensor, float, int], Tensor]
 """eps = eps_fn(x_t, t, step): x_t and eps (B, 4, H/8, W/8); t the training timestep, an int where it is whole; step
@@ -248,7 +248,7 @@ def noise_levels(
 ) -> list[Level]:
     """The S + 1 noise levels of a run: one for every timestep, and the one it ends at. See `Sampler`."""
     default = leading(steps, schedule.steps_offset, len(schedule)) if timesteps is None else ()
-    ts = default if timesteps is None else tuple(map(_whole, timesteps))
+    ts = default if timesteps is None else tuple(timesteps)
     if len(ts) != steps or any(later >= t for t, later in pairwise(ts)) or not 0 <= ts[-1] <= ts[0] < len(schedule):
         raise ValueError(f"timesteps: expected {steps} falling values in 0..{len(schedule) - 1}, got {ts}")
     if (expected := getattr(eps_fn, "steps", steps)) != steps:
@@ -260,7 +260,10 @@ def noise_levels(
         raise ValueError(f"history: expected latents like x_T, {tuple(x_T.shape)}, got {shapes}")
     if history and not start:
         raise ValueError(f"history: expected () at the first step, got {len(history)} entries")
-    visited = [Level(t, schedule.alphas_cumprod_at(t)) for t in ts]
+    told = [_whole(told_at(t)) for t in ts]
+    if told != list(ts):
+        _check_told(eps_fn, told, len(schedule))
+    visited = [Level(t_told, schedule.alphas_cumprod_at(t)) for t_told, t in zip(told, ts, strict=True)]
     return [*visited, final_level(schedule)]
 
 
@@ -269,6 +272,13 @@ def final_level(schedule: Schedule) -> Level:
     end = schedule.final_alpha_cumprod
     t = schedule.timestep_at(0.5 * math.log(end / (1 - end))) if end < 1 else 0
     return Level(_whole(round(t, 9)), end)
+
+
+def _check_told(eps_fn: EpsFn, told: Sequence[float], train_steps: int) -> None:
+    if not all(0 <= t <= train_steps - 1 for t in told):
+        raise ValueError(f"timesteps: expected told times in 0..{train_steps - 1}, got {told}")
+    if hasattr(eps_fn, "eps_and_x0"):
+        raise ValueError("timesteps: told times are for networks that predict eps; expected timesteps alone")
 
 
 def _check_even(name: str, levels: Sequence[Level]) -> None:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from ldm.names import nearest
 from ldm.samplers.driver import History, Noise, Sampler, Step, StepFn, noise_levels
 from ldm.samplers.noise import initial_noise, step_noise
-from ldm.schedule import Schedule, Spacing, trailing
+from ldm.schedule import Schedule, Spacing, ToldTime, trailing
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,8 @@ class GeneratorSampler(Sampler):
         """Run it, its arguments seen to be in range. See `Sampler`."""
         assert self.generator is not None
         noise_levels(eps_fn, x_T, schedule, steps, start, history, timesteps)
+        if any(isinstance(t, ToldTime) for t in timesteps or ()):
+            raise ValueError(f"timesteps: {self.name} is a generator of its own, which knows no told times")
         told = {"eta": self._checked_eta(eta, noise), "start": start, "history": history, "noise": noise}
         yield from self.generator(eps_fn, x_T, schedule, steps, timesteps=timesteps, **told)
 
@@ -93,7 +95,7 @@ def spacing(name: str, given: object) -> Spacing:
         assert callable(given)
         try:
             told = given(steps, schedule)
-            levels = tuple(float(t) for t in told)
+            levels = tuple(t if isinstance(t, ToldTime) else float(t) for t in told)
         except Exception as error:
             raise ValueError(f"{name}: failed for {steps} steps with {type(error).__name__}: {error}") from error
         _check_levels(name, levels, steps, len(schedule))
@@ -107,24 +109,39 @@ def spacing(name: str, given: object) -> Spacing:
 def stored_spacing(name: str, content: Mapping[str, Any]) -> Spacing:
     """A file's {"steps": N, "timesteps": [...]}; for other N straight lines in log sigma between its N + 1 levels.
 
+    With "told": [...] the network is told those at its N levels; at other N what it is told is the level's own.
     Raises ValueError where the content is something else.
     """
-    stored, optimised = content.get("timesteps"), content.get("steps")
-    if not isinstance(stored, list) or not all(isinstance(t, int | float) for t in stored) or optimised != len(stored):
+    stored, optimised, told = content.get("timesteps"), content.get("steps"), content.get("told")
+    if not _numbers(stored) or optimised != len(stored):
         raise ValueError(f'{name}: expected {{"steps": N, "timesteps": [N falling numbers]}}, as the bench writes it')
     _check_levels(name, stored, len(stored), len(SCHEDULE))
+    if told is not None and not (_numbers(told) and len(told) == len(stored) and _on_table(told)):
+        raise ValueError(f"{name}: expected told: [{len(stored)} numbers in 0..{len(SCHEDULE) - 1}], got {told}")
+    levels = tuple(stored) if told is None else tuple(map(ToldTime, stored, told))
+    if sampler := content.get("sampler"):
+        log.info("%s: %d levels, chosen for %s", name, len(levels), sampler)
 
     def spacing(steps: int, schedule: Schedule) -> tuple[float, ...]:
         if steps == len(stored):
-            return tuple(stored)
+            return levels
         log.info(
-            "%s: levels chosen for %d steps; for %d, straight lines in log sigma between them", name, len(stored), steps
-        )
-        levels = [_log_sigma(schedule, t) for t in (*stored, 0)]
-        at = np.interp(np.linspace(0, len(stored), steps, endpoint=False), range(len(levels)), levels)
+            "%s: levels chosen for %d steps; for %d, straight lines in log sigma between them%s",
+            name, len(stored), steps, "" if told is None else ", and no told times",
+        )  # fmt: skip
+        log_sigmas = [_log_sigma(schedule, t) for t in (*stored, 0)]
+        at = np.interp(np.linspace(0, len(stored), steps, endpoint=False), range(len(log_sigmas)), log_sigmas)
         return tuple(round(schedule.timestep_at(-float(log_sigma)), 9) for log_sigma in at)
 
     return spacing
+
+
+def _numbers(value: object) -> TypeGuard[list[float]]:
+    return isinstance(value, list) and all(isinstance(t, int | float) and not isinstance(t, bool) for t in value)
+
+
+def _on_table(told: Sequence[float]) -> bool:
+    return all(0 <= t <= len(SCHEDULE) - 1 for t in told)
 
 
 def _log_sigma(schedule: Schedule, t: float) -> float:

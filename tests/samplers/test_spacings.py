@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ldm.samplers import SAMPLERS
+from ldm.prediction import Predicted
+from ldm.samplers import SAMPLERS, initial_noise, step_noise
+from ldm.samplers.driver import noise_levels
 from ldm.samplers.names import SAMPLER_NAMES, SPACING_NAMES, meaning, understood
+from ldm.samplers.own import GeneratorSampler
 from ldm.schedule import (
     ENDS,
     SPACINGS,
     Schedule,
+    ToldTime,
     beta,
     kl_optimal,
     laplace,
@@ -133,3 +137,44 @@ def test_a_name_and_a_spacing_must_not_say_two_things():
         meaning("dpmpp_2m_karras", "beta", SAMPLERS)
     with pytest.raises(ValueError, match=r"sampler: expected one of ddim, .* got 'dmi'"):
         meaning("dmi", None, SAMPLERS)
+
+
+TOLD = (ToldTime(999, 990), ToldTime(700, 720.5), ToldTime(300, 310), ToldTime(20, 40))
+NOISE = initial_noise((0, 1), (4, 4, 4)).double()
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if not SAMPLERS[name].even])
+def test_every_sampler_tells_the_network_what_a_level_says_and_steps_by_the_level(name):
+    asked = []
+
+    def run(timesteps, said):
+        def eps_fn(x_t, t, step):
+            asked.append(t)
+            return 0.3 * x_t + said.get(t, t) / 1000
+
+        noise = step_noise((0, 1), (4, 4, 4))
+        return list(SAMPLERS[name](eps_fn, NOISE, SCHEDULE, 4, timesteps=timesteps, noise=noise))
+
+    told = run(TOLD, {})
+    assert [step.t for step in told] == [990, 720.5, 310, 40]
+    assert {990, 720.5, 310, 40} <= set(asked)
+    asked.clear()
+    plain = run(tuple(map(float, TOLD)), {float(t): t.told for t in TOLD})  # an eps that makes the same of other times
+    assert set(map(float, TOLD)) <= set(asked)
+    assert (told[-1].x_prev == plain[-1].x_prev).all()
+
+
+def test_told_times_are_refused_where_they_would_mean_something_else():
+    def eps_fn(x_t, t, step):
+        return x_t
+
+    with pytest.raises(ValueError, match=r"told times in 0\.\.999, got"):
+        noise_levels(eps_fn, NOISE, SCHEDULE, 1, timesteps=(ToldTime(500, 999.5),))
+    guided = type("Guided", (), {"steps": 1, "guidance_scale": 1.0})()
+    predicted = Predicted(guided, "v", SCHEDULE)
+    with pytest.raises(ValueError, match="networks that predict eps"):
+        noise_levels(predicted, NOISE, SCHEDULE, 1, timesteps=(ToldTime(500, 501),))
+    assert noise_levels(predicted, NOISE, SCHEDULE, 1, timesteps=(ToldTime(500, 500),))[0].t == 500
+    own = GeneratorSampler("mine", None, order=None, generator=lambda *_, **__: iter(()))
+    with pytest.raises(ValueError, match="mine is a generator of its own"):
+        next(own(eps_fn, NOISE, SCHEDULE, 1, timesteps=(ToldTime(500, 501),)))

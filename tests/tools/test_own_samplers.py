@@ -12,7 +12,7 @@ from tiny_model import write_tiny_model
 
 from ldm import samplers, schedule
 from ldm.samplers import SAMPLERS
-from ldm.schedule import SPACINGS, Schedule, karras
+from ldm.schedule import SPACINGS, Schedule, ToldTime, karras, told_at
 from ldm.traversal.store import load_latents
 
 README = Path(samplers.__file__).with_name("README.md")
@@ -193,6 +193,36 @@ def test_stored_levels_are_a_spacing_for_other_numbers_of_steps_too(tmp_path):
             own_code.spacing(written(tmp_path, json.dumps(wrong), "wrong.json"))
     with pytest.raises(ValueError, match="there is no file"):
         own_code.spacing(str(tmp_path / "absent.json"))
+
+
+def test_stored_told_times_reach_the_network_and_the_record(tmp_path, model):
+    stored, told = [999, 600, 200, 20], [990, 610, 220, 40]
+    content = {"steps": 4, "timesteps": stored, "told": told, "sampler": "unipc"}
+    file = written(tmp_path, json.dumps(content), "levels.json")
+    found = generate(model, tmp_path / "out", "--sampler", "unipc", "--spacing", file)
+    plain = written(tmp_path, json.dumps({"steps": 4, "timesteps": stored}), "plain.json")
+    assert not torch.equal(found, generate(model, tmp_path / "plain", "--sampler", "unipc", "--spacing", plain))
+    body = "from ldm.schedule import ToldTime\ndef levels(steps, schedule):\n"
+    own = f"    return [ToldTime(t, told) for t, told in zip({stored}, {told})] if steps == 4 else range(steps, 0, -1)"
+    mine = written(tmp_path, body + own) + ":levels"
+    assert torch.equal(found, generate(model, tmp_path / "own", "--sampler", "unipc", "--spacing", mine))
+    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["own_code"]["spacing"] == {"file": "levels.json", "sha256": digest}
+
+
+def test_stored_told_times_hold_for_their_number_of_steps_and_are_refused_where_malformed(tmp_path, caplog):
+    sd15, stored = Schedule.sd15(), [999, 600, 200, 20]
+    caplog.set_level("INFO")
+    for told in ([999, 610, 220], [999, 610, 220, 1000], [999, 610, 220, -1], "999", [999, 610, 220, float("nan")]):
+        with pytest.raises(ValueError, match=r"expected told: \[4 numbers in 0\.\.999\], got"):
+            own_code.spacing(written(tmp_path, json.dumps({"steps": 4, "timesteps": stored, "told": told}), "a.json"))
+    content = {"steps": 4, "timesteps": stored, "told": [999, 610, 220, 40], "sampler": "unipc"}
+    name, _ = own_code.spacing(written(tmp_path, json.dumps(content), "levels.json"))
+    assert "4 levels, chosen for unipc" in caplog.text
+    assert [told_at(t) for t in SPACINGS[name](4, sd15)] == [999, 610, 220, 40]
+    assert not any(isinstance(t, ToldTime) for t in SPACINGS[name](8, sd15))
+    assert "no told times" in caplog.text
 
 
 def test_an_unknown_name_is_refused_in_a_line(tmp_path, capsys):
