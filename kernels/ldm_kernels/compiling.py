@@ -83,9 +83,9 @@ Job = tuple["Callable[[], Iterator[Spec]]", str, int]  # where the specs come fr
 
 def shipped() -> Iterator[Spec]:
     """Every configuration of every kernel."""
-    from ldm_kernels import add_layer_norm, attention, cross_attention, geglu, group_norm_silu
+    from ldm_kernels import add_layer_norm, attention, cross_attention, geglu, geglu_product, group_norm_silu
 
-    for kernel in (attention, cross_attention, group_norm_silu, geglu, add_layer_norm):
+    for kernel in (attention, cross_attention, group_norm_silu, geglu, geglu_product, add_layer_norm):
         yield from kernel.compile_specs()
 
 
@@ -186,7 +186,7 @@ def _most_useful_ratio(spec: Spec) -> float | None:
         return None
     if box := spec.constexprs.get("BOX"):
         return int(box) / int(spec.constexprs["D"])
-    width = 1.0 if spec.constexprs["D"] != 40 else 1.1 if spec.constexprs.get("V1") == 8 else 1.2
+    width = 1.0 if spec.constexprs.get("D") != 40 else 1.1 if spec.constexprs.get("V1") == 8 else 1.2
     return width * (80 / 77 if spec.name.startswith("cross_attention") else 1)
 
 

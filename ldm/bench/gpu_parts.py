@@ -6,7 +6,6 @@ A dry run takes the same steps on the CPU with a network of a few channels; its 
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,13 +15,11 @@ import torch
 from torch import Tensor
 
 from ldm import checkpoint, fast, pipeline
-from ldm.bench.harness import gpu_ms, synchronise, time_in_turn
+from ldm.bench.harness import synchronise, time_in_turn
 from ldm.bench.networks import AGREEMENT, count_gflop
-from ldm.blocks import attend
 from ldm.clip import CLIPTextEncoder
 from ldm.config import CONTEXT_TOKENS, PHANTOM, SD15
 from ldm.fast.cuda_graph import CudaCapture
-from ldm.fast.first_use import FACTOR
 from ldm.pipeline import PHANTOM_WEIGHTS
 from ldm.traversal.round_trip import relative_error
 from ldm.unet import UNet
@@ -162,112 +159,6 @@ def _ways(plain: UNet, dry: bool) -> dict[str, Build]:
         "torch.compile": compiled(False),
         "torch.compile, CUDA graph": compiled(True),
     }
-
-
-# ---- block sizes of self-attention -----------------------------------------------------------------
-
-LENGTHS = {40: 4096, 80: 1024, 160: 256}
-FORWARD = (
-    *((128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 2)),
-    *((64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 4, 2), (128, 64, 4, 3), (128, 32, 8, 3), (64, 32, 4, 3)),
-)
-BACKWARD = ((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (64, 128, 8, 2), (64, 32, 4, 2), (128, 32, 8, 2))
-
-
-def candidates() -> list[Any]:
-    """Block sizes worth a try, offered wherever they run; then Hopper's forward with tensor descriptors."""
-    from ldm_kernels.attention_descriptors import CANDIDATES
-    from ldm_kernels.configurations import EVERYWHERE, Configuration
-
-    sizes_of = {"forward": FORWARD, "dq": BACKWARD, "dkdv": BACKWARD}
-    with_pointers = [
-        Configuration(width, kernel, *sizes, EVERYWHERE, layout)  # type: ignore[arg-type]
-        for kernel, every in sizes_of.items()
-        for width in LENGTHS
-        for layout in (("split8", "pad") if (width, kernel) == (40, "forward") else ("split",))
-        for sizes in every
-    ]
-    return [*with_pointers, *CANDIDATES]
-
-
-def tune(dry: bool) -> Iterator[Row]:
-    """Every candidate at its site of SD1.5, batch 2, float16: right first, then the fastest, and which are shipped.
-
-    Those with descriptors come last, listed with the others at their site: what no GPU has run may hang or break it.
-    """
-    from ldm_kernels.attention import CONFIGURATIONS
-
-    shipped = {str(c) for c in CONFIGURATIONS}
-    every = candidates()
-    if dry:
-        with_descriptors = sum(c.layout == "box" for c in every)
-        counts = {"candidates": len(every), "of_them_shipped": sum(str(c) in shipped for c in every)}
-        yield {**counts, "of_them_with_descriptors": with_descriptors}
-        return
-    groups: dict[tuple[str, int, bool], list[Any]] = {}
-    for c in every:
-        if c.layout != "box" or torch.cuda.get_device_capability() == (9, 0):
-            groups.setdefault((c.kernel, c.width, c.layout == "box"), []).append(c)
-    took: dict[tuple[str, int], list[tuple[float, str]]] = {}
-    for (kernel, width, descriptors), group in groups.items():
-        n, times, failed = LENGTHS[width], took.setdefault((kernel, width), []), []
-        for c in group:
-            try:
-                require_right(c)
-                times.append((1000 * statistics.median(gpu_ms(_work(c, n)[0], 20)), str(c)))
-            except Exception as error:  # does not fit, does not compile, is wrong: it is out
-                failed.append(f"{c}: {' '.join(str(error).split())[:100]}")
-        best = [{"us": round(us, 1), "candidate": name, "shipped": name in shipped} for us, name in sorted(times)]
-        site = {"kernel": kernel, "width": width, "n": n, "batch": 2, "descriptors": descriptors}
-        yield {**site, "best": best, "failed": failed}
-
-
-Work = tuple[Callable[[], None], list[Tensor], list[Tensor]]
-
-
-def _work(c: Any, n: int, batch: int = 2, heads: int = 8, device: str = "cuda") -> Work:
-    """A call of one kernel alone, q, k, v and the gradient as the network lays them out, and what the call writes."""
-    from ldm_kernels import attention as a
-
-    packed = torch.randn(batch, n, 3, heads, c.width, generator=torch.Generator().manual_seed(0))
-    q, k, v = packed.to(device, torch.float16).unbind(2)
-    out, lse = a.launch_forward(q, k, v, False)
-    grad = v.flip(1).contiguous()
-    first, second = torch.empty_like(out), torch.empty_like(out)
-    views = [q, k, v, grad]
-    if c.kernel == "forward":
-        pointers: list[Tensor] = [q, k, v, first, lse]
-        return lambda: a.launch(a.kernel_of(c), c, False, pointers, views[:3]), views, [first]
-    delta = (grad.float() * out.float()).sum(-1).mT.contiguous()
-    if c.kernel == "dq":
-        pointers = [q, k, v, out, grad, lse, delta, first]
-        return lambda: a.launch(a.dq_kernel, c, False, pointers, views), views, [first]
-    pointers = [q, k, v, grad, lse, delta, first, second]
-    return lambda: a.launch(a.dkdv_kernel, c, False, pointers, views), views, [first, second]
-
-
-def require_right(c: Any, device: str = "cuda", n: int = 256) -> None:
-    """Raises ValueError where a candidate's results on a short case are not what first use asks of a kernel."""
-    call, views, results = _work(c, n, 1, 2, device)
-    call()
-    exact, theirs = (_by_torch(c.kernel, [x.to(dtype) for x in views]) for dtype in (torch.float64, torch.float16))
-    for ours, peer, true in zip(results, theirs, exact, strict=True):
-        error, allowed = (
-            relative_error(ours, true),
-            FACTOR * relative_error(peer, true) + 2 * torch.finfo(torch.float16).eps,
-        )
-        if not error <= allowed:  # NaN is not <=
-            raise ValueError(f"error {error:.1e}, at most {allowed:.1e} allowed")
-
-
-def _by_torch(kernel: str, views: list[Tensor]) -> list[Tensor]:
-    """What a kernel writes, by torch in the views' precision."""
-    q, k, v = leaves = [x.detach().requires_grad_() for x in views[:3]]
-    out = attend(q.flatten(2), k.flatten(2), v.flatten(2), q.shape[2]).view(q.shape)
-    if kernel == "forward":
-        return [out.detach()]
-    dq, dk, dv = torch.autograd.grad(out, leaves, views[3])
-    return [dq] if kernel == "dq" else [dk, dv]
 
 
 # ---- weights to traverse with ----------------------------------------------------------------------

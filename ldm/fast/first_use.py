@@ -53,7 +53,7 @@ class Use:
     gradients: bool
 
     def __str__(self) -> str:
-        """ "attention (128, 128, 40, 0) with gradients, float16 on cuda:0 (NVIDIA H100, sm_90)"."""
+        """ "attention (512, 512, 40, 0) with gradients, float16 on cuda:0 (NVIDIA H100, sm_90)"."""
         where = str(self.device)
         if self.device.type == "cuda":
             gpu = torch.cuda.get_device_properties(self.device)
@@ -157,8 +157,9 @@ def _results(call: Op, ops: Operations, inputs: Sequence[Tensor], gradients: boo
 
 
 def short(length: int) -> int:
-    """A length of at most 256 that tiles divide as they divide this one: all have a power of two up to 128 rows."""
-    return length if length <= 256 else 128 + length % 128
+    """A length of at most 640 that tiles divide as they divide this one: all have a power of two up to 128 rows. A loop
+    with four tiles under way goes round in it."""
+    return length if length <= 640 else 512 + length % 128
 
 
 def low(height: int, width: int, channels: int) -> int:

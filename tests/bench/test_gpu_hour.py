@@ -9,7 +9,7 @@ import torch
 from ldm_tools import cli
 from ldm_tools.bench import gpu as command
 
-from ldm.bench import gpu_hour, gpu_parts
+from ldm.bench import gpu_hour, gpu_tuning
 from ldm.bench.gpu_hour import Part
 
 
@@ -113,9 +113,9 @@ def test_candidates_hold_what_is_shipped_first():
     from ldm_kernels.attention import CONFIGURATIONS
     from ldm_kernels.configurations import SM90
 
-    tried = {str(c) for c in gpu_parts.candidates()}
+    tried = {str(c) for c in gpu_tuning.candidates()}
     for kernel in ("forward", "dq"):
-        for width in gpu_parts.LENGTHS:
+        for width in gpu_tuning.LENGTHS:
             first = next(c for c in CONFIGURATIONS if (c.kernel, c.width) == (kernel, width) and SM90 in c.capabilities)
             assert str(first) in tried | {"dq d160 64x32 w4 s2 split"}
     assert command.OWN.keys() == {"agree", "step", "tune", "weights"}
@@ -129,7 +129,7 @@ def test_a_candidate_is_timed_only_if_it_is_right(kernel, layout, monkeypatch):
     from ldm_kernels.configurations import Configuration
 
     c = Configuration(40, kernel, 32, 32, 4, 2, (80,), layout)
-    gpu_parts.require_right(c, "cpu", n=64)
+    gpu_tuning.require_right(c, "cpu", n=64)
     right = attention.launch
 
     def one_tile_short(kernel, c, causal, tensors, views):
@@ -137,10 +137,60 @@ def test_a_candidate_is_timed_only_if_it_is_right(kernel, layout, monkeypatch):
 
     monkeypatch.setattr(attention, "launch", one_tile_short)
     with pytest.raises(ValueError, match=r"error .* allowed"):
-        gpu_parts.require_right(c, "cpu", n=64)
+        gpu_tuning.require_right(c, "cpu", n=64)
 
 
 def test_what_no_gpu_has_run_is_timed_last():
-    layouts = [c.layout == "box" for c in gpu_parts.candidates()]
+    layouts = [c.layout == "box" for c in gpu_tuning.candidates()]
     assert layouts == sorted(layouts)
     assert any(layouts)
+
+
+def test_a_product_with_geglu_is_timed_only_if_it_is_right(monkeypatch):
+    from ldm_kernels import geglu_product
+
+    c = geglu_product.Tiles(32, 32, 16, 4, 2, (80,))
+    inputs = gpu_tuning.product_inputs(40, 128, "cpu")
+    gpu_tuning.require_right_product(c, *inputs)
+    right = geglu_product.launch_forward
+    monkeypatch.setattr(geglu_product, "launch_forward", lambda x, weight, bias, c: right(x, weight, 0 * bias, c))
+    with pytest.raises(ValueError, match=r"error .* allowed"):
+        gpu_tuning.require_right_product(c, *inputs)
+
+
+def test_a_tuned_site_lists_what_is_right_and_says_why_others_are_not(monkeypatch):
+    from ldm_kernels import geglu_product
+    from ldm_kernels.configurations import Configuration
+
+    from ldm.bench.kernel_sites import Site
+
+    def small(kernel, own, layout):
+        return Configuration(40, kernel, own, 16, 4, 2, (80, 90), layout)
+
+    work, inputs, right = gpu_tuning._work, gpu_tuning.product_inputs, gpu_tuning.require_right
+    stand_ins = {
+        "candidates": lambda: [small("forward", 32, "split8"), small("dq", 24, "split"), small("forward", 16, "box")],
+        "_work": lambda c, n, batch=2, heads=8, device="": work(c, n, 1, 2, "cpu"),
+        "require_right": lambda c: right(c, "cpu", n=32),
+        "product_inputs": lambda rows, channels, device: inputs(rows, channels, "cpu"),
+        "gpu_ms": lambda call, rounds: [call() is None or 0.5] * 3,
+        "sites": lambda: [Site("geglu", (20, 32), 1), Site("add_layer_norm", (4, 16), 1)],
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(gpu_tuning, name, stand_in)
+    monkeypatch.setitem(gpu_tuning.LENGTHS, 40, 48)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(geglu_product, "CANDIDATES", [geglu_product.Tiles(32, 16, 16, 4, 2, (c,)) for c in (80, 90)])
+    forward, dq, product, with_descriptors = gpu_tuning.tune(dry=False)
+    assert [row["candidate"] for row in forward["best"]] == ["forward d40 32x16 w4 s2 split8"]
+    assert dq["best"] == []
+    assert dq["failed"][0].startswith("dq d40 24x16 w4 s2 split: ")
+    assert [(row["candidate"], row["shipped"]) for row in product["best"]] == [
+        ("geglu_product 32x16x16 w4 s2", False),
+        (gpu_tuning.PAIR, True),
+    ]
+    assert [row["candidate"] for row in with_descriptors["best"]] == [
+        "forward d40 16x16 w4 s2 box",
+        "forward d40 32x16 w4 s2 split8",
+    ]
+    assert forward["failed"] == product["failed"] == with_descriptors["failed"] == []

@@ -256,10 +256,10 @@ def test_a_network_is_proven_before_its_graph_is_recorded(caplog, monkeypatch):
     assert lines(caplog) == []
 
 
-@pytest.mark.parametrize("length", [1, 64, 77, 128, 256, 257, 576, 1024, 4096, 9216])
+@pytest.mark.parametrize("length", [1, 64, 77, 128, 256, 257, 576, 640, 641, 1024, 4096, 9216])
 def test_a_short_length_is_divided_as_the_long_one(length):
     short = first_use.short(length)
-    assert short <= 256
+    assert short <= 640
     assert [short % 2**i == 0 for i in range(8)] == [length % 2**i == 0 for i in range(8)]
 
 

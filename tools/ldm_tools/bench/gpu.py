@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ldm.bench import gpu_hour, gpu_parts
+from ldm.bench import gpu_hour, gpu_parts, gpu_tuning
 
 OWN: dict[str, Callable[[Path, bool], Iterator[dict[str, Any]]]] = {
     "agree": lambda out, dry: gpu_parts.agree(dry),
     "step": lambda out, dry: gpu_parts.step(dry),
-    "tune": lambda out, dry: gpu_parts.tune(dry),
+    "tune": lambda out, dry: gpu_tuning.tune(dry),
     "weights": lambda out, dry: gpu_parts.random_weights(out / "random.safetensors", dry),
 }
 
