@@ -78,7 +78,7 @@ def parts(out: Path, dry: bool) -> list[Part]:
             4,
             traverse("traverse-torch", "--backend", "torch", "--no-cuda-graph"),
         ),
-        Part("tune", "block sizes of self-attention", 9, own("tune")),
+        Part("tune", "block sizes of self-attention and of GEGLU in its product", 9, own("tune")),
     ]
     return [part for part in listed if part.name != "tests" or (PACKAGE.parent / "tests").exists()]
 

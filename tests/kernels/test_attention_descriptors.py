@@ -96,38 +96,55 @@ def test_candidates_on_a_gpu(c, lengths, dtype):
 # ---- what the compiler makes of it -----------------------------------------------------------------
 
 
-def ir(options: dict[str, bool]) -> str:
+Case = tuple[Configuration, dict[str, bool]]
+CASES: list[Case] = [*((c, {}) for c in CANDIDATES), (CANDIDATES[0], {"causal": True, "even": False})]
+
+
+def ir(cases: list[Case]) -> list[str]:
     """Triton's own code for sm_90; called in a process that does not interpret kernels."""
-    return compiling.build(attention.compile_spec(CANDIDATES[0], **options), SM90)[0].asm["ttgir"]
+    return [compiling.build(attention.compile_spec(c, **options), SM90)[0].asm["ttgir"] for c, options in cases]
 
 
-@pytest.fixture(scope="module", params=[{}, {"causal": True, "even": False}], ids=["even", "causal uneven"])
-def code(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(scope="module")
+def every_code() -> list[str]:
     with ProcessPoolExecutor(1, get_context("spawn"), compiling._compile_for_real) as pool:
-        return pool.submit(ir, request.param).result()
+        return pool.submit(ir, CASES).result()
 
 
-def test_each_copy_brings_what_its_place_holds(code):
+@pytest.fixture(params=range(len(CASES)), ids=lambda i: f"{CASES[i][0]} {' '.join(CASES[i][1])}")
+def case(request: pytest.FixtureRequest, every_code: list[str]) -> tuple[str, str, str]:
+    """Its code, and the shapes of a half of q and of a tile of k."""
+    constants = attention.compile_spec(CASES[request.param][0]).constexprs
+    return every_code[request.param], f"64x{constants['BOX']}", f"{constants['LOOP']}x{constants['BOX']}"
+
+
+def test_each_copy_brings_what_its_place_holds(case):
     """Where the host makes q's descriptor, Triton 3.6 halves its place, but not what is brought there."""
+    code, half, tile = case
     boxes = re.findall(r"async_tma_copy_global_to_local .*?tensordesc<(?:tensor<)?([\dx]+)xf16", code)
     places = re.findall(r"async_tma_copy_global_to_local .* -> !ttg.memdesc<([\dx]+)xf16", code)
-    assert boxes == places == 4 * ["64x64"]  # two halves of q, a tile of k, one of v
+    assert boxes == places == [half, half, tile, tile]  # of q twice, k and v
 
 
-def test_the_second_half_of_the_queries_is_64_rows_on_once(code):
+def test_the_second_half_of_the_queries_is_64_rows_on_once(case):
     """Brought from there by the group that copies; written there by one that multiplies, by its range alone."""
+    code, half, tile = case
     first, second = re.findall(r"async_tma_copy_global_to_local %q\w*\[%(\w+), %c0_i32\]", code)
     moved = re.findall(rf"%(\w+) = arith.addi %{first}, %c64_i32\w* {{async_task_id = array<i32: (\d)>", code)
     assert moved == [(second, "0")]
     assert not re.search(rf"tt.splat %(?:{first}|{second}) ", code)
     ranges = set(re.findall(r"make_range {async_task_id = array<i32: (\d)>, end = (\d+) : i32, start = (\d+)", code))
-    assert ranges == {("1", "64", "0"), ("2", "128", "64"), ("2", "64", "0")}  # rows of each group; columns
+    rows, sizes = {("1", "64", "0"), ("2", "128", "64")}, {*half.split("x"), *tile.split("x")}
+    assert rows <= ranges
+    assert ranges - rows <= {(group, size, "0") for group in "12" for size in sizes}  # columns, keys
 
 
-def test_products_are_split_among_two_groups_of_warps(code):
+def test_products_are_split_among_two_groups_of_warps(case):
+    code, half, tile = case
     assert code.count("ttg.warp_specialize(") == 1
     products = re.findall(r"warp_group_dot .*async_task_id = array<i32: (\d)>.*-> tensor<([\dx]+)xf32", code)
-    assert sorted(products) == [("1", "64x64"), ("1", "64x64"), ("2", "64x64"), ("2", "64x64")]
+    weights = f"64x{tile.split('x')[0]}"
+    assert products == [(group, shape) for group in "12" for shape in (weights, half)]
 
 
 # ---- when it is used -------------------------------------------------------------------------------
