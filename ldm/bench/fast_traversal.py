@@ -54,13 +54,7 @@ class Comparison:
         """How one seed is traversed, either way."""
         common: Json = {"neutral": self.cell.neutral, "styles": self.cell.styles, "guidance": self.guidance}
         way = self.fewer if fast else USUAL
-        chosen: Json = {
-            "sampler": way.sampler,
-            "spacing": way.spacing,
-            "steps": way.steps,
-            "swap_steps": way.swap_steps,
-        }
-        return Traversal(seeds=(seed,), bezier_points=0, **chosen, **common)
+        return Traversal(seeds=(seed,), bezier_points=0, **way.options(), **common)
 
     @property
     def settings(self) -> Json:

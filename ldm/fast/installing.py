@@ -23,6 +23,7 @@ from ldm.fast.forwards import FORWARDS, attention
 from ldm.fast.openvino_engine import PRECISIONS, OpenVINOUNet
 from ldm.fast.ops import HALF, Ops
 from ldm.fast.projections import pack
+from ldm.fast.side_by_side import SideBySide
 from ldm.unet import UNet
 
 logger = logging.getLogger(__name__)
@@ -144,6 +145,10 @@ def install(
         network.forward = graphed = GraphedUNet(network)  # type: ignore[assignment]
         forwards.append((network, graphed))
         replaced[f"{type(network).__name__}: one CUDA graph for each shape"] = 1
+    elif first.device.type == "cpu" and isinstance(network, UNet) and "forward" not in vars(network):
+        network.forward = SideBySide(network)  # type: ignore[assignment]
+        forwards.append((network, network.forward))
+        replaced[f"{type(network).__name__}: rows of a large batch on threads of their own"] = 1
     report = Installed(network, backend, dict(replaced), graphed, forwards, moved)
     network.installed = report  # type: ignore[assignment]
     if replaced:

@@ -26,7 +26,8 @@ from ldm.pipeline import WEIGHTS
 PHANTOM_CLASSIFIERS = {domain: WEIGHTS / f"{domain}_classifier.safetensors" for domain in ("chest", "skin")}
 
 DROPOUT = 0.3  # [authors' code]
-CHUNK = 64  # images in one call of the network, whatever the caller's batch: it bounds memory
+CHUNK = 1 << 20  # pixels in one call of the network, whatever the caller's batch: of 128 x 128, 64 images. It bounds
+# memory, and keeps what a layer gives in a processor's cache: more than 20 images of 224 x 224 take 1.8 x as long
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,11 @@ class Classifier:
     network: nn.Module = field(repr=False)
     report: Mapping[str, object] = field(default_factory=dict, repr=False)  # data, split, figures on held-out images
     seen_size: int = 0  # the side that images are enlarged to for the network; 0: it sees them as they are
+
+    @property
+    def at_once(self) -> int:
+        """How many images go through the network in one call."""
+        return max(1, CHUNK // (self.seen_size or self.input_size) ** 2)
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
@@ -57,7 +63,7 @@ class Classifier:
                 f"{size} x {size} pixels; use images of that size or train one for yours with `ldm classify train`"
             )
         device = next(self.network.parameters()).device
-        chunks = images.split(CHUNK)
+        chunks = images.split(self.at_once)
         logits = [self.network(normalise(chunk.to(device), self.mean, self.std, self.seen_size)) for chunk in chunks]
         return torch.cat(logits).float().sigmoid().to(images.device)
 

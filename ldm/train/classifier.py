@@ -221,7 +221,7 @@ def predict(
     trained: Classifier, images: LabelledImages, workers: int = 0, vae: AutoencoderKL | None = None
 ) -> NDArray[np.float32]:
     """The probabilities of every image, (N, K). Args: vae: of each as this autoencoder returns it."""
-    loader = DataLoader(Decoded(images, trained.input_size), batch_size=classifier.CHUNK, num_workers=workers)
+    loader = DataLoader(Decoded(images, trained.input_size), batch_size=trained.at_once, num_workers=workers)
     bar = tqdm(loader, desc="scoring", mininterval=5)
     seen = (pixels if vae is None else torch.from_numpy(redecoded(vae, pixels)) for pixels, _ in bar)
     return torch.cat([trained.probabilities(from_uint8(pixels)) for pixels in seen]).numpy()

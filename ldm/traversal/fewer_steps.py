@@ -29,10 +29,14 @@ class FewerSteps:
         """Of the network, for a seed and one attribute, neutral image included; guidance doubles what each costs."""
         return sum(SAMPLERS[self.sampler].evaluations_of(self.steps - at) for at in (0, *self.swap_steps))
 
+    def options(self) -> dict[str, Any]:
+        """As `Traversal` takes them."""
+        return {name: getattr(self, name) for name in ("sampler", "spacing", "steps", "swap_steps")}
+
     def record(self) -> dict[str, Any]:
         """As run.json has it."""
-        chosen = {"sampler": self.sampler, "spacing": self.spacing, "steps": self.steps}
-        return {**chosen, "swap_steps": list(self.swap_steps), "evaluations_a_seed_and_attribute": self.evaluations}
+        chosen = {**self.options(), "swap_steps": list(self.swap_steps)}
+        return {**chosen, "evaluations_a_seed_and_attribute": self.evaluations}
 
 
 USUAL = FewerSteps("ddim", "leading", USUAL_STEPS, SWAP_STEPS)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ldm.phantom import ATTRIBUTES, render, sample_attributes
 from ldm.study import classifier
-from ldm.study.classifier import CHUNK, PHANTOM_CLASSIFIERS, Classifier
+from ldm.study.classifier import PHANTOM_CLASSIFIERS, Classifier
 
 SIZE, NAMES = 32, ("pleural_effusion", "support_devices")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -40,6 +40,12 @@ def test_probabilities_are_those_of_the_network_on_normalised_images(tiny: Class
     assert expected.std() > 0  # the network does look
 
 
+def test_images_in_a_call_are_counted_in_the_pixels_that_the_network_sees(tiny: Classifier) -> None:
+    assert replace(tiny, input_size=128).at_once == 64
+    assert replace(tiny, input_size=128, seen_size=224).at_once == 20
+    assert replace(tiny, input_size=2048).at_once == 1
+
+
 def test_probabilities_by_hand() -> None:
     """A network that averages each channel: red 0.485, the mean, gives logit 0; one standard deviation more gives 1."""
     last = nn.Linear(3, 3)
@@ -51,8 +57,9 @@ def test_probabilities_by_hand() -> None:
     torch.testing.assert_close(by_hand.probabilities(image), expected)
 
 
-def test_the_callers_batch_does_not_matter(tiny: Classifier) -> None:
-    images = noise(CHUNK + 3)
+def test_the_callers_batch_does_not_matter(tiny: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classifier, "CHUNK", 4 * SIZE**2)
+    images = noise(tiny.at_once + 3)
     together = tiny.probabilities(images)
     one_by_one = torch.cat([tiny.probabilities(image[None]) for image in images])
     # Convolutions sum in another order for another batch; float32 keeps 24 bits

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from ldm_tools import demo
 from ldm_tools.cli import main
 from tiny_model import write_tiny_model
 
 from ldm.samplers import ddim
 from ldm.traversal.fewer_steps import FAST, USUAL, stands_for
+from ldm.traversal.plan import Traversal
 from ldm.traversal.store import load_latents
 
 PROMPTS = ["--neutral", "a chest", "--style", "effusion=a chest with effusion"]
@@ -76,3 +78,12 @@ def test_evaluate_averages_the_swaps_that_stand_for_the_authors(weights: Path, t
     assert metrics["sampling"]["averaged"] == list(FAST.swap_steps[:3])
     assert metrics["sampling"]["swap_steps"] == list(FAST.swap_steps)
     assert (tmp_path / "scores" / "index.html").stat().st_size > 0
+
+
+def test_the_demo_takes_fewer_steps_unless_it_is_to_be_the_papers() -> None:
+    for part in demo.parts():
+        fewer, paper = demo.plan_of(part, (0,), paper=False), demo.plan_of(part, (0,), paper=True)
+        usual = Traversal(neutral=part.cell.neutral, styles=part.cell.styles, seeds=(0,), guidance=paper.guidance)
+        assert paper == usual
+        assert (fewer.spacing, fewer.steps, fewer.swap_steps) == (FAST.spacing, FAST.steps, FAST.swap_steps)
+        assert len(fewer.swap_steps) > max(demo.ON_MAP)

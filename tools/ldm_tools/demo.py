@@ -20,14 +20,19 @@ from ldm.study.evaluation.instruments import Instruments
 from ldm.study.evaluation.trajectories import stacked
 from ldm.study.metrics.perceptual import load_lpips
 from ldm.study.report import explorer
+from ldm.traversal.fewer_steps import FAST, USUAL
 from ldm.traversal.figures import grid, save_image
 from ldm.traversal.plan import Traversal, parse_integers
 from ldm.traversal.run_folder import read_record, run_traversal
 from ldm.traversal.run_images import trajectory_columns, trajectory_rows, write_figures
 from ldm.traversal.store import load_seed
 
-MAP_STEPS = (5, 15, 25)  # the swaps that the map of the latents shows
+ON_MAP = (0, 2, 4)  # which of the swaps the map of the latents shows: of 50 steps, 5, 15 and 25
 NOTE = "Small models, trained on two CPU cores. Every image here was made from noise, and none is of a patient."
+FEWER = (
+    f"{FAST.steps} steps that stand for the paper's {USUAL.steps}: swaps at s = {', '.join(map(str, FAST.swap_steps))} "
+    f"are its {', '.join(map(str, USUAL.swap_steps))}; ldm demo --paper takes all {USUAL.steps}."
+)
 DRAWN = "Drawn phantoms: the model learned drawings, whose true counterfactuals are known."
 
 
@@ -57,12 +62,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command to `parser`."""
     parser.description = (
         "Run the paper's traversal with the two models in weights/: that of real dermoscopies, and that of drawn chest "
-        "X-rays and skin lesions. For every attribute nine swap steps and a Bezier curve of 50 points. "
+        "X-rays and skin lesions. For every attribute nine swap steps and a Bezier curve. "
         "Writes index.html, a page to drag along the trajectories on; overview.png; and for each domain figure.png, "
-        "curve.gif, images/, latents.safetensors and run.json. Two to three minutes on two CPU cores; no network."
+        "curve.gif, images/, latents.safetensors and run.json. Up to two minutes on two CPU cores; no network."
     )
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write (default %(default)s)")
     parser.add_argument("--seeds", default="0-2", help="which patients, such as 0-7 (default %(default)s)")
+    parser.add_argument(
+        "--paper",
+        action="store_true",
+        help=f"{USUAL.steps} steps and {Traversal.bezier_points} points a curve, as in the paper, instead of "
+        f"{FAST.steps} (as `ldm traverse --fast`) and {pictures.POINTS}: twice the time",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -73,20 +84,28 @@ def run(args: argparse.Namespace) -> None:
     records, overview, pages = {}, [], []
     for part in parts():
         sd, out = load(part.weights), args.out / part.name
-        plan = Traversal(neutral=part.cell.neutral, styles=part.cell.styles, seeds=seeds, guidance=GUIDANCE)
+        plan = plan_of(part, seeds, args.paper)
         records[part.name] = run_traversal(sd, plan, out, label=part.name)
         write_figures(out, plan, title=f'{part.name}: "{part.cell.neutral}"')
         kind = part.name.replace("_", " ")
         overview += [(f"{kind}: {style}", images) for style, images in trajectory_rows(out, plan, seeds[0])]
         pages.append(page(sd, part, plan, out))
+    note = NOTE if args.paper else f"{NOTE} {FEWER}"
     explorer.write(
-        explorer.Explorer("Language-guided trajectories", shlex.join(["ldm", *sys.argv[1:]]), NOTE, tuple(pages)),
+        explorer.Explorer("Language-guided trajectories", shlex.join(["ldm", *sys.argv[1:]]), note, tuple(pages)),
         args.out / "index.html",
     )
     labels, images = zip(*overview, strict=True)
     save_image(args.out / "overview.png", grid(images, labels, trajectory_columns(plan)))
     write_totals(args.out, records, began)
     print(f"look at {args.out / 'index.html'} and {args.out / 'overview.png'}")
+
+
+def plan_of(part: Part, seeds: tuple[int, ...], paper: bool) -> Traversal:
+    """How one domain is traversed: as the paper has it, or in fewer steps to fewer points of a curve."""
+    how, points = (USUAL, Traversal.bezier_points) if paper else (FAST, pictures.POINTS)
+    prompts = {"neutral": part.cell.neutral, "styles": part.cell.styles}
+    return Traversal(seeds=seeds, guidance=GUIDANCE, bezier_points=points, **prompts, **how.options())
 
 
 def write_totals(out: Path, records: Mapping[str, dict[str, Any]], began: float) -> None:
@@ -115,8 +134,9 @@ def page(sd: pipeline.StableDiffusion, part: Part, plan: Traversal, run: Path) -
     instruments = Instruments(sd, classifier.load(part.classifier), part.classifier, load_lpips())
     shown = [pictures.read(run, plan, seed) for seed in plan.seeds]
     latents = {seed: load_seed(run / "latents.safetensors", seed) for seed in plan.seeds}
+    steps = [plan.swap_steps[i] for i in ON_MAP]
     at = pictures.latent_map(
-        plan, {seed: (named["neutral"], stacked(named, plan)) for seed, named in latents.items()}, MAP_STEPS, shown
+        plan, {seed: (named["neutral"], stacked(named, plan)) for seed, named in latents.items()}, steps, shown
     )
     patients = [pictures.generated_patient(instruments, part.cell, plan, one) for one in shown]
     return pictures.domain(instruments, part.cell, plan, patients, at, note=part.note)

@@ -1,0 +1,101 @@
+"""On a CPU, some rows of a U-Net's batch on each thread, from its first layer to its last.
+
+torch lets all threads share every operation instead, and wait for each other after each, hundreds of times a call. That
+costs where operations are short, and several times as much where other programs use the cores, too: whoever is held up
+holds up all. Rows know nothing of each other, so they may as well go by themselves; results agree to the last bits.
+
+Letters: B rows of a batch.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from threading import Barrier
+
+import torch
+from torch import Tensor, nn
+
+from ldm.fast.watching import watched
+from ldm.unet import UNet
+
+FEWEST_ROWS = 8  # a thread; with fewer, threads wait for Python instead
+KNOWN = ("torch.", "ldm.")  # whose modules keep nothing from one call to the next
+
+
+class SideBySide:
+    """A U-Net's forward, its rows side by side; the plain one where that could be seen or would change something:
+
+    - few rows, one thread, another device, training, gradients, autocast;
+    - a part is watched, edited, replaced (ldm/probe, surgery) or somebody else's, torch compiles, or operations are
+      intercepted.
+    """
+
+    def __init__(self, network: UNet) -> None:
+        self.network = network
+
+    def __call__(self, x_t: Tensor, t: float | Tensor, context: Tensor) -> Tensor:
+        """eps (B, C, H, W), see `ldm.unet.UNet.forward`, which also says what it raises."""
+        threads, parts = torch.get_num_threads(), _parts(x_t, t, context)
+        if parts < 2 or _intercepted() or not self._ordinary():
+            return self._plain(x_t, t, context)
+        times = torch.as_tensor(t).expand(len(x_t))
+        split = (y.tensor_split(parts) for y in (x_t, times, context))
+        return torch.cat(list(_pool(os.getpid(), threads).map(self._alone, *split)))
+
+    @torch.no_grad()  # a thread does not begin with what holds for its caller
+    def _alone(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        return self._plain(x_t, t, context)
+
+    def _plain(self, x_t: Tensor, t: float | Tensor, context: Tensor) -> Tensor:
+        return type(self.network).forward(self.network, x_t, t, context)
+
+    def _ordinary(self) -> bool:
+        """Whether all that is inside computes the same from one thread as from another."""
+        inside = [module for module in self.network.modules() if module is not self.network]
+        return not self.network.training and all(map(_ordinary, inside))
+
+
+def _parts(x_t: Tensor, t: float | Tensor, context: Tensor) -> int:
+    """Into how many the rows go; 1 too where the arguments do not go together, which the network says better."""
+    rows = len(x_t) if x_t.ndim else 0
+    each = [y for y in (t, context) if isinstance(y, Tensor) and y.ndim]
+    if x_t.device.type != "cpu" or any(len(y) != rows for y in each) or getattr(t, "ndim", 0) > 1:
+        return 1
+    return min(torch.get_num_threads(), rows // FEWEST_ROWS)
+
+
+def _intercepted() -> bool:
+    """Whether something holds for this thread that another would not know of."""
+    asked = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+    return asked or bool(modes) or torch._C._are_functorch_transforms_active()
+
+
+def _ordinary(module: nn.Module) -> bool:
+    """Whether nobody watches a module or replaced its forward, ours apart, and it is torch's or of ldm."""
+    forward = vars(module).get("forward")
+    ours = forward is None or getattr(getattr(forward, "func", None), "__module__", "") == "ldm.fast.forwards"
+    return ours and not watched(module) and type(module).__module__.startswith(KNOWN)
+
+
+@cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads of one process that compute by themselves; a forked process has none of its parent's."""
+    started = Barrier(threads + 1)
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(threads, "ldm-rows", begin)
+    for _ in range(threads):
+        pool.submit(_nothing)
+    started.wait()
+    torch.set_num_threads(threads)  # what a thread sets for itself, threads that come later would begin with
+    return pool
+
+
+def _nothing() -> None:
+    """So that a pool starts its threads."""

@@ -1,0 +1,211 @@
+"""Rows side by side give what they give together, and where that could not be told apart, they go together."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from networks import small
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ldm import fast, probe
+from ldm.fast import side_by_side
+from ldm.finite import NotFinite, blame
+
+ROWS = 2 * side_by_side.FEWEST_ROWS + 1
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32 in other orders of summation
+
+
+@pytest.fixture(autouse=True)
+def _two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The threads that rows went through the network's first layer on."""
+    threads = []
+    inside = nn.Conv2d.forward
+
+    def spying(self, x):
+        threads.append((threading.current_thread().name, len(x)))
+        return inside(self, x)
+
+    monkeypatch.setattr(nn.Conv2d, "forward", spying)
+    return threads
+
+
+def unet():
+    network = copy.deepcopy(small("unet")).requires_grad_(True)
+    fast.install(network, kernels="torch")
+    return network
+
+
+def call(rows=ROWS, seed=0):
+    config = small("unet").config
+    generator = torch.Generator().manual_seed(seed)
+    x_t = torch.randn(rows, config.latent_channels, 8, 8, generator=generator)
+    return x_t, torch.linspace(0, 999, rows), torch.randn(rows, 5, config.context_width, generator=generator)
+
+
+def side_by_side_rows(seen):
+    return sorted({rows for name, rows in seen if name.startswith("ldm-rows")})
+
+
+@pytest.mark.parametrize("timed", ["a number", "one tensor", "a tensor a row"])
+def test_as_together_and_each_row_on_one_thread(seen, timed):
+    x_t, times, context = call()
+    t = {"a number": 500.0, "one tensor": torch.tensor(500.0), "a tensor a row": times}[timed]
+    network = unet()
+    torch.testing.assert_close(network(x_t, t, context), type(network).forward(network, x_t, t, context), **CLOSE)
+    assert side_by_side_rows(seen) == [ROWS // 2, ROWS // 2 + 1]
+
+
+def test_rows_keep_their_order_when_there_are_more_parts_than_two(seen):
+    torch.set_num_threads(3)
+    x_t, times, context = call(3 * side_by_side.FEWEST_ROWS)
+    network = unet()
+    torch.testing.assert_close(
+        network(x_t, times, context), type(network).forward(network, x_t, times, context), **CLOSE
+    )
+    assert side_by_side_rows(seen) == [side_by_side.FEWEST_ROWS]
+
+
+def test_the_report_says_so_and_undo_takes_it_out(seen):
+    network = unet()
+    assert "UNet: rows of a large batch on threads of their own" in str(network.installed)
+    network.installed.undo()
+    network(*call())
+    assert not side_by_side_rows(seen)
+
+
+def test_a_copy_has_weights_of_its_own(seen):
+    network = unet()
+    twin = copy.deepcopy(network)
+    nn.init.zeros_(network.conv_out.weight)
+    nn.init.zeros_(network.conv_out.bias)
+    assert network(*call()).eq(0).all()
+    assert twin(*call()).ne(0).any()
+    assert side_by_side_rows(seen)
+
+
+def with_gradients(network):
+    with torch.enable_grad():
+        network(*call()).sum().backward()
+
+
+def with_autocast(network):
+    with torch.autocast("cpu", torch.bfloat16):
+        network(*call())
+
+
+def watched_from_outside(network):
+    with probe.capture(network, "mid_block"):
+        network(*call())
+
+
+def counting_operations(network):
+    with FlopCounterMode(display=False) as counter:
+        network(*call())
+    assert counter.get_total_flops()
+
+
+def intercepted(network):
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    with Mode():
+        network(*call())
+
+
+def with_a_part_of_somebody_elses(network):
+    class Own(nn.Conv2d):
+        pass
+
+    own = Own(network.conv_out.in_channels, network.conv_out.out_channels, 3, padding=1)
+    network.conv_out = own
+    network(*call())
+
+
+def with_a_forward_of_somebody_elses(network):
+    network.mid_block.forward = type(network.mid_block).forward.__get__(network.mid_block)
+    network(*call())
+
+
+def in_training(network):
+    network.train()(*call())
+
+
+def with_few_rows(network):
+    network(*call(ROWS - 2))
+
+
+def on_one_thread(network):
+    torch.set_num_threads(1)
+    network(*call())
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        with_gradients,
+        with_autocast,
+        watched_from_outside,
+        counting_operations,
+        intercepted,
+        with_a_part_of_somebody_elses,
+        with_a_forward_of_somebody_elses,
+        in_training,
+        with_few_rows,
+        on_one_thread,
+    ],
+)
+def test_together_where_threads_could_be_told_apart(seen, way):
+    way(unet())
+    assert seen
+    assert not side_by_side_rows(seen)
+
+
+def test_gradients_come_to_the_weights():
+    network = unet()
+    with_gradients(network)
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("wrong", ["context", "t", "x_t"])
+def test_what_does_not_go_together_is_said_of_the_whole_batch(wrong):
+    x_t, times, context = call()
+    inputs = {"x_t": x_t, "t": times, "context": context} | {
+        wrong: {"x_t": x_t, "t": times, "context": context}[wrong][1:]
+    }
+    with pytest.raises(ValueError, match=f"{ROWS - 1}|{ROWS}"):
+        unet()(*inputs.values())
+
+
+def test_what_a_thread_raises_comes_to_the_caller(monkeypatch):
+    network = unet()
+
+    def failing(self, x):
+        raise blame("U-Net", network)
+
+    monkeypatch.setattr(nn.Conv2d, "forward", failing)
+    with pytest.raises(NotFinite):
+        network(*call())
+
+
+def test_the_callers_threads_stay_as_they_were():
+    network = unet()
+    network(*call())
+    assert torch.get_num_threads() == 2
+    counted = []
+    later = threading.Thread(target=lambda: counted.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert counted == [2]
