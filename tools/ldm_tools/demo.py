@@ -104,8 +104,14 @@ def run(args: argparse.Namespace) -> None:
 def plan_of(part: Part, seeds: tuple[int, ...], paper: bool) -> Traversal:
     """How one domain is traversed: as the paper has it, or in fewer steps to fewer points of a curve."""
     how, points = (USUAL, Traversal.bezier_points) if paper else (FAST, pictures.POINTS)
-    prompts = {"neutral": part.cell.neutral, "styles": part.cell.styles}
-    return Traversal(seeds=seeds, guidance=GUIDANCE, bezier_points=points, **prompts, **how.options())
+    return Traversal(
+        neutral=part.cell.neutral,
+        styles=part.cell.styles,
+        seeds=seeds,
+        guidance=GUIDANCE,
+        bezier_points=points,
+        **how.options(),
+    )
 
 
 def write_totals(out: Path, records: Mapping[str, dict[str, Any]], began: float) -> None:
