@@ -1,30 +1,61 @@
-"""Levels for a few steps, chosen by search: first on the known flow, then on the network, then held to seeds unseen.
+"""Levels for a few steps, and what the network is told at each: least squares on a few seeds, held to seeds unseen.
 
-A spacing is a curve lambda(u), u = 0 .. 1 along the run, lambda half the log signal-to-noise ratio, through a few knots
-(Fritsch and Carlson's monotone cubics); step i of N begins at u = i / N, and the last ends at u = 1, t = 0. A few knots
-instead of N free levels: ten levels that fit four seeds were worse on others than the spacing that they began from.
-The search moves one knot at a time by a share of the room to its neighbour, keeps what lowers the error, and halves the
-share when nothing does.
+A run of N steps has 2 N numbers x. Its first level and its end stay where they are.
+
+    w_i     log of the share of the lambdas that step i covers; lambda: half the log signal-to-noise ratio
+    s_i     by how many hundred timesteps the time that the network is told lies above the level's own    [Time shift]
+
+What falls is the sum over seeds of |r|^2, r = (x_0 - x_0*) / |x_0*|. A step is Levenberg and Marquardt's:
+
+    (J^T J + damping (diag(J^T J) + mean)) dx = -J^T r          J by differences: each number is moved by a little
+
+LD3 trains such numbers by gradients. For 2 N of them differences cost little more, need no backward pass and so serve
+any sampler and guidance; and steps that know J take fewer rounds. Broyden's correction makes one J good for several.
+
+Papers: LD3 = Tong et al. 2024, arXiv:2405.15506.  Time shift = Li et al. 2023, arXiv:2305.15583.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
-from scipy.interpolate import PchipInterpolator
+from numpy.typing import NDArray
+from torch import Tensor
 
 from ldm.bench import known_flow
-from ldm.samplers import Sampler
-from ldm.schedule import EVEN_SPACINGS, SPACINGS, Schedule
+from ldm.samplers import Sampler, Step
+from ldm.schedule import EVEN_SPACINGS, SPACINGS, Schedule, ToldTime, told_at
 
 Levels = tuple[float, ...]
-Objective = Callable[[Levels], float]  # timesteps -> error
-KNOTS = 5  # the end, which stays, not counted
-SMALLEST_SHARE = 0.03
+Run = Callable[[Levels, Sequence[Step]], list[Step]]
+"""taken = run(timesteps, first): all steps of a run that goes on after its first ones."""
+Floats = NDArray[np.float64]
+HUNDRED = 100.0  # timesteps in a unit of s
+LEAST_SHARE = 0.01  # of lambda that a step covers: one from t = 0 covers none
+MOVED = 0.01, 0.02  # w and s, for a difference
+FARTHEST = 0.7  # that a number moves in a round
+ATTEMPTS = 6  # of a round, each more damped than the one before
+WELL = 0.01  # by which a step lowers the error, for another one with the same J
+ENOUGH = 0.003  # by which a round lowers the error at least, or it is the last
+
+
+@dataclass(frozen=True, eq=False)
+class Aim:
+    """Where runs should end."""
+
+    run: Run
+    exact: Tensor  # (B, ...) the flow's latents
+    schedule: Schedule
+    tell: bool = True  # whether told times are searched, or levels alone
+
+    def residual(self, taken: Sequence[Step]) -> Floats:
+        """(B, D): (x - exact) / |exact| of every seed."""
+        exact = self.exact.flatten(1).double()
+        apart = (taken[-1].x_prev.flatten(1).double() - exact) / exact.norm(dim=1, keepdim=True)
+        return apart.cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -35,80 +66,129 @@ class Found:
     error: float
     tried: int
 
+    def content(self) -> dict[str, list[float]]:
+        """For the file: timesteps, and told where it differs."""
+        told = [float(told_at(t)) for t in self.timesteps]
+        timesteps = [float(t) for t in self.timesteps]
+        return {"timesteps": timesteps} | ({"told": told} if told != timesteps else {})
+
 
 def fixed(sampler: Sampler, steps: int, schedule: Schedule) -> dict[str, Levels]:
     """The timesteps of every spacing that the sampler takes; equal ones once."""
     levels: dict[str, Levels] = {}
     for name in [name for name in SPACINGS if not sampler.even or name in EVEN_SPACINGS]:
         timesteps = tuple(SPACINGS[name](steps, schedule))
-        if timesteps not in levels.values():
+        if (timesteps, *map(told_at, timesteps)) not in [(other, *map(told_at, other)) for other in levels.values()]:
             levels[name] = timesteps
     return levels
 
 
-def search(objective: Objective, begin: Levels, schedule: Schedule, tries: int, share: float = 0.3) -> Found:
-    """Pattern search from some timesteps, for at most so many calls of the objective; never worse than they are."""
-    knots, steps = knots_of(begin, schedule), len(begin)
-    best = Found(begin, objective(begin), 1)
-    tried = 1
-    while share >= SMALLEST_SHARE and tried < tries:
-        before = best.error
-        for index in range(KNOTS):
-            for signed in (share, -share):
-                moved = _moved(knots, index, signed, schedule)
-                candidate = through(moved, steps, schedule)
-                if candidate is None or tried >= tries:
-                    continue
-                error, tried = objective(candidate), tried + 1
-                if error < best.error:
-                    best, knots = Found(candidate, error, tried), moved
-                    break
-        if best.error == before:
-            share /= 2
-    return Found(best.timesteps, best.error, tried)
+def search(aim: Aim, begin: Levels, tries: int) -> Found:
+    """Rounds of least squares from some timesteps, for at most so many runs; never worse than they are.
+
+    A round measures J and steps as long as that lowers the error well; each step corrects J by what it saw [Broyden].
+    """
+    numbers, best = numbers_of(begin, aim), begin
+    taken = aim.run(begin, ())
+    residual, runs = aim.residual(taken), 1
+    while runs + len(numbers) < tries:
+        jacobian = differences(aim, begin, numbers, taken, residual)
+        runs += len(numbers)
+        round_began, damping, failed = _error(residual), 0.01, 0
+        while runs < tries and failed < ATTEMPTS:
+            step = _damped_step(jacobian, residual, damping)
+            candidate = timesteps_of(numbers + step, begin, aim)
+            after = aim.run(candidate, ())
+            runs += 1
+            seen, before = aim.residual(after), _error(residual)
+            if not _error(seen) < before:
+                damping, failed = 4 * damping, failed + 1
+                continue
+            jacobian = jacobian + np.multiply.outer(seen - residual - jacobian @ step, step / (step @ step))
+            numbers, best, taken, residual = numbers + step, candidate, after, seen
+            damping, failed = max(damping / 4, 1e-4), 0
+            if _error(residual) > (1 - WELL) * before:
+                break
+        if _error(residual) > (1 - ENOUGH) * round_began:
+            break
+    return Found(best, _error(residual), runs)
 
 
 def on_known_flow(sampler: Sampler, steps: int, seeds: Sequence[int] = (0, 1, 2, 3), tries: int = 300) -> Found:
-    """The best levels on the known flow, from the best fixed spacing there; neutral and swapped runs count alike."""
+    """The best levels on the known flow, from the best fixed spacing there."""
     flow = known_flow.KnownFlow(tuple(seeds))
-
-    def objective(timesteps: Levels) -> float:
-        error = known_flow.error_of(flow, sampler, timesteps)
-        return error if math.isfinite(error) else math.inf
-
-    begin = min(fixed(sampler, steps, flow.schedule).values(), key=objective)
-    return search(objective, begin, flow.schedule, tries)
+    begins_at = flow.schedule.alphas_cumprod_at(len(flow.schedule) - 1)
+    aim = Aim(follow(flow, sampler), flow.ends_at(begins_at), flow.schedule)
+    candidates = fixed(sampler, steps, flow.schedule).values()
+    return search(aim, min(candidates, key=lambda t: _error(aim.residual(aim.run(t, ())))), tries)
 
 
-def refine(
-    objective: Objective, candidates: Mapping[str, Levels], schedule: Schedule, tries: int
-) -> tuple[dict[str, float], Found]:
-    """Every candidate's error, and the best that a search from the best of them has found."""
-    errors = {name: objective(timesteps) for name, timesteps in candidates.items()}
-    best = min(errors, key=lambda name: errors[name])
-    return errors, search(objective, candidates[best], schedule, tries)
+def follow(flow: known_flow.KnownFlow, sampler: Sampler) -> Run:
+    """The neutral run on the known flow."""
+    eps_fn = flow.eps_fn([0])
+
+    def run(timesteps: Levels, taken: Sequence[Step]) -> list[Step]:
+        x, history = (taken[-1].x_prev, taken[-1].history) if taken else (flow.x_T, ())
+        more = sampler(eps_fn, x, flow.schedule, len(timesteps), start=len(taken), history=history, timesteps=timesteps)
+        return [*taken, *more]
+
+    return run
 
 
-def knots_of(timesteps: Levels, schedule: Schedule) -> list[float]:
-    """lambda at u = 0, 1/5 ... 4/5 of a run's levels."""
-    lambdas = [_lambda(schedule, t) for t in (*timesteps, 0)]
-    u = np.linspace(0, 1, KNOTS + 1)[:-1]
-    return np.interp(u * len(timesteps), range(len(lambdas)), lambdas).tolist()
+# ---- a run's numbers ---------------------------------------------------------------------------------
 
 
-def through(knots: Sequence[float], steps: int, schedule: Schedule) -> Levels | None:
-    """The N timesteps of the curve through some knots, to 0.001; None where two would fall together."""
-    curve = PchipInterpolator(np.linspace(0, 1, KNOTS + 1), [*knots, float(schedule.lambdas[0])])
-    timesteps = tuple(round(schedule.timestep_at(float(curve(i / steps))), 3) for i in range(steps))
-    return timesteps if all(later < t for t, later in pairwise(timesteps)) else None
+def numbers_of(timesteps: Levels, aim: Aim) -> Floats:
+    """(2 N,) w and s, or (N,) without told times: of a run's levels."""
+    shares = np.log(np.diff(_lambdas(timesteps, aim.schedule)).clip(min=LEAST_SHARE))
+    shifts = [(told_at(t) - t) / HUNDRED for t in timesteps]
+    return np.array([*shares, *(shifts if aim.tell else ())])
 
 
-def _moved(knots: Sequence[float], index: int, share: float, schedule: Schedule) -> list[float]:
-    around = [float(schedule.lambdas[-1]), *knots, float(schedule.lambdas[0])]
-    here, neighbour = around[index + 1], around[index + (2 if share > 0 else 0)]
-    return [*knots[:index], here + abs(share) * (neighbour - here), *knots[index + 1 :]]
+def timesteps_of(numbers: Floats, begin: Levels, aim: Aim) -> Levels:
+    """The run that some numbers describe, to 0.0001; its first level is that of `begin`."""
+    steps, schedule = len(begin), aim.schedule
+    first, *_, end = _lambdas(begin, schedule)
+    shares = np.exp(numbers[:steps])
+    lambdas = first + (end - first) * np.cumsum(shares)[:-1] / shares.sum()
+    levels = [float(begin[0]), *(round(schedule.timestep_at(float(value)), 4) for value in lambdas)]
+    if not aim.tell:
+        return tuple(levels)
+    told = np.clip(np.array(levels) + HUNDRED * numbers[steps:], 0, len(schedule) - 1)
+    return tuple(ToldTime(t, round(float(t_told), 4)) for t, t_told in zip(levels, told, strict=True))
 
 
-def _lambda(schedule: Schedule, t: float) -> float:
-    a_t = schedule.alphas_cumprod_at(t)
-    return 0.5 * math.log(a_t / (1 - a_t))
+def differences(aim: Aim, begin: Levels, numbers: Floats, taken: Sequence[Step], residual: Floats) -> Floats:
+    """(B, D, numbers): how the residual changes with each number; a run begins where the number first matters.
+
+    A time told is met one step early by methods that look ahead, such as Heun's.
+    """
+    columns = []
+    for index in range(len(numbers)):
+        told = index - len(begin)  # the step whose told time it is, if any
+        stride = MOVED[0] if told < 0 else MOVED[1] if told else -MOVED[1]  # the first is told T - 1, and no more
+        moved = numbers.copy()
+        moved[index] += stride
+        again = aim.run(timesteps_of(moved, begin, aim), taken[: max(told - 1, 0)])
+        columns.append((aim.residual(again) - residual) / stride)
+    return np.stack(columns, axis=-1)
+
+
+def _damped_step(jacobian: Floats, residual: Floats, damping: float) -> Floats:
+    rows = jacobian.reshape(-1, jacobian.shape[-1])
+    normal = rows.T @ rows
+    diagonal = np.diag(normal)
+    step = np.linalg.solve(normal + damping * np.diag(diagonal + diagonal.mean()), -rows.T @ residual.flatten())
+    return np.clip(step, -FARTHEST, FARTHEST)
+
+
+def _error(residual: Floats) -> float:
+    """The root mean square over seeds of the relative error; infinite where a run is not finite."""
+    error = float(np.sqrt(np.square(residual).sum(axis=1).mean()))
+    return error if math.isfinite(error) else math.inf
+
+
+def _lambdas(timesteps: Levels, schedule: Schedule) -> Floats:
+    """(N + 1,) of a run's levels, and of t = 0, where it ends or almost ends."""
+    a_t = np.array([schedule.alphas_cumprod_at(t) for t in (*timesteps, 0)])
+    return 0.5 * np.log(a_t / (1 - a_t))

@@ -5,20 +5,27 @@ ldm generate --prompt PROMPT --steps 10 --sampler unipc --spacing out/levels/uni
 """
 
 import argparse
-import math
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from ldm.bench import samplers, spacing_search
 from ldm.bench.sampler_statistics import errors_by_seed, mean_error, ratio_interval
+from ldm.bench.spacing_search import Levels
+from ldm.conditioning import constant
 from ldm.files import write_json
-from ldm.samplers import SAMPLERS
-from ldm.schedule import Schedule, log_snr
+from ldm.samplers import SAMPLERS, Step
+from ldm.samplers.noise import initial_noise
+from ldm.schedule import log_snr
 from ldm.traversal.plan import parse_integers
 
 FIRST_TRAINING_SEED = 1_000_000  # those that levels are chosen by; --seeds are those that they are held to
+Errors = dict[str, list[float]]  # spacing -> of every unseen seed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,83 +33,193 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--optimise",
         choices=("spacing",),
-        help="choose the levels of --steps steps for one of --samplers (default: unipc), on the known flow and on "
-        "the network at the first --guidance (default: 1), hold them to --seeds (default: 0-7), and write "
-        "SAMPLER_STEPS.json, which --spacing takes; with --known-flow without a network",
+        help="choose the levels of --steps steps, and the times that the network is told there, for each of --samplers "
+        "(default: unipc) on the network at the first --guidance (default: 1), hold them to --seeds (default: 0-7), "
+        "and write SAMPLER_STEPS.json, which --spacing takes; with --known-flow without a network",
     )
     parser.add_argument("--steps", type=int, default=10, help="of the run to optimise (default: %(default)s)")
-    parser.add_argument("--tries", type=int, default=200, help="runs of all seeds in the search (default: %(default)s)")
+    parser.add_argument(
+        "--tries", type=int, help="runs of all training seeds in a search (default: 20 x --steps, 10 a number searched)"
+    )
+    parser.add_argument(
+        "--training-seeds", type=int, default=16, help="how many to choose levels by (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace, bench: samplers.Bench | None) -> None:
     """Raises ValueError for options that do not fit."""
-    name = args.samplers or "unipc"
-    if name not in SAMPLERS or SAMPLERS[name].random or SAMPLERS[name].even:
-        raise ValueError(
-            f"--samplers: got {name!r}, expected one sampler that follows the flow and takes uneven timesteps"
-        )
-    if not 2 <= args.steps <= 100 or args.tries < 1:
-        raise ValueError(f"--steps, --tries: expected 2..100 and 1 or more, got {args.steps} and {args.tries}")
-    schedule = Schedule.sd15() if bench is None else bench.sd.schedule
-    on_flow = spacing_search.on_known_flow(SAMPLERS[name], args.steps)
-    print(f"on the known flow: error {on_flow.error:.2e} after {on_flow.tried} runs", flush=True)
-    candidates = {**spacing_search.fixed(SAMPLERS[name], args.steps, schedule), "known flow": on_flow.timesteps}
-    content: dict[str, Any] = {"steps": args.steps, "timesteps": list(on_flow.timesteps), "sampler": name}
-    if bench is not None:
-        content |= on_checkpoint(args, bench, name, candidates)
-    path = args.out / f"{name}_{args.steps}.json"
+    names = checked(args)
     args.out.mkdir(parents=True, exist_ok=True)
-    write_json(path, content)
-    print(f"timesteps {', '.join(f'{t:g}' for t in content['timesteps'])}; see {path}, which --spacing takes")
+    judge = None if bench is None else Judge(bench, args)
+    verified: dict[tuple[str, str], list[float]] = {}  # sampler, spacing -> error of every unseen seed
+    if judge is not None:
+        judge.say_how_long(names)
+    for name in names:
+        content: dict[str, Any] = {"steps": args.steps, "sampler": name}
+        if judge is None:
+            found = spacing_search.on_known_flow(SAMPLERS[name], args.steps, tries=args.tries)
+            print(f"{name} on the known flow: error {found.error:.2e} after {found.tried} runs", flush=True)
+            content |= found.content()
+        else:
+            of_one, errors = judge.optimised(name)
+            content |= of_one
+            verified |= {(name, spacing): found for spacing, found in errors.items()}
+        path = args.out / f"{name}_{args.steps}.json"
+        write_json(path, content)
+        print(f"timesteps {_listed(content['timesteps'])}{_told(content)}; see {path}, which --spacing takes")
+    if len(names) > 1 and verified:
+        print(of_all(verified))
 
 
-def on_checkpoint(
-    args: argparse.Namespace, bench: samplers.Bench, name: str, candidates: Mapping[str, tuple[float, ...]]
-) -> dict[str, Any]:
-    """Search from the best candidate, hold all to unseen seeds, print what came of it; for the file."""
-    guidance, schedule = bench.comparison.guidances[0], bench.sd.schedule
-    held = parse_integers(args.seeds or "0-7", "--seeds")
-    training = tuple(range(FIRST_TRAINING_SEED, FIRST_TRAINING_SEED + len(held)))
-    rows = len(held) * (1 if guidance == 1 else 2)
-    rows *= 2 * args.reference_steps + args.steps * SAMPLERS[name].evaluations * (2 * len(candidates) + args.tries + 1)
-    print(
-        f"{rows} U-Net rows: about {rows * samplers.seconds_a_row(bench) / 60:.1f} minutes at this moment's speed",
-        flush=True,
-    )
-    fine = log_snr(args.reference_steps, schedule)
-    exact = {seeds: bench.traverse("unipc", fine, {}, guidance, seeds).latents["neutral"] for seeds in (training, held)}
+def checked(args: argparse.Namespace) -> list[str]:
+    """The samplers to search for, where the options fit."""
+    names = (args.samplers or "unipc").split(",")
+    for name in names:
+        if name not in SAMPLERS or SAMPLERS[name].random or SAMPLERS[name].even:
+            raise ValueError(
+                f"--samplers: got {name!r}, expected samplers that follow the flow and take uneven timesteps"
+            )
+    args.tries = 20 * args.steps if args.tries is None else args.tries
+    if not 2 <= args.steps <= 100 or args.tries < 1 or args.training_seeds < 1:
+        raise ValueError(
+            "--steps, --tries, --training-seeds: expected 2..100, 1 or more, 1 or more, got "
+            f"{args.steps}, {args.tries}, {args.training_seeds}"
+        )
+    return names
 
-    def errors(timesteps: tuple[float, ...], seeds: tuple[int, ...]) -> list[float]:
-        latents = bench.traverse(name, timesteps, {}, guidance, seeds).latents["neutral"]
-        return errors_by_seed(latents, exact[seeds])
 
-    def objective(timesteps: tuple[float, ...]) -> float:
-        found = [math.log(error) for error in errors(timesteps, training)]  # so that no one seed decides
-        return math.exp(sum(found) / len(found))
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """A network, the seeds that levels are chosen by, and those that they are held to."""
 
-    with tqdm(total=len(candidates) + args.tries, desc="search", unit="run", mininterval=1) as bar:
+    bench: samplers.Bench
+    args: argparse.Namespace
 
-        def tried(timesteps: tuple[float, ...]) -> float:
-            bar.update()
-            return objective(timesteps)
+    @cached_property
+    def guidance(self) -> float:
+        """The first."""
+        return self.bench.comparison.guidances[0]
 
-        trained, best = spacing_search.refine(tried, candidates, schedule, args.tries)
-    verified = {
-        spacing: errors(timesteps, held) for spacing, timesteps in {**candidates, "found": best.timesteps}.items()
-    }
-    fixed = min((spacing for spacing in trained if spacing != "known flow"), key=lambda s: mean_error(verified[s]))
-    ratio, low, high = ratio_interval(verified["found"], verified[fixed])
-    print(f"{'spacing':20}{'chosen by':>12}{'held to':>12}   {name}, {args.steps} steps, guidance {guidance:g}")
+    @cached_property
+    def held(self) -> tuple[int, ...]:
+        """Seeds unseen."""
+        return parse_integers(self.args.seeds or "0-7", "--seeds")
+
+    @cached_property
+    def training(self) -> tuple[int, ...]:
+        """Seeds to choose by."""
+        return tuple(range(FIRST_TRAINING_SEED, FIRST_TRAINING_SEED + self.args.training_seeds))
+
+    @cached_property
+    def exact(self) -> dict[tuple[int, ...], Tensor]:
+        """Where the flow takes both."""
+        fine = log_snr(self.args.reference_steps, self.bench.sd.schedule)
+        return {
+            seeds: self.bench.traverse("unipc", fine, {}, self.guidance, seeds).latents["neutral"]
+            for seeds in (self.training, self.held)
+        }
+
+    def say_how_long(self, names: Sequence[str]) -> None:
+        """By the speed of this moment, if every try is made; a told time asks for 0.65 of a run."""
+        steps, schedule = self.args.steps, self.bench.sd.schedule
+        rows = self.args.reference_steps * (len(self.training) + len(self.held))
+        for name in names:
+            evaluations = SAMPLERS[name].evaluations_of(steps)
+            fixed = len(spacing_search.fixed(SAMPLERS[name], steps, schedule))
+            rows += evaluations * round(len(self.training) * (fixed + 0.83 * self.args.tries))
+            rows += evaluations * len(self.held) * (fixed + 1)
+        rows *= 1 if self.guidance == 1 else 2
+        minutes = rows * samplers.seconds_a_row(self.bench) / 60
+        print(f"{rows} U-Net rows at most: about {minutes:.1f} minutes at this moment's speed", flush=True)
+
+    def run(self, name: str, timesteps: Levels, seeds: Sequence[int], taken: Sequence[Step] = ()) -> list[Step]:
+        """All steps of a neutral run that goes on after those taken."""
+        sd = self.bench.sd
+        x, history = (taken[-1].x_prev, taken[-1].history) if taken else (initial_noise(seeds, sd.latent_shape), ())
+        more = sd.sample(
+            constant(self.bench.contexts["neutral"], len(timesteps)),
+            seeds,
+            guidance_scale=self.guidance,
+            negative=self.bench.empty,
+            sampler=name,
+            spacing=timesteps,
+            x_T=x,
+            start=len(taken),
+            history=history,
+        )
+        return [*taken, *more]
+
+    def errors(self, name: str, timesteps: Levels, seeds: tuple[int, ...]) -> list[float]:
+        """Of every seed."""
+        return errors_by_seed(self.run(name, timesteps, seeds)[-1].x_prev, self.exact[seeds])
+
+    def optimised(self, name: str) -> tuple[dict[str, Any], Errors]:
+        """Search from the best fixed spacing, hold all to unseen seeds, print what came of it; for the file."""
+        sd, args, began = self.bench.sd, self.args, time.perf_counter()
+        candidates = spacing_search.fixed(SAMPLERS[name], args.steps, sd.schedule)
+        trained = {spacing: mean_error(self.errors(name, t, self.training)) for spacing, t in candidates.items()}
+        begin = candidates[min(trained, key=lambda spacing: trained[spacing])]
+        with tqdm(total=args.tries, desc=f"search for {name}", unit="run", mininterval=1) as bar:
+
+            def run(timesteps: Levels, taken: Sequence[Step]) -> list[Step]:
+                bar.update()
+                return self.run(name, timesteps, self.training, taken)
+
+            tell = getattr(sd.unet, "prediction", "eps") == "eps"
+            aim = spacing_search.Aim(run, self.exact[self.training], sd.schedule, tell)
+            best = spacing_search.search(aim, begin, args.tries)
+        trained["found"] = best.error
+        verified = {
+            spacing: self.errors(name, timesteps, self.held)
+            for spacing, timesteps in {**candidates, "found": best.timesteps}.items()
+        }
+        fixed = min(candidates, key=lambda spacing: mean_error(verified[spacing]))
+        ratio, low, high = ratio_interval(verified["found"], verified[fixed])
+        print(table(trained, verified, f"{name}, {args.steps} steps, guidance {self.guidance:g}"))
+        told = "smaller than" if low > 1 else "(no gain) beside"
+        print(
+            f"on {len(self.held)} unseen seeds {ratio:.2f} x [{low:.2f}, {high:.2f}] {told} the best fixed one, {fixed}"
+        )
+        return {
+            **best.content(),
+            "guidance": self.guidance,
+            "weights_sha256": sd.weights_sha256(),
+            "training_seeds": [self.training[0], self.training[-1]],
+            "seeds": list(self.held),
+            "errors": {spacing: mean_error(found) for spacing, found in verified.items()},
+            "best_fixed": fixed,
+            "times_smaller": {"value": ratio, "low": low, "high": high},
+            "tried": best.tried,
+            "seconds": round(time.perf_counter() - began),
+        }, verified
+
+
+def table(trained: Mapping[str, float], verified: Mapping[str, list[float]], what: str) -> str:
+    """Error of every spacing on the seeds that levels were chosen by, and on those unseen; the best first."""
+    lines = [f"{'spacing':20}{'chosen by':>12}{'held to':>12}   {what}"]
     for spacing, found in sorted(verified.items(), key=lambda item: mean_error(item[1])):
-        print(f"{spacing:20}{trained.get(spacing, best.error):12.2e}{mean_error(found):12.2e}")
-    told = "smaller than" if low > 1 else "(no gain) beside"
-    print(f"on {len(held)} unseen seeds {ratio:.2f} x [{low:.2f}, {high:.2f}] {told} the best fixed one, {fixed}")
-    return {
-        "timesteps": list(best.timesteps),
-        "guidance": guidance,
-        "weights_sha256": bench.sd.weights_sha256(),
-        "seeds": list(held),
-        "errors": {spacing: mean_error(found) for spacing, found in verified.items()},
-        "best_fixed": fixed,
-        "times_smaller": {"value": ratio, "low": low, "high": high},
-    }
+        lines.append(f"{spacing:20}{trained[spacing]:12.2e}{mean_error(found):12.2e}")
+    return "\n".join(lines)
+
+
+def of_all(verified: Mapping[tuple[str, str], list[float]]) -> str:
+    """The best found beside the best fixed, over samplers; of samplers that take one evaluation a step alike."""
+
+    def error(case: tuple[str, str]) -> float:
+        return mean_error(verified[case])
+
+    found = min((case for case in verified if case[1] == "found"), key=error)
+    fixed = min((case for case in verified if case[1] != "found"), key=error)
+    ratio, low, high = ratio_interval(verified[found], verified[fixed])
+    return (
+        f"of all: {found[0]} with the levels found, {error(found):.2e}, {ratio:.2f} x [{low:.2f}, {high:.2f}] beside "
+        f"the best fixed, {' '.join(fixed)}, {error(fixed):.2e}"
+    )
+
+
+def _listed(timesteps: Sequence[float]) -> str:
+    return ", ".join(f"{t:g}" for t in timesteps)
+
+
+def _told(content: Mapping[str, Any]) -> str:
+    return f", told {_listed(content['told'])}" if "told" in content else ""
