@@ -3,6 +3,7 @@
 ldm bench unet                                            the shipped phantom model
 ldm bench unet --random-sd15 --batch 2                    SD1.5's size, where no file is at hand
 ldm bench unet --random-sd15 --against openvino           in turn with a peer; also diffusers, previous --checkout DIR
+ldm bench unet --growth                                   time against rows and image size, with the exponents
 ldm bench vae --weights FILE --json > vae.json
 """
 
@@ -21,7 +22,7 @@ from ldm.bench import harness, networks
 from ldm.config import CONTEXT_TOKENS, SD15, Config
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
-from ldm_tools.bench import against
+from ldm_tools.bench import against, growth
 from ldm_tools.options import DTYPES, add_model, load_model, no_tf32
 
 Network = Callable[[], Tensor]
@@ -40,13 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_unet(args: argparse.Namespace) -> None:
     """One evaluation of eps(x_t, t, context)."""
+    growth.refuse_idle(args)
     network, config, device, dtype = network_of(args, "unet")
     size = args.size or config.unet.sample_size
     generator = torch.Generator().manual_seed(0)
     x_t = torch.randn(args.batch, config.unet.latent_channels, size, size, generator=generator).to(device, dtype)
     context = torch.randn(args.batch, CONTEXT_TOKENS, config.unet.context_width, generator=generator).to(device, dtype)
+    assert isinstance(network, UNet)
+    if args.growth:
+        growth.report(args, network, config, x_t)
+        return
     if args.against:
-        assert isinstance(network, UNet)
         against.report(args, network, x_t, context)
         return
     blocks = {f"{part}.{i}": block for part in ("down_blocks", "up_blocks") for i, block in parts(network, part)}
