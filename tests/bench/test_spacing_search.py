@@ -109,12 +109,12 @@ FOUND = spacing_search.Found(
 def test_the_command_writes_what_spacing_takes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(spacing_search, "on_known_flow", lambda sampler, steps, tries: FOUND)
     assert cli.main(["bench", "samplers", "--optimise", "spacing", "--known-flow", "--out", str(tmp_path)]) == 0
-    monkeypatch.setitem(SPACINGS, "unipc_10.json", None)  # so that it is taken out again
-    name, source = own_code.spacing(str(tmp_path / "unipc_10.json"))
+    monkeypatch.setitem(SPACINGS, "deis_10.json", None)  # so that it is taken out again
+    name, source = own_code.spacing(str(tmp_path / "deis_10.json"))
     timesteps = SPACINGS[name](10, SD15)
     assert timesteps == FOUND.timesteps
     assert [told_at(t) for t in timesteps] == [told_at(t) for t in FOUND.timesteps]
-    assert source["file"] == "unipc_10.json"
+    assert source["file"] == "deis_10.json"
     bad = ["bench", "samplers", "--optimise", "spacing", "--known-flow", "--out", str(tmp_path)]
     assert cli.main([*bad, "--samplers", "unipc,ddpm"]) == 2
     assert "got 'ddpm', expected samplers that follow the flow" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """`ldm bench samplers --optimise spacing`: levels for a few steps, found by search, and held to seeds it has not seen.
 
-ldm bench samplers --optimise spacing --steps 10 --samplers unipc --out out/levels
-ldm generate --prompt PROMPT --steps 10 --sampler unipc --spacing out/levels/unipc_10.json --out out/ten
+ldm bench samplers --optimise spacing --steps 10 --out out/levels
+ldm generate --prompt PROMPT --steps 10 --sampler deis --spacing out/levels/deis_10.json --out out/ten
 """
 
 import argparse
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--optimise",
         choices=("spacing",),
         help="choose the levels of --steps steps, and the times that the network is told there, for each of --samplers "
-        "(default: unipc) on the network at the first --guidance (default: 1), hold them to --seeds (default: 0-7), "
+        "(default: deis) on the network at the first --guidance (default: 1), hold them to --seeds (default: 0-7), "
         "and write SAMPLER_STEPS.json, which --spacing takes; with --known-flow without a network",
     )
     parser.add_argument("--steps", type=int, default=10, help="of the run to optimise (default: %(default)s)")
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace, bench: samplers.Bench | None) -> None:
 
 def checked(args: argparse.Namespace) -> list[str]:
     """The samplers to search for, where the options fit."""
-    names = (args.samplers or "unipc").split(",")
+    names = (args.samplers or "deis").split(",")
     for name in names:
         if name not in SAMPLERS or SAMPLERS[name].random or SAMPLERS[name].even:
             raise ValueError(

@@ -229,7 +229,7 @@ def take_own(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     A sampler's name that says a spacing adds it to those compared. Returns name -> file, sha256 of what was in a file.
     """
     if args.optimise:
-        args.guidance, args.samplers = args.guidance or "1", args.samplers or "unipc"
+        args.guidance, args.samplers = args.guidance or "1", args.samplers or "deis"
     args.guidance = args.guidance or "1,3,7.5"
     names, said, sources = _own_samplers(args.samplers, args.sampler)
     listed, levels = _listed(args.spacings), list[str]()
