@@ -5,7 +5,9 @@ A run of N steps has 2 N numbers x. Its first level and its end stay where they 
     w_i     log of the share of the lambdas that step i covers; lambda: half the log signal-to-noise ratio
     s_i     by how many hundred timesteps the time that the network is told lies above the level's own    [Time shift]
 
-What falls is the sum over seeds of |r|^2, r = (x_0 - x_0*) / |x_0*|. A step is Levenberg and Marquardt's:
+What falls is the mean over seeds of c^2 log(1 + |r|^2 / c^2), r = (x_0 - x_0*) / |x_0*|: squares, but for the few
+seeds whose error is far above c, which would decide all. A step is Levenberg and Marquardt's, with seeds weighted by
+1 / (1 + |r|^2 / c^2):
 
     (J^T J + damping (diag(J^T J) + mean)) dx = -J^T r          J by differences: each number is moved by a little
 
@@ -38,6 +40,9 @@ LEAST_SHARE = 0.01  # of lambda that a step covers: one from t = 0 covers none
 MOVED = 0.01, 0.02  # w and s, for a difference
 FARTHEST = 0.7  # that a number moves in a round
 ATTEMPTS = 6  # of a round, each more damped than the one before
+OUTLYING = (
+    3.0  # times the median error at the begin: seeds near a watershed of the flow, where a step decides the image
+)
 WELL = 0.01  # by which a step lowers the error, for another one with the same J
 ENOUGH = 0.003  # by which a round lowers the error at least, or it is the last
 
@@ -91,25 +96,26 @@ def search(aim: Aim, begin: Levels, tries: int) -> Found:
     numbers, best = numbers_of(begin, aim), begin
     taken = aim.run(begin, ())
     residual, runs = aim.residual(taken), 1
+    scale = OUTLYING * float(np.median(np.linalg.norm(residual, axis=1)))
     while runs + len(numbers) < tries:
         jacobian = differences(aim, begin, numbers, taken, residual)
         runs += len(numbers)
-        round_began, damping, failed = _error(residual), 0.01, 0
+        round_began, damping, failed = _error(residual, scale), 0.01, 0
         while runs < tries and failed < ATTEMPTS:
-            step = _damped_step(jacobian, residual, damping)
+            step = _damped_step(jacobian, residual, scale, damping)
             candidate = timesteps_of(numbers + step, begin, aim)
             after = aim.run(candidate, ())
             runs += 1
-            seen, before = aim.residual(after), _error(residual)
-            if not _error(seen) < before:
+            seen, before = aim.residual(after), _error(residual, scale)
+            if not _error(seen, scale) < before:
                 damping, failed = 4 * damping, failed + 1
                 continue
             jacobian = jacobian + np.multiply.outer(seen - residual - jacobian @ step, step / (step @ step))
             numbers, best, taken, residual = numbers + step, candidate, after, seen
             damping, failed = max(damping / 4, 1e-4), 0
-            if _error(residual) > (1 - WELL) * before:
+            if _error(residual, scale) > (1 - WELL) * before:
                 break
-        if _error(residual) > (1 - ENOUGH) * round_began:
+        if _error(residual, scale) > (1 - ENOUGH) * round_began:
             break
     return Found(best, _error(residual), runs)
 
@@ -174,17 +180,21 @@ def differences(aim: Aim, begin: Levels, numbers: Floats, taken: Sequence[Step],
     return np.stack(columns, axis=-1)
 
 
-def _damped_step(jacobian: Floats, residual: Floats, damping: float) -> Floats:
-    rows = jacobian.reshape(-1, jacobian.shape[-1])
+def _damped_step(jacobian: Floats, residual: Floats, scale: float, damping: float) -> Floats:
+    weights = 1 / np.sqrt(1 + np.square(residual).sum(axis=1) / scale**2)
+    rows = (weights[:, None, None] * jacobian).reshape(-1, jacobian.shape[-1])
     normal = rows.T @ rows
     diagonal = np.diag(normal)
-    step = np.linalg.solve(normal + damping * np.diag(diagonal + diagonal.mean()), -rows.T @ residual.flatten())
+    slope = rows.T @ (weights[:, None] * residual).flatten()
+    step = np.linalg.solve(normal + damping * np.diag(diagonal + diagonal.mean()), -slope)
     return np.clip(step, -FARTHEST, FARTHEST)
 
 
-def _error(residual: Floats) -> float:
-    """The root mean square over seeds of the relative error; infinite where a run is not finite."""
-    error = float(np.sqrt(np.square(residual).sum(axis=1).mean()))
+def _error(residual: Floats, scale: float = math.inf) -> float:
+    """The root mean square over seeds of the relative error, outlying ones by their logarithm; infinite where NaN."""
+    squares = np.square(residual).sum(axis=1)
+    counted = squares if math.isinf(scale) else scale**2 * np.log1p(squares / scale**2)
+    error = float(np.sqrt(counted.mean()))
     return error if math.isfinite(error) else math.inf
 
 

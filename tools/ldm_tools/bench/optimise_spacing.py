@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
@@ -157,8 +158,8 @@ class Judge:
         """Search from the best fixed spacing, hold all to unseen seeds, print what came of it; for the file."""
         sd, args, began = self.bench.sd, self.args, time.perf_counter()
         candidates = spacing_search.fixed(SAMPLERS[name], args.steps, sd.schedule)
-        trained = {spacing: mean_error(self.errors(name, t, self.training)) for spacing, t in candidates.items()}
-        begin = candidates[min(trained, key=lambda spacing: trained[spacing])]
+        tried = {spacing: self.errors(name, timesteps, self.training) for spacing, timesteps in candidates.items()}
+        begin = candidates[min(tried, key=lambda spacing: float(np.median(tried[spacing])))]
         with tqdm(total=args.tries, desc=f"search for {name}", unit="run", mininterval=1) as bar:
 
             def run(timesteps: Levels, taken: Sequence[Step]) -> list[Step]:
@@ -168,7 +169,7 @@ class Judge:
             tell = getattr(sd.unet, "prediction", "eps") == "eps"
             aim = spacing_search.Aim(run, self.exact[self.training], sd.schedule, tell)
             best = spacing_search.search(aim, begin, args.tries)
-        trained["found"] = best.error
+        trained = {**{spacing: mean_error(errors) for spacing, errors in tried.items()}, "found": best.error}
         verified = {
             spacing: self.errors(name, timesteps, self.held)
             for spacing, timesteps in {**candidates, "found": best.timesteps}.items()
