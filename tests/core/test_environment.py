@@ -19,3 +19,22 @@ def test_threads_wait_asleep_unless_the_user_says_otherwise(set_by_the_user: dic
         [sys.executable, "-c", PRINTED], env=usual | set_by_the_user, capture_output=True, text=True, check=True
     )
     assert ran.stdout.strip() == holds
+
+
+WHO_IS_FIRST = """
+import sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch" and "ldm" not in sys.modules:
+            sys.exit("torch before ldm")
+
+sys.meta_path.insert(0, Finder())
+from ldm_tools.cli import main
+main(["evaluate", "--help"])
+"""
+
+
+def test_a_command_whose_file_imports_torch_first_imports_ldm_before_it() -> None:
+    ran = subprocess.run([sys.executable, "-c", WHO_IS_FIRST], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr

@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         commands.add_parser(name, help=line, add_help=False)
     first, rest = parser.parse_known_args(arguments if arguments is not None else sys.argv[1:])
 
+    importlib.import_module("ldm")  # before any command imports torch, which reads what ldm sets for it
     module = importlib.import_module(COMMANDS[first.command][0])
     command = argparse.ArgumentParser(prog=f"ldm {first.command}")
     module.add_arguments(command)
