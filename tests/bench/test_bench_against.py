@@ -49,6 +49,7 @@ def test_the_table_reads(bench, capsys):
         (["openvino"], "openvino is not installed here"),
         (["diffusers"], "--against diffusers: it cannot be imported here"),
         (["openvino", "--checkout", str(ROOT)], "only there"),
+        (["openvino", "--compile"], "--compile: it does nothing beside --against"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(bench, capsys, monkeypatch, options, complaint):
@@ -57,6 +58,15 @@ def test_what_cannot_be_compared_is_one_line(bench, capsys, monkeypatch, options
     assert bench("--against", *options)
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert complaint in err
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [(["--checkout", str(ROOT)], "--checkout: expected"), (["--clock", "cpu"], "--clock: it belongs to")],
+)
+def test_what_would_do_nothing_without_a_peer_is_refused(bench, capsys, options, complaint):
+    assert bench(*options)
+    assert complaint in capsys.readouterr().err
 
 
 def test_a_peer_that_computes_something_else_is_not_timed(bench, capsys, monkeypatch):

@@ -44,10 +44,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def report(args: argparse.Namespace, network: UNet, x_t: Tensor, context: Tensor) -> None:
-    """Measure and print. Raises ValueError where the peer is not here or computes something else."""
+def refuse_idle(args: argparse.Namespace) -> None:
+    """ValueError for an option that the measurement asked for does not take."""
     if (args.against == "previous") != bool(args.checkout):
         raise ValueError("--checkout: expected a folder with --against previous, and only there")
+    if args.clock != "wall" and not (args.against or args.growth):
+        raise ValueError("--clock: it belongs to --against and --growth, which are missing")
+    if args.against and args.compile:
+        raise ValueError("--compile: it does nothing beside --against; leave one of the two out")
+
+
+def report(args: argparse.Namespace, network: UNet, x_t: Tensor, context: Tensor) -> None:
+    """Measure and print. Raises ValueError where the peer is not here or computes something else."""
     if x_t.device.type != "cpu":
         raise ValueError(f"--against: peers are timed on a CPU, got {x_t.device}; expected --device cpu")
     with torch.inference_mode():

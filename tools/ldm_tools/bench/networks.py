@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_unet(args: argparse.Namespace) -> None:
     """One evaluation of eps(x_t, t, context)."""
     growth.refuse_idle(args)
+    against.refuse_idle(args)
     network, config, device, dtype = network_of(args, "unet")
     size = args.size or config.unet.sample_size
     generator = torch.Generator().manual_seed(0)
