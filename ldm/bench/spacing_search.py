@@ -40,9 +40,7 @@ LEAST_SHARE = 0.01  # of lambda that a step covers: one from t = 0 covers none
 MOVED = 0.01, 0.02  # w and s, for a difference
 FARTHEST = 0.7  # that a number moves in a round
 ATTEMPTS = 6  # of a round, each more damped than the one before
-OUTLYING = (
-    3.0  # times the median error at the begin: seeds near a watershed of the flow, where a step decides the image
-)
+OUTLYING = 3.0  # times the median error at the begin: seeds near a watershed, where a small step decides the image
 WELL = 0.01  # by which a step lowers the error, for another one with the same J
 ENOUGH = 0.003  # by which a round lowers the error at least, or it is the last
 
