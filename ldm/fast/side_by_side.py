@@ -27,9 +27,9 @@ KNOWN = ("torch.", "ldm.")  # whose modules keep nothing from one call to the ne
 class SideBySide:
     """A U-Net's forward, its rows side by side; the plain one where that could be seen or would change something:
 
-    - few rows, one thread, another device, training, gradients, autocast;
-    - a part is watched, edited, replaced (ldm/probe, surgery) or somebody else's, torch compiles, or operations are
-      intercepted.
+    - fewer rows than fill every thread, one thread, another device, training, gradients, autocast;
+    - a part is watched, edited, replaced (ldm/probe, surgery) or somebody else's, as a subclass of the U-Net is;
+    - torch compiles, traces or profiles, or operations are intercepted.
     """
 
     def __init__(self, network: UNet) -> None:
@@ -54,7 +54,7 @@ class SideBySide:
     def _ordinary(self) -> bool:
         """Whether all that is inside computes the same from one thread as from another."""
         inside = [module for module in self.network.modules() if module is not self.network]
-        return not self.network.training and all(map(_ordinary, inside))
+        return not self.network.training and _known(self.network) and all(map(_ordinary, inside))
 
 
 def _parts(x_t: Tensor, t: float | Tensor, context: Tensor) -> int:
@@ -63,21 +63,27 @@ def _parts(x_t: Tensor, t: float | Tensor, context: Tensor) -> int:
     each = [y for y in (t, context) if isinstance(y, Tensor) and y.ndim]
     if x_t.device.type != "cpu" or any(len(y) != rows for y in each) or getattr(t, "ndim", 0) > 1:
         return 1
-    return min(torch.get_num_threads(), rows // FEWEST_ROWS)
+    threads = torch.get_num_threads()
+    return threads if rows >= threads * FEWEST_ROWS else 1  # on fewer parts, cores would stand idle
 
 
 def _intercepted() -> bool:
     """Whether something holds for this thread that another would not know of."""
     asked = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
     modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-    return asked or bool(modes) or torch._C._are_functorch_transforms_active()
+    recorded = torch.jit.is_tracing() or torch.autograd._profiler_enabled()
+    return asked or recorded or bool(modes) or torch._C._are_functorch_transforms_active()
 
 
 def _ordinary(module: nn.Module) -> bool:
     """Whether nobody watches a module or replaced its forward, ours apart, and it is torch's or of ldm."""
     forward = vars(module).get("forward")
     ours = forward is None or getattr(getattr(forward, "func", None), "__module__", "") == "ldm.fast.forwards"
-    return ours and not watched(module) and type(module).__module__.startswith(KNOWN)
+    return ours and not watched(module) and _known(module)
+
+
+def _known(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(KNOWN)
 
 
 @cache

@@ -139,6 +139,20 @@ def with_a_forward_of_somebody_elses(network):
     network(*call())
 
 
+def of_a_class_of_somebody_elses(network):
+    class Own(type(network)):
+        pass
+
+    network.__class__ = Own
+    network(*call())
+
+
+def profiled(network):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        network(*call())
+    assert "aten::conv2d" in {event.key for event in profile.key_averages()}
+
+
 def in_training(network):
     network.train()(*call())
 
@@ -149,6 +163,11 @@ def with_few_rows(network):
 
 def on_one_thread(network):
     torch.set_num_threads(1)
+    network(*call())
+
+
+def on_more_threads_than_the_rows_fill(network):
+    torch.set_num_threads(3)
     network(*call())
 
 
@@ -165,12 +184,29 @@ def on_one_thread(network):
         in_training,
         with_few_rows,
         on_one_thread,
+        on_more_threads_than_the_rows_fill,
+        of_a_class_of_somebody_elses,
+        profiled,
     ],
 )
 def test_together_where_threads_could_be_told_apart(seen, way):
     way(unet())
     assert seen
     assert not side_by_side_rows(seen)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_records_what_is_computed():
+    network = unet().requires_grad_(False)
+    traced = torch.jit.trace(lambda *inputs: network(*inputs), call(), check_trace=False)
+    torch.testing.assert_close(traced(*call(seed=1)), network(*call(seed=1)), **CLOSE)
+
+
+def test_as_together_in_inference_mode(seen):
+    network = unet()
+    with torch.inference_mode():
+        torch.testing.assert_close(network(*call()), type(network).forward(network, *call()), **CLOSE)
+    assert side_by_side_rows(seen)
 
 
 def test_gradients_come_to_the_weights():
