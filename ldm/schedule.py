@@ -153,6 +153,10 @@ class ToldTime(float):
         timestep.told = told
         return timestep
 
+    def __getnewargs__(self) -> tuple[float, float]:  # type: ignore[override]
+        """For copies and other processes."""
+        return float(self), self.told
+
 
 def told_at(t: float) -> float:
     """What the network is told at a timestep of a spacing: the timestep itself, or another."""

@@ -203,7 +203,7 @@ class Sampler:
         levels = noise_levels(eps_fn, x_T, schedule, steps, start, history, timesteps)
         eta = self._checked_eta(eta, noise)
         if self.even:
-            _check_even(self.name, levels)
+            _check_even(self.name, [level.t for level in levels[:-1]] if timesteps is None else timesteps)
         if self.uncond and not 0 <= (scale := getattr(eps_fn, "guidance_scale", 1)) <= 1:
             raise ValueError(f"guidance_scale: {self.name} expects 0..1, such as 0.6, got {scale:g}")
         if not self.from_pure_noise and not all(level.alphas_cumprod for level in levels[:-1]):
@@ -281,8 +281,8 @@ def _check_told(eps_fn: EpsFn, told: Sequence[float], train_steps: int) -> None:
         raise ValueError("timesteps: told times are for networks that predict eps; expected timesteps alone")
 
 
-def _check_even(name: str, levels: Sequence[Level]) -> None:
-    strides = [now.t - then.t for now, then in pairwise(levels[:-1])]
+def _check_even(name: str, timesteps: Sequence[float]) -> None:
+    strides = [t - later for t, later in pairwise(timesteps)]
     if strides and max(strides) - min(strides) > 1:
         raise ValueError(
             f"timesteps: {name} expects evenly spaced ones (leading, trailing, linspace), got strides of "

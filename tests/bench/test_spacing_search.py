@@ -120,6 +120,15 @@ def test_the_command_writes_what_spacing_takes(tmp_path, monkeypatch, capsys):
     assert "got 'ddpm', expected samplers that follow the flow" in capsys.readouterr().err
     assert cli.main([*bad, "--training-seeds", "0"]) == 2
     assert "--training-seeds" in capsys.readouterr().err
+    assert cli.main([*bad, "--tries", "21"]) == 2
+    assert "--tries: got 21, expected 22 or more" in capsys.readouterr().err
+
+
+def test_seeds_that_levels_are_chosen_by_are_no_seeds_to_hold_them_to(tmp_path):
+    bench = Bench(Named(), replace(COMPARISON, guidances=(1.0,)))
+    args = Namespace(seeds="1000003", steps=6, tries=80, training_seeds=4, samplers="unipc", out=tmp_path)
+    with pytest.raises(ValueError, match="--seeds: got 1000003, by which levels are chosen"):
+        optimise_spacing.run(args, bench)
 
 
 class Named(MixtureModel):

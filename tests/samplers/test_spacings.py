@@ -1,6 +1,8 @@
 """Spacings and the names that users know: each against its definition, written in another way."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -178,3 +180,18 @@ def test_told_times_are_refused_where_they_would_mean_something_else():
     own = GeneratorSampler("mine", None, order=None, generator=lambda *_, **__: iter(()))
     with pytest.raises(ValueError, match="mine is a generator of its own"):
         next(own(eps_fn, NOISE, SCHEDULE, 1, timesteps=(ToldTime(500, 501),)))
+
+
+def test_a_told_time_survives_copies_and_other_processes():
+    for again in (copy.deepcopy(TOLD), pickle.loads(pickle.dumps(TOLD))):
+        assert [(t, t.told) for t in again] == [(t, t.told) for t in TOLD]
+
+
+def test_what_needs_even_levels_goes_by_the_levels_not_by_what_is_told():
+    def eps_fn(x_t, t, step):
+        return 0 * x_t
+
+    even, uneven = (900, 600, 300), (900, 800, 300)
+    assert len(list(SAMPLERS["plms"](eps_fn, NOISE, SCHEDULE, 3, timesteps=tuple(map(ToldTime, even, uneven))))) == 3
+    with pytest.raises(ValueError, match="plms expects evenly spaced ones"):
+        next(iter(SAMPLERS["plms"](eps_fn, NOISE, SCHEDULE, 3, timesteps=tuple(map(ToldTime, uneven, even)))))

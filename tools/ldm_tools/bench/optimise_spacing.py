@@ -50,8 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, bench: samplers.Bench | None) -> None:
     """Raises ValueError for options that do not fit."""
     names = checked(args)
-    args.out.mkdir(parents=True, exist_ok=True)
     judge = None if bench is None else Judge(bench, args)
+    require_enough(args, judge is None or judge.tell)
+    if judge is not None and (both := set(judge.training) & set(judge.held)):
+        raise ValueError(f"--seeds: got {min(both)}, by which levels are chosen; expected seeds unseen")
+    args.out.mkdir(parents=True, exist_ok=True)
     verified: dict[tuple[str, str], list[float]] = {}  # sampler, spacing -> error of every unseen seed
     if judge is not None:
         judge.say_how_long(names)
@@ -89,6 +92,15 @@ def checked(args: argparse.Namespace) -> list[str]:
     return names
 
 
+def require_enough(args: argparse.Namespace, tell: bool) -> None:
+    """Raises ValueError for fewer tries than one round: the begin, each number moved, one step."""
+    numbers = args.steps * (2 if tell else 1)
+    if args.tries < numbers + 2:
+        raise ValueError(
+            f"--tries: got {args.tries}, expected {numbers + 2} or more: {numbers} numbers are each moved before a step"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Judge:
     """A network, the seeds that levels are chosen by, and those that they are held to."""
@@ -100,6 +112,11 @@ class Judge:
     def guidance(self) -> float:
         """The first."""
         return self.bench.comparison.guidances[0]
+
+    @property
+    def tell(self) -> bool:
+        """Whether told times are searched, too."""
+        return getattr(self.bench.sd.unet, "prediction", "eps") == "eps"
 
     @cached_property
     def held(self) -> tuple[int, ...]:
@@ -166,8 +183,7 @@ class Judge:
                 bar.update()
                 return self.run(name, timesteps, self.training, taken)
 
-            tell = getattr(sd.unet, "prediction", "eps") == "eps"
-            aim = spacing_search.Aim(run, self.exact[self.training], sd.schedule, tell)
+            aim = spacing_search.Aim(run, self.exact[self.training], sd.schedule, self.tell)
             best = spacing_search.search(aim, begin, args.tries)
         trained = {**{spacing: mean_error(errors) for spacing, errors in tried.items()}, "found": best.error}
         verified = {
