@@ -72,7 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--paper",
         action="store_true",
         help=f"{USUAL.steps} steps and {Traversal.bezier_points} points a curve, as in the paper, instead of "
-        f"{FAST.steps} (as `ldm traverse --fast`) and {pictures.POINTS}: {USUAL.evaluations / FAST.evaluations:.1f} times the evaluations",
+        f"{FAST.steps} (as `ldm traverse --fast`) and {pictures.POINTS}: "
+        f"{USUAL.evaluations / FAST.evaluations:.1f} times the evaluations",
     )
 
 
