@@ -118,8 +118,14 @@ def test_the_command_writes_what_spacing_takes(tmp_path, monkeypatch, capsys):
     bad = ["bench", "samplers", "--optimise", "spacing", "--known-flow", "--out", str(tmp_path)]
     assert cli.main([*bad, "--samplers", "unipc,ddpm"]) == 2
     assert "got 'ddpm', expected samplers that follow the flow" in capsys.readouterr().err
-    assert cli.main([*bad, "--training-seeds", "0"]) == 2
-    assert "--training-seeds" in capsys.readouterr().err
+    assert cli.main([*bad, "--steps", "1"]) == 2
+    assert "--steps, --tries, --training-seeds: expected 2..100" in capsys.readouterr().err
+    assert cli.main([*bad, "--training-seeds", "8"]) == 2
+    assert "--training-seeds: it does nothing beside --optimise --known-flow" in capsys.readouterr().err
+    assert cli.main(["bench", "samplers", "--known-flow", "--tries", "30"]) == 2
+    assert "--tries: it belongs to --optimise" in capsys.readouterr().err
+    assert cli.main(["bench", "samplers", "--optimise", "spacing", "--evaluations", "20"]) == 2
+    assert "--evaluations: it does nothing beside --optimise" in capsys.readouterr().err
     assert cli.main([*bad, "--tries", "21"]) == 2
     assert "--tries: got 21, expected 22 or more" in capsys.readouterr().err
 

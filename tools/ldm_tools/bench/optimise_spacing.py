@@ -26,6 +26,7 @@ from ldm.schedule import log_snr
 from ldm.traversal.plan import parse_integers
 
 FIRST_TRAINING_SEED = 1_000_000  # those that levels are chosen by; --seeds are those that they are held to
+STEPS, TRAINING_SEEDS = 10, 16
 Errors = dict[str, list[float]]  # spacing -> of every unseen seed
 
 
@@ -38,13 +39,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: deis) on the network at the first --guidance (default: 1), hold them to --seeds (default: 0-7), "
         "and write SAMPLER_STEPS.json, which --spacing takes; with --known-flow without a network",
     )
-    parser.add_argument("--steps", type=int, default=10, help="of the run to optimise (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help=f"of the run to optimise (default: {STEPS})")
     parser.add_argument(
         "--tries", type=int, help="runs of all training seeds in a search (default: 20 x --steps, 10 a number searched)"
     )
-    parser.add_argument(
-        "--training-seeds", type=int, default=16, help="how many to choose levels by (default: %(default)s)"
-    )
+    parser.add_argument("--training-seeds", type=int, help=f"how many to choose levels by (default: {TRAINING_SEEDS})")
+
+
+def refuse_idle(args: argparse.Namespace) -> None:
+    """ValueError for an option that does nothing beside --optimise, or without it."""
+    idle: tuple[str, ...]
+    if not args.optimise:
+        idle, why = ("steps", "tries", "training_seeds"), "it belongs to --optimise, which is missing"
+    elif args.known_flow:
+        idle, why = (
+            ("training_seeds", "seeds", "evaluations", "against"),
+            "it does nothing beside --optimise --known-flow",
+        )
+    else:
+        idle, why = ("evaluations", "against"), "it does nothing beside --optimise"
+    if given := [name for name in idle if getattr(args, name) is not None]:
+        raise ValueError(f"--{given[0].replace('_', '-')}: {why}")
 
 
 def run(args: argparse.Namespace, bench: samplers.Bench | None) -> None:
@@ -83,6 +98,8 @@ def checked(args: argparse.Namespace) -> list[str]:
             raise ValueError(
                 f"--samplers: got {name!r}, expected samplers that follow the flow and take uneven timesteps"
             )
+    args.steps = STEPS if args.steps is None else args.steps
+    args.training_seeds = TRAINING_SEEDS if args.training_seeds is None else args.training_seeds
     args.tries = 20 * args.steps if args.tries is None else args.tries
     if not 2 <= args.steps <= 100 or args.tries < 1 or args.training_seeds < 1:
         raise ValueError(

@@ -88,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises ValueError for options that do not fit."""
+    optimise_spacing.refuse_idle(args)
     own = take_own(args)
     if args.optimise and args.known_flow:
         optimise_spacing.run(args, None)
