@@ -72,7 +72,8 @@ def _intercepted() -> bool:
     asked = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
     modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
     recorded = torch.jit.is_tracing() or torch.autograd._profiler_enabled()
-    return asked or recorded or bool(modes) or torch._C._are_functorch_transforms_active()
+    hooked = nn.modules.module._has_any_global_hook()  # of every module there is
+    return asked or recorded or hooked or bool(modes) or torch._C._are_functorch_transforms_active()
 
 
 def _ordinary(module: nn.Module) -> bool:

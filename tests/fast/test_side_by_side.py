@@ -147,6 +147,12 @@ def of_a_class_of_somebody_elses(network):
     network(*call())
 
 
+def watched_as_every_module_is(network):
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    network(*call())
+    handle.remove()
+
+
 def profiled(network):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         network(*call())
@@ -186,6 +192,7 @@ def on_more_threads_than_the_rows_fill(network):
         on_one_thread,
         on_more_threads_than_the_rows_fill,
         of_a_class_of_somebody_elses,
+        watched_as_every_module_is,
         profiled,
     ],
 )
