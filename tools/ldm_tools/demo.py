@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Run the paper's traversal with the two models in weights/: that of real dermoscopies, and that of drawn chest "
         "X-rays and skin lesions. For every attribute nine swap steps and a Bezier curve. "
         "Writes index.html, a page to drag along the trajectories on; overview.png; and for each domain figure.png, "
-        "curve.gif, images/, latents.safetensors and run.json. About two minutes on two CPU cores; no network."
+        "curve.gif, images/, latents.safetensors and run.json. A minute and a half on two CPU cores; no network."
     )
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write (default %(default)s)")
     parser.add_argument("--seeds", default="0-2", help="which patients, such as 0-7 (default %(default)s)")
