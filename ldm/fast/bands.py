@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.blocks import ResnetBlock, Upsample
-from ldm.fast.watching import untouched
+from ldm.fast.watching import transformed, untouched
 
 LARGE = 1 << 23  # numbers in one map, C * H * W: from here on it pays
 BAND = 1 << 20  # numbers in a band
@@ -26,9 +26,7 @@ def serves(x: Tensor) -> bool:
     """Whether a map is one to go through in bands; of one image, so that it does not depend on the batch."""
     kind = x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim == 4
     dense = kind and x.stride()[1:] == (x.shape[2] * x.shape[3], x.shape[3], 1)  # a part of the channels is, too
-    plain = not (
-        torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    )
+    plain = not (torch.is_grad_enabled() or transformed())
     return dense and plain and len(x) > 0 and x[0].numel() >= LARGE and not torch.is_autocast_enabled("cpu")
 
 

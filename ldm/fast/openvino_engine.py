@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.fast.watching import watched
+from ldm.fast.watching import transformed, watched
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class OpenVINOUNet:
 
     def _prevented(self, x_t: Tensor) -> bool:
         """Whether something speaks against it now; says what."""
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if transformed():
             return True
         needs = (x.requires_grad for x in (x_t, *self.network.parameters()))
         if torch.is_grad_enabled() and any(needs):

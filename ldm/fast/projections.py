@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.blocks import Attention
+from ldm.fast.watching import transformed, watched
 
 
 @torch.no_grad()
@@ -79,10 +80,10 @@ def _linear(layers: tuple[nn.Module, ...]) -> TypeGuard[tuple[nn.Linear, ...]]:
 
 def _unseen(x: Tensor, layers: tuple[nn.Module, ...]) -> bool:
     """Whether nothing but the results of the layers is asked for: no derivative, no compiler, no autocast, no hook."""
-    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or transformed():
         return False
     if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
         return False
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         return False
-    return not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+    return not any(map(watched, layers))

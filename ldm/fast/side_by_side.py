@@ -17,7 +17,7 @@ from threading import Barrier
 import torch
 from torch import Tensor, nn
 
-from ldm.fast.watching import watched
+from ldm.fast.watching import transformed, watched
 from ldm.unet import UNet
 
 FEWEST_ROWS = 8  # a thread; with fewer, threads wait for Python instead
@@ -69,11 +69,11 @@ def _parts(x_t: Tensor, t: float | Tensor, context: Tensor) -> int:
 
 def _intercepted() -> bool:
     """Whether something holds for this thread that another would not know of."""
-    asked = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    asked = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or transformed()
     modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
     recorded = torch.jit.is_tracing() or torch.autograd._profiler_enabled()
     hooked = nn.modules.module._has_any_global_hook()  # of every module there is
-    return asked or recorded or hooked or bool(modes) or torch._C._are_functorch_transforms_active()
+    return asked or recorded or hooked or bool(modes)
 
 
 def _ordinary(module: nn.Module) -> bool:
