@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ldm import fast, pipeline
-from ldm.bench.harness import environment, synchronise
+from ldm.bench.harness import environment, line_of, memory_gib, synchronise
 from ldm.bench.kernel_sites import prepare, sites
 from ldm.bench.networks import AGREEMENT
 from ldm.fast import first_use
@@ -46,8 +46,8 @@ SECONDS = 300  # for the checks in a process of their own: on a GPU the first on
 
 def machine() -> Json:
     """Processor, memory and GPUs; notes: what keeps a GPU from being used, where something does."""
-    flags = _line_of(Path("/proc/cpuinfo"), ("flags", "Features")).split()
-    memory = {key: _kib(key) for key in ("MemTotal", "MemAvailable")}
+    flags = line_of(Path("/proc/cpuinfo"), ("flags", "Features")).split()
+    memory = {key: memory_gib(key) for key in ("MemTotal", "MemAvailable")}
     return {
         "cpu": environment()["cpu"],
         "cores": os.cpu_count(),
@@ -81,17 +81,6 @@ def _notes() -> list[str]:
         return []
     why = "its driver is too old for it, or no GPU is visible" if torch.version.cuda else "it was built without CUDA"
     return [f"there is an NVIDIA driver, but torch {torch.__version__} uses no GPU: {why}"]
-
-
-def _line_of(path: Path, names: tuple[str, ...]) -> str:
-    """What stands behind the first of these names in a file of Linux; empty elsewhere."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() in names), "")
-
-
-def _kib(key: str) -> float | None:
-    text = _line_of(Path("/proc/meminfo"), (key,))
-    return int(text.split()[0]) / 2**20 if text else None
 
 
 def packages() -> list[Json]:

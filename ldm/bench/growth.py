@@ -10,7 +10,6 @@ import csv
 import io
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from ldm.bench.harness import synchronise
+from ldm.bench.harness import memory_gib, synchronise
 from ldm.bench.rows import RowFile
 from ldm.study.report.plot_style import COLOURS, GREY, PAGE_WIDTH, new_figure, styled
 from ldm.traversal.batches import SHARE, UNET_MAPS, free_bytes
@@ -57,10 +56,8 @@ def room_bytes(device: torch.device) -> float:
     """What a call may take of the free memory; without an end where the system does not say."""
     if device.type == "cuda":
         return SHARE * free_bytes(device)
-    path = Path("/proc/meminfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), math.inf)
-    return SHARE * free
+    free = memory_gib("MemAvailable")
+    return math.inf if free is None else SHARE * free * 2**30
 
 
 # ---- time ------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def peak_memory_mib(device: torch.device) -> float:
 
 def environment() -> dict[str, Any]:
     """What a timing was taken on: processor or GPU, threads, versions, the code's revision."""
-    cpu = next((line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), "")
+    cpu = line_of(Path("/proc/cpuinfo"), ("model name",))  # Linux; elsewhere `platform` knows less, but something
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cpu": cpu or platform.processor(),
@@ -120,11 +120,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")  # Linux; elsewhere `platform` knows less, but something
-    return path.read_text().splitlines() if path.exists() else []
-
-
 def _revision() -> str | None:
     """The git revision of this checkout, "+" behind it where files differ; None outside of one."""
     describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
@@ -132,3 +127,15 @@ def _revision() -> str | None:
         return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def memory_gib(key: str) -> float | None:
+    """The machine's "MemTotal" or "MemAvailable"; None where the system does not say."""
+    text = line_of(Path("/proc/meminfo"), (key,))
+    return int(text.split()[0]) / 2**20 if text else None
+
+
+def line_of(path: Path, names: tuple[str, ...]) -> str:
+    """What stands behind the first of these names in a file of Linux; empty elsewhere."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() in names), "")
