@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm.files import write_text
+
 
 class RowFile:
     """The rows of one comparison, by what names them."""
@@ -29,7 +31,7 @@ class RowFile:
             _check(path, lines[0], stored)
         self.rows = {self._key(row): row for row in lines[1:]}
         kept = lines or [stored]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def __contains__(self, name: Mapping[str, Any]) -> bool:
         return self._key(name) in self.rows

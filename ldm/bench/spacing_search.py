@@ -20,8 +20,9 @@ Papers: LD3 = Tong et al. 2024, arXiv:2405.15506.  Time shift = Li et al. 2023, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,36 +87,101 @@ def fixed(sampler: Sampler, steps: int, schedule: Schedule) -> dict[str, Levels]
     return levels
 
 
-def search(aim: Aim, begin: Levels, tries: int) -> Found:
-    """Rounds of least squares from some timesteps, for at most so many runs; never worse than they are.
+@dataclass(frozen=True)
+class Stage:
+    """Where a search stands between two rounds: with its aim and its begin, all that the next round needs."""
 
-    A round measures J and steps as long as that lowers the error well; each step corrects J by what it saw [Broyden].
+    found: Found  # so far
+    numbers: tuple[float, ...]
+    scale: float  # c
+    done: bool
+
+    def content(self) -> dict[str, Any]:
+        """As JSON, numbers to the last bit."""
+        return {
+            "timesteps": [float(t) for t in self.found.timesteps],
+            "told": [float(told_at(t)) for t in self.found.timesteps],
+            "error": self.found.error,
+            "tried": self.found.tried,
+            "numbers": list(self.numbers),
+            "scale": self.scale,
+            "done": self.done,
+        }
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> Stage:
+        """What `content` gave."""
+        pairs = zip(content["timesteps"], content["told"], strict=True)
+        levels = tuple(t if told == t else ToldTime(t, told) for t, told in pairs)
+        found = Found(levels, content["error"], content["tried"])
+        return cls(found, tuple(content["numbers"]), content["scale"], content["done"])
+
+
+def search(aim: Aim, begin: Levels, tries: int) -> Found:
+    """Rounds of least squares from some timesteps, for at most so many runs; never worse than they are."""
+    *_, last = stages(aim, begin, tries)
+    return last.found
+
+
+def stages(aim: Aim, begin: Levels, tries: int, stage: Stage | None = None) -> Iterator[Stage]:
+    """A search's stages: at its begin and after every round; behind `stage`, those that are still to come.
+
+    One that goes on takes the same steps: it runs the levels found so far once more, and does not count that.
     """
-    numbers, best = numbers_of(begin, aim), begin
-    taken = aim.run(begin, ())
-    residual, runs = aim.residual(taken), 1
-    scale = OUTLYING * float(np.median(np.linalg.norm(residual, axis=1)))
-    while runs + len(numbers) < tries:
-        jacobian = differences(aim, begin, numbers, taken, residual)
-        runs += len(numbers)
-        round_began, damping, failed = _error(residual, scale), 0.01, 0
-        while runs < tries and failed < ATTEMPTS:
-            step = _damped_step(jacobian, residual, scale, damping)
-            candidate = timesteps_of(numbers + step, begin, aim)
-            after = aim.run(candidate, ())
-            runs += 1
-            seen, before = aim.residual(after), _error(residual, scale)
-            if not _error(seen, scale) < before:
-                damping, failed = 4 * damping, failed + 1
-                continue
-            jacobian = jacobian + np.multiply.outer(seen - residual - jacobian @ step, step / (step @ step))
-            numbers, best, taken, residual = numbers + step, candidate, after, seen
-            damping, failed = max(damping / 4, 1e-4), 0
-            if _error(residual, scale) > (1 - WELL) * before:
-                break
-        if _error(residual, scale) > (1 - ENOUGH) * round_began:
+    if stage is not None and stage.done:
+        return
+    if stage is None:
+        place = _place(aim, numbers_of(begin, aim), begin)
+        scale = OUTLYING * float(np.median(np.linalg.norm(place.residual, axis=1)))
+        stage = place.stage(1, tries, scale)
+        yield stage
+    else:
+        place, scale = _place(aim, np.array(stage.numbers), stage.found.timesteps), stage.scale
+    while not stage.done:
+        before = _error(place.residual, scale)
+        place, runs = _round(aim, begin, place, scale, stage.found.tried, tries)
+        stage = place.stage(runs, tries, scale, last=_error(place.residual, scale) > (1 - ENOUGH) * before)
+        yield stage
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Some numbers and their run."""
+
+    numbers: Floats
+    timesteps: Levels
+    taken: list[Step]
+    residual: Floats
+
+    def stage(self, runs: int, tries: int, scale: float, last: bool = False) -> Stage:
+        """The search stands here after so many runs; done where it is the last or none are left for a round."""
+        found = Found(self.timesteps, _error(self.residual), runs)
+        return Stage(found, tuple(self.numbers.tolist()), scale, last or runs + len(self.numbers) >= tries)
+
+
+def _place(aim: Aim, numbers: Floats, timesteps: Levels) -> _Place:
+    taken = aim.run(timesteps, ())
+    return _Place(numbers, timesteps, taken, aim.residual(taken))
+
+
+def _round(aim: Aim, begin: Levels, place: _Place, scale: float, runs: int, tries: int) -> tuple[_Place, int]:
+    """Measure J and step as long as that lowers the error well; each step corrects J by what it saw [Broyden]."""
+    jacobian = differences(aim, begin, place.numbers, place.taken, place.residual)
+    runs += len(place.numbers)
+    damping, failed = 0.01, 0
+    while runs < tries and failed < ATTEMPTS:
+        step, before = _damped_step(jacobian, place.residual, scale, damping), _error(place.residual, scale)
+        candidate = _place(aim, place.numbers + step, timesteps_of(place.numbers + step, begin, aim))
+        after, runs = _error(candidate.residual, scale), runs + 1
+        if not after < before:
+            damping, failed = 4 * damping, failed + 1
+            continue
+        unforeseen = candidate.residual - place.residual - jacobian @ step
+        jacobian = jacobian + np.multiply.outer(unforeseen, step / (step @ step))
+        place, damping, failed = candidate, max(damping / 4, 1e-4), 0
+        if after > (1 - WELL) * before:
             break
-    return Found(best, _error(residual), runs)
+    return place, runs
 
 
 def on_known_flow(sampler: Sampler, steps: int, seeds: Sequence[int] = (0, 1, 2, 3), tries: int = 300) -> Found:

@@ -122,13 +122,17 @@ def stored_spacing(name: str, content: Mapping[str, Any]) -> Spacing:
     if sampler := content.get("sampler"):
         log.info("%s: %d levels, chosen for %s", name, len(levels), sampler)
 
+    said = set[int]()  # once for each number of steps
+
     def spacing(steps: int, schedule: Schedule) -> tuple[float, ...]:
         if steps == len(stored):
             return levels
-        log.info(
-            "%s: levels chosen for %d steps; for %d, straight lines in log sigma between them%s",
-            name, len(stored), steps, "" if told is None else ", and no told times",
-        )  # fmt: skip
+        if steps not in said:
+            log.info(
+                "%s: levels chosen for %d steps; for %d, straight lines in log sigma between them%s",
+                name, len(stored), steps, "" if told is None else ", and no told times",
+            )  # fmt: skip
+        said.add(steps)
         log_sigmas = [_log_sigma(schedule, t) for t in (*stored, 0)]
         at = np.interp(np.linspace(0, len(stored), steps, endpoint=False), range(len(log_sigmas)), log_sigmas)
         return tuple(round(schedule.timestep_at(-float(log_sigma)), 9) for log_sigma in at)

@@ -2,12 +2,13 @@
 
 import json
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 from ldm_tools import cli, own_code
-from ldm_tools.bench import optimise_spacing
+from ldm_tools.bench import optimise_spacing, spacing_judge
+from ldm_tools.bench import samplers as command
 from test_samplers_bench import COMPARISON, MixtureModel
 
 from ldm.bench import known_flow, spacing_search
@@ -130,11 +131,63 @@ def test_the_command_writes_what_spacing_takes(tmp_path, monkeypatch, capsys):
     assert "--tries: got 21, expected 22 or more" in capsys.readouterr().err
 
 
-def test_seeds_that_levels_are_chosen_by_are_no_seeds_to_hold_them_to(tmp_path):
-    bench = Bench(Named(), replace(COMPARISON, guidances=(1.0,)))
-    args = Namespace(seeds="1000003", steps=6, tries=80, training_seeds=4, samplers="unipc", out=tmp_path)
-    with pytest.raises(ValueError, match="--seeds: got 1000003, by which levels are chosen"):
-        optimise_spacing.run(args, bench)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--spacings", "karras"], "--spacings: it does nothing beside --optimise"),
+        (["--rounds", "3"], "--rounds: it does nothing beside --optimise"),
+        (["--cfrt-seeds", "0"], "--cfrt-seeds: it does nothing beside --optimise"),
+        (["--classifier", "x.safetensors"], "--classifier: it does nothing beside --optimise"),
+        (["--no-images"], "--no-images: it does nothing beside --optimise"),
+        (["--style", "a=b"], "--style: it does nothing beside --optimise"),
+        (["--against", "diffusers"], "--against: it does nothing beside --optimise"),
+        (["--guidance", "1,7.5"], "--guidance: got 1,7.5, expected one scale"),
+        (["--samplers", "dpmpp_2m_karras"], "'dpmpp_2m_karras' says a spacing, which --optimise spacing searches"),
+        (["--samplers", "plms"], "--samplers: got 'plms', expected samplers that follow the flow"),
+        (["--seeds", "1000003"], "--seeds: got 1000003, by which levels are chosen"),
+        (["--seeds", "x"], "--seeds"),
+        (["--tries", "21"], "--tries: got 21, expected 22 or more"),
+        (["--steps", "60"], "reference steps: got 100, expected at least 120"),
+        (["--known-flow", "--device", "cpu"], "--device: it does nothing beside --optimise --known-flow"),
+        (["--known-flow", "--guidance", "1"], "--guidance: it does nothing beside --optimise --known-flow"),
+        (["--known-flow", "--seeds", "1"], "--seeds: it does nothing beside --optimise --known-flow"),
+    ],
+)
+def test_what_a_search_does_not_take_is_refused_before_weights_are_read(
+    tmp_path, monkeypatch, capsys, options, message
+):
+    monkeypatch.setattr(command, "load_model", None)
+    out = tmp_path / "out"
+    assert cli.main(["bench", "samplers", "--optimise", "spacing", "--out", str(out), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_spacings_and_samplers_of_ones_own_are_seen_to_fit_before_weights_are_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "load_model", None)
+    for table, name in ((SPACINGS, "mine.py:levels"), (SAMPLERS, "mine.py:mine")):
+        monkeypatch.setitem(table, name, None)  # so that it is taken out again
+        monkeypatch.delitem(table, name)
+    file = tmp_path / "mine.py"
+    file.write_text(MINE)
+    base = ["bench", "samplers", "--optimise", "spacing", "--out", str(tmp_path)]
+    assert cli.main([*base, "--samplers", f"{file}:mine"]) == 2
+    assert "mine.py:mine is a generator of its own, which knows no told times" in capsys.readouterr().err
+    assert cli.main([*base, "--steps", "6", "--spacing", f"{file}:levels"]) == 2
+    assert "mine.py:levels: failed for 6 steps" in capsys.readouterr().err
+
+
+MINE = """
+from ldm.samplers import SAMPLERS
+
+def mine(eps_fn, x_T, schedule, steps=50, *, eta=None, start=0, history=(), noise=None, timesteps=None):
+    yield from SAMPLERS["ddim"](eps_fn, x_T, schedule, steps, start=start, timesteps=timesteps)
+
+def levels(steps, schedule):
+    return {n: [900 - 10 * i for i in range(n)] for n in (1, 2, 10, 50)}[steps]
+"""
 
 
 class Named(MixtureModel):
@@ -142,12 +195,14 @@ class Named(MixtureModel):
         return "0" * 64
 
 
-def test_on_a_checkpoint_levels_are_held_to_seeds_that_they_were_not_chosen_by(capsys):
+SMALL = {"seeds": "0-2", "reference_steps": 80, "steps": 6, "tries": 80, "training_seeds": 4}
+
+
+def test_on_a_checkpoint_levels_are_held_to_seeds_that_they_were_not_chosen_by(tmp_path, capsys):
     bench = Bench(Named(), replace(COMPARISON, guidances=(1.0,)))
-    args = Namespace(seeds="0-2", reference_steps=80, steps=6, tries=80, training_seeds=4)
-    judge = optimise_spacing.Judge(bench, args)
+    judge = optimise_spacing.Judge(bench, Namespace(**SMALL, out=tmp_path), {})
     assert not set(judge.training) & set(judge.held)
-    told, verified = judge.optimised("unipc")
+    told, verified = judge.optimised("unipc", judge.file("unipc"))
     errors = told["errors"]
     assert errors["found"] < min(error for spacing, error in errors.items() if spacing != "found") / 2
     assert told["times_smaller"]["value"] == pytest.approx(errors[told["best_fixed"]] / errors["found"])
@@ -159,3 +214,59 @@ def test_on_a_checkpoint_levels_are_held_to_seeds_that_they_were_not_chosen_by(c
     both = {("unipc", spacing): found for spacing, found in verified.items()}
     both[("deis", "karras")] = [error / 10 for error in verified["found"]]
     assert "0.10 x" in optimise_spacing.of_all(both)
+
+
+class Killed(Exception):
+    """Instead of a signal."""
+
+
+@dataclass
+class Mortal(Named):
+    """Dies at a call of the network."""
+
+    calls: int = 0
+    dies_at: int = -1
+
+    def unet(self, x_t, t, context):
+        self.calls += 1
+        if self.calls == self.dies_at:
+            raise Killed
+        return super().unet(x_t, t, context)
+
+
+def optimise(out, model, **changes):
+    args = Namespace(**{**SMALL, **changes}, samplers="unipc,deis", out=out, ema=None, blocks=None, backend="auto")
+    optimise_spacing.run(args, Bench(model, replace(COMPARISON, guidances=(1.0,))), {})
+
+
+def test_a_search_that_is_killed_goes_on_to_the_same_bytes_and_does_nothing_twice(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(spacing_judge.time, "perf_counter", lambda: 0.0)
+    whole = Mortal()
+    optimise(tmp_path / "whole", whole)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert sorted(files) == ["deis_6.json", "deis_6.jsonl", "unipc_6.json", "unipc_6.jsonl"]
+    out = tmp_path / "killed"
+    for share in (0.02, 0.2, 0.4, 0.3):  # of all calls: in the reference, in rounds, at the other sampler
+        with pytest.raises(Killed):
+            optimise(out, Mortal(dies_at=int(share * whole.calls)))
+    last = Mortal()
+    optimise(out, last)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+    assert last.calls < 0.7 * whole.calls
+    again = Mortal()
+    capsys.readouterr()
+    optimise(out, again)
+    assert again.calls == 0
+    assert "rounds and parts are read from" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"unipc_6\.jsonl: holds rows of other settings \(tries was 80, is 81\)"):
+        optimise(out, Mortal(), tries=81)
+
+
+def test_between_any_two_rounds_a_search_can_stop_and_goes_on_as_if_it_had_not():
+    begin = tuple(SPACINGS["karras"](6, SD15))
+    every = list(spacing_search.stages(aim("deis"), begin, 80))
+    assert len(every) > 3
+    for k, stage in enumerate(every):
+        stored = json.loads(json.dumps(stage.content()))
+        rest = list(spacing_search.stages(aim("deis"), begin, 80, spacing_search.Stage.read(stored)))
+        assert [later.content() for later in rest] == [later.content() for later in every[k + 1 :]]

@@ -34,6 +34,14 @@ from ldm_tools.options import add_model, add_own_prompts, load_model, own_prompt
 CELL = CELLS["chest"]
 Judge = perceptual.Lpips | perceptual.Unavailable
 NAMES = ("part", "guidance", "sampler", "spacing", "budget")  # of a row
+# What an option is where it is not given; None till then, so that one which would do nothing is refused.
+DEFAULTS = {"reference_steps": samplers.Comparison.reference_steps, "cfrt_seeds": 2, "rounds": 3}
+OF_SEARCH = ("steps", "tries", "training_seeds")
+OF_COMPARISON = ("spacings", "evaluations", "against", "style", "no_images", "cfrt_seeds", "classifier", "rounds")
+OF_NETWORK = (
+    *("neutral", "style", "guidance", "reference_steps", "no_images", "cfrt_seeds", "classifier", "rounds"),
+    *("max_batch", "weights", "base", "ema", "device", "dtype", "blocks", "backend"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,11 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run that library's samplers beside, where it is installed: k-diffusion's at our levels, diffusers' at "
         "its own for that spacing; their error, and how far from ours they end",
     )
-    parser.add_argument("--reference-steps", type=int, default=default.reference_steps, help="default: %(default)s")
+    parser.add_argument("--reference-steps", type=int, help=f"default: {DEFAULTS['reference_steps']}")
     parser.add_argument("--no-images", action="store_true", help="neither SSIM nor LPIPS")
-    parser.add_argument("--cfrt-seeds", type=int, default=2, help="for the CFRT; 0: none (default: %(default)s)")
+    parser.add_argument("--cfrt-seeds", type=int, help=f"for the CFRT; 0: none (default: {DEFAULTS['cfrt_seeds']})")
     parser.add_argument("--classifier", type=Path, help="for the CFRT (default: the shipped one, for its prompts only)")
-    parser.add_argument("--rounds", type=int, default=3, help="of the timing (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, help=f"of the timing (default: {DEFAULTS['rounds']})")
     parser.add_argument("--max-batch", type=int, help="most rows in one U-Net call, to bound memory")
     parser.add_argument("--out", type=Path, default=Path("out/bench/samplers"), help="folder (default: %(default)s)")
     optimise_spacing.add_arguments(parser)
@@ -88,21 +96,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises ValueError for options that do not fit."""
-    optimise_spacing.refuse_idle(args)
+    refuse_idle(args)
+    for name, value in DEFAULTS.items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     own = take_own(args)
     if args.optimise and args.known_flow:
-        optimise_spacing.run(args, None)
+        optimise_spacing.run_on_known_flow(args)
         return
     peer = peers.load(args.against) if args.against else None
     if args.known_flow:
         known_flow.run(args, own, peer)
         return
+    if args.optimise:
+        optimise_spacing.checked(args)
     comparison = comparison_of(args)
     sd = load_model(args)
     if args.optimise:
-        optimise_spacing.run(args, samplers.Bench(sd, comparison))
-        return
-    bench, lpips = samplers.Bench(sd, comparison), perceptual.load_lpips()
+        optimise_spacing.run(args, samplers.Bench(sd, comparison), own)
+    else:
+        compare(args, samplers.Bench(sd, comparison), own, peer)
+
+
+def refuse_idle(args: argparse.Namespace) -> None:
+    """ValueError for an option that would do nothing beside the others."""
+    flags = {"optimise": "--optimise", "known_flow": "--known-flow"}
+    beside = " ".join(flag for name, flag in flags.items() if getattr(args, name))
+    idle = {*(OF_COMPARISON if args.optimise else ()), *(OF_NETWORK if args.known_flow else ())}
+    idle |= {"seeds", "training_seeds"} if args.optimise and args.known_flow else set()
+    model = argparse.ArgumentParser()
+    add_model(model)
+
+    def given(name: str) -> bool:
+        value = getattr(args, name)
+        return not (value is None or value is False or value == [] or value == model.get_default(name))
+
+    if without_effect := [name for name in vars(args) if name in idle and given(name)]:
+        raise ValueError(f"--{without_effect[0].replace('_', '-')}: it does nothing beside {beside}")
+    if not args.optimise and (of_search := [name for name in OF_SEARCH if given(name)]):
+        raise ValueError(f"--{of_search[0].replace('_', '-')}: it belongs to --optimise, which is missing")
+    if args.optimise:
+        optimise_spacing.refuse_named_spacings([*_listed(args.samplers), *args.sampler])
+
+
+def compare(args: argparse.Namespace, bench: samplers.Bench, own: Mapping[str, Any], peer: Peer | None) -> None:
+    """Every run, check and timing that the file lacks, and the report."""
+    comparison, lpips = bench.comparison, perceptual.load_lpips()
     file = RowFile(args.out / "samplers.jsonl", settings_of(args, bench, lpips, own, peer), NAMES)
     say_how_long(bench, file)
     rows: list[dict[str, Any]] = []
@@ -136,6 +174,7 @@ def settings_of(
     }
     model = {"weights_sha256": sd.weights_sha256(), "dtype": str(sd.dtype).removeprefix("torch.")}
     theirs = {"against": peer.name} if peer else {}
+    model |= {"ema": args.ema, "blocks": args.blocks}
     return {**asdict(comparison), **model, **judged, "levels": levels, "own_code": own, **theirs}
 
 
@@ -271,12 +310,16 @@ def _listed(names: str | None) -> list[str]:
 def comparison_of(args: argparse.Namespace) -> samplers.Comparison:
     """What the options ask for, seen to be possible before the weights are read."""
     styles = own_prompts(args)
+    if args.classifier and not args.classifier.is_file():
+        raise ValueError(f"--classifier: there is no file {args.classifier}")
     if args.rounds < 1:
         raise ValueError(f"--rounds: got {args.rounds}, expected 1 or more")
     try:
         guidances = tuple(float(scale) for scale in args.guidance.split(","))
     except ValueError as error:
         raise ValueError(f"--guidance: got {args.guidance!r}, expected numbers such as 1,7.5") from error
+    if args.optimise and len(guidances) > 1:
+        raise ValueError(f"--guidance: got {args.guidance}, expected one scale beside --optimise")
     return samplers.Comparison(
         neutral=args.neutral or CELL.neutral,
         styles=styles or CELL.styles,
