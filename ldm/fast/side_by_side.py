@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from threading import Barrier
+from threading import Barrier, Lock
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class SideBySide:
             return self._plain(x_t, t, context)
         times = torch.as_tensor(t).expand(len(x_t))
         split = (y.tensor_split(parts) for y in (x_t, times, context))
-        return torch.cat(list(_pool(os.getpid(), threads).map(self._alone, *split)))
+        return torch.cat(list(_pool(threads).map(self._alone, *split)))
 
     @torch.no_grad()  # a thread does not begin with what holds for its caller
     def _alone(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
@@ -87,8 +87,18 @@ def _known(module: nn.Module) -> bool:
     return type(module).__module__.startswith(KNOWN)
 
 
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """This process's threads, however many callers ask at once for the first time."""
+    process = os.getpid()
+    with _STARTING.setdefault(process, Lock()):
+        return _started(process, threads)
+
+
+_STARTING: dict[int, Lock] = {}  # process -> a lock of its own: a fork copies its parent's, and some thread may hold it
+
+
 @cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+def _started(process: int, threads: int) -> ThreadPoolExecutor:
     """Threads of one process that compute by themselves; a forked process has none of its parent's."""
     started = Barrier(threads + 1)
 

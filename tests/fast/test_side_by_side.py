@@ -1,7 +1,11 @@
 """Rows side by side give what they give together, and where that could not be told apart, they go together."""
 
 import copy
+import os
+import signal
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -252,3 +256,38 @@ def test_the_callers_threads_stay_as_they_were():
     later.start()
     later.join()
     assert counted == [2]
+
+
+def test_callers_that_are_the_first_at_once_share_one_pool(monkeypatch):
+    made, pools, ready = [], [], threading.Barrier(4)
+
+    class Slow(ThreadPoolExecutor):
+        def __init__(self, *args):
+            made.append(self)
+            time.sleep(0.05)  # so that all ask while the first is being made
+            super().__init__(*args)
+
+    def first_call():
+        ready.wait()
+        pools.append(side_by_side._pool(5))  # 5: nobody else asked for so many
+
+    monkeypatch.setattr(side_by_side, "ThreadPoolExecutor", Slow)
+    callers = [threading.Thread(target=first_call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(60)
+    assert len(made) == 1
+    assert pools == 4 * made
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of a fork beside threads, which this is about
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_fork_while_another_thread_starts_a_pool_is_not_held_up():
+    with side_by_side._STARTING.setdefault(os.getpid(), threading.Lock()):
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            with side_by_side._STARTING.setdefault(os.getpid(), threading.Lock()):
+                os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
