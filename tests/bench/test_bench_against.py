@@ -8,7 +8,6 @@ import pytest
 import torch
 from ldm_tools import cli
 from ldm_tools.bench import against
-from tiny_model import write_tiny_model
 
 from ldm.fast import backend
 
@@ -16,11 +15,10 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def bench(tmp_path, monkeypatch):
+def bench(tiny, monkeypatch):
     rates = {"matmul_gflops": 50.0, "conv_gflops": 100.0}
     monkeypatch.setattr(against, "best_rates", lambda dtype, clock: rates)  # products of full size
-    weights = str(write_tiny_model(tmp_path / "tiny.safetensors"))
-    return lambda *options: cli.main(["bench", "unet", "--weights", weights, "--rounds", "2", *options])
+    return lambda *options: cli.main(["bench", "unet", "--weights", str(tiny), "--rounds", "2", *options])
 
 
 def test_another_checkout_is_timed_with_the_same_weights(bench, capsys):

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from ldm_tools import cli
-from tiny_model import write_tiny_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,11 +15,6 @@ from ldm.config import CONTEXT_TOKENS, PHANTOM
 from ldm.probe.trace import trace_unet
 from ldm.traversal.plan import Traversal
 from ldm.unet import UNet
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("bench") / "tiny.safetensors")
 
 
 @pytest.fixture

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from ldm_tools import cli
 from ldm_tools.bench import fast_traverse
-from tiny_model import write_tiny_model
 
 import ldm
 from ldm.bench import fast_traversal
@@ -36,8 +36,8 @@ class Judged(Instruments):
 
 
 @pytest.fixture(scope="module")
-def instruments(tmp_path_factory: pytest.TempPathFactory) -> Judged:
-    sd = ldm.load(write_tiny_model(tmp_path_factory.mktemp("weights") / "tiny.safetensors"))
+def instruments(tiny: Path) -> Judged:
+    sd = ldm.load(tiny)
     return Judged(sd, None, None, perceptual.Unavailable("not asked for", "nothing"))
 
 

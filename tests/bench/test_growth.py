@@ -10,7 +10,7 @@ from ldm_tools import cli
 from ldm_tools.bench import growth as command
 from ldm_tools.bench import networks as subjects
 from PIL import Image
-from tiny_model import UNET, write_tiny_model
+from tiny_model import UNET
 
 from ldm.bench import growth, networks
 from ldm.bench.growth import Point
@@ -23,9 +23,8 @@ SIZES = np.array([1, 2, 4, 8])
 
 
 @pytest.fixture
-def bench(tmp_path):
-    weights = str(write_tiny_model(tmp_path / "tiny.safetensors"))
-    common = ["--weights", weights, "--rounds", "3", "--out", str(tmp_path / "out")]
+def bench(tiny, tmp_path):
+    common = ["--weights", str(tiny), "--rounds", "3", "--out", str(tmp_path / "out")]
     return lambda *options: cli.main(["bench", "unet", *common, *options])
 
 

@@ -10,7 +10,6 @@ import torch
 from ldm_tools.bench.inversion import scales
 from ldm_tools.cli import main
 from PIL import Image
-from tiny_model import write_tiny_model
 
 import ldm
 from ldm.bench import inversion
@@ -19,13 +18,8 @@ from ldm.pipeline import StableDiffusion
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("weights") / "tiny.safetensors")
-
-
-@pytest.fixture(scope="module")
-def sd(weights: Path) -> StableDiffusion:
-    return ldm.load(weights)
+def sd(tiny: Path) -> StableDiffusion:
+    return ldm.load(tiny)
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +127,10 @@ def test_the_table_and_the_figure_show_what_failed():
     assert lost == [inversion.WORST] * 2  # drawn at the top, not left out
 
 
-def test_the_command_writes_what_it_promises(weights: Path, tmp_path: Path, subject: Subject, capsys):
+def test_the_command_writes_what_it_promises(tiny: Path, tmp_path: Path, subject: Subject, capsys):
     image = tmp_path / "a.png"
     Image.fromarray(subject.pixels).save(image)
-    options = ["--weights", weights, "--image", image, "--prompt", "a chest", "--steps", "2,3", "--rounds", "1"]
+    options = ["--weights", tiny, "--image", image, "--prompt", "a chest", "--steps", "2,3", "--rounds", "1"]
     fast = ["--device", "cpu", "--dtype", "float32", "--out", tmp_path / "out"]
     assert main(["bench", "inversion", *map(str, (*options, *fast))]) == 0
     result = json.loads((tmp_path / "out" / "inversion.json").read_text())
@@ -161,8 +155,8 @@ def test_the_command_writes_what_it_promises(weights: Path, tmp_path: Path, subj
         (["--image", "nowhere.png", "--prompt", "a chest", "--dtype", "float32"], "nowhere.png: no such file"),
     ],
 )
-def test_bad_options_end_in_one_line(weights: Path, tmp_path: Path, capsys, options: list[str], message: str):
-    assert main(["bench", "inversion", "--weights", str(weights), "--out", str(tmp_path / "out"), *options]) == 2
+def test_bad_options_end_in_one_line(tiny: Path, tmp_path: Path, capsys, options: list[str], message: str):
+    assert main(["bench", "inversion", "--weights", str(tiny), "--out", str(tmp_path / "out"), *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -7,42 +7,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from classifier_training import SIZE, TINY
 from ldm_tools import cli
 from torch.nn import functional as F
 
 from ldm import pipeline
-from ldm.data import folders, splits
 from ldm.data.labelled import LabelledImages
 from ldm.data.reading import Reading
 from ldm.files import read_json
 from ldm.images import from_uint8, to_uint8
-from ldm.phantom.folders import write as write_phantoms
-from ldm.phantom.items import Order
 from ldm.study import classifier
-from ldm.train.augmentation import CHEXPERT
-from ldm.train.classifier import Training, predict, train
+from ldm.train.classifier import predict, train
 from ldm.train.classifier_images import Decoded, keep_decoded, labelled_pixels
 from ldm.vae import AutoencoderKL
 
-SIZE = 32
 CPU = torch.device("cpu")
-TINY = Training(
-    lr=1e-3, weight_decay=0.0, epochs=2, augmentation=CHEXPERT, model="test_efficientnet", size=SIZE, batch=16,
-    pretrained=False,
-)  # fmt: skip
 MODEL = Path(__file__).parents[2] / "weights" / "phantom.safetensors"
-
-
-@pytest.fixture(scope="module")
-def chest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_phantoms("chest", tmp_path_factory.mktemp("chest") / "data", Order(n=80, size=SIZE))
-
-
-@pytest.fixture
-def parts(chest: Path) -> tuple[LabelledImages, LabelledImages]:
-    data = folders.read(chest)
-    split = splits.grouped(data)
-    return data.select(split.train), data.select(split.validation)
 
 
 @pytest.fixture(scope="module")

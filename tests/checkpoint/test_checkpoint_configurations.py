@@ -1,0 +1,72 @@
+"""What configuration a checkpoint is of, told from shapes, metadata and config.json."""
+
+from dataclasses import replace
+
+import pytest
+from hollow_checkpoints import blank
+from safetensors.torch import save_file
+from tiny_checkpoints import CONFIGS, write_folder
+
+from ldm.checkpoint import CheckpointError, examine, identify, infer_config, load_parts, save
+from ldm.checkpoint.loading import build
+from ldm.config import PHANTOM, SD15
+from ldm.unet import UNet
+from ldm.vae import AutoencoderKL
+
+
+def test_our_own_files_tell_what_shapes_do_not(tmp_path):
+    for layout in ("single", "folder"):
+        path = tmp_path / layout
+        save(path, blank(PHANTOM), layout=layout)
+        assert load_parts(path).config == PHANTOM
+        assert "written by ldm" in identify(path).describe()
+
+
+def test_heads_and_groups_of_a_folder_come_from_its_config_json(tmp_path):
+    folder = write_folder(tmp_path / "a")
+    (folder / "unet" / "config.json").write_text('{"attention_head_dim": 4, "norm_num_groups": 16, "other": [1]}')
+    (folder / "text_encoder" / "config.json").write_text('{"num_attention_heads": 2}')
+    (folder / "vae" / "config.json").write_text('{"scaling_factor": 0.5}')
+    config = load_parts(folder).config
+    assert (config.unet.heads, config.unet.norm_groups, config.clip.heads) == (4, 16, 2)
+    assert config.vae.scaling_factor == 0.5
+
+
+@pytest.mark.parametrize("name", ["clip", "vae", "unet"])
+def test_configurations_are_inferred_from_shapes(name):
+    for config in (CONFIGS[name], {"clip": SD15.clip, "vae": SD15.vae, "unet": SD15.unet}[name]):
+        shapes = {key: tuple(tensor.shape) for key, tensor in build(config).state_dict().items()}
+        assert infer_config(name, shapes) == config
+
+
+@pytest.mark.parametrize("name", ["vae", "unet"])
+def test_shapes_that_no_network_has_are_refused(tmp_path, name):
+    # The phantom model's groups are not SD1.5's, and a file of other making does not tell them.
+    path = tmp_path / "a.safetensors"
+    network = (
+        AutoencoderKL(PHANTOM.vae)
+        if name == "vae"
+        else UNet(replace(PHANTOM.unet, norm_groups=16, widths=(48, 80, 96)))
+    )
+    save_file(network.state_dict(), path)
+    with pytest.raises(
+        CheckpointError, match=r"has these shapes \(.*\); numbers of heads and of groups do not show"
+    ) as error:
+        examine(identify(path))
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ('{"attention_head_dim": [5, 10, 20, 20]}', r"heads = \[5, 10, 20, 20\], expected one number"),
+        ('{"attention_head_dim": 0}', "modulo by zero"),
+        ('{"norm_num_groups": 7}', "not a multiple of norm_groups 7"),
+    ],
+)
+def test_settings_that_no_network_can_have_are_refused(tmp_path, fields, message):
+    folder = write_folder(tmp_path / "a")
+    (folder / "unet" / "config.json").write_text(fields)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_parts(folder)
+    assert str(folder) in str(error.value)
