@@ -105,12 +105,15 @@ def test_two_processes_write_what_one_writes(tmp_path):
     environment.pop("OMP_NUM_THREADS", None)  # torchrun sets it to 1, a single process would take all cores
     alone = [sys.executable, "-m", "ldm_tools"]
     together = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--module", "ldm_tools"]
+    ours = [*alone, *options[:1], "--processes", "2"]
     metrics = []
-    for launch, out in ((alone, tmp_path / "one"), (together, tmp_path / "two")):
-        subprocess.run([*launch, *options, str(out)], check=True, cwd=tmp_path, env=environment, capture_output=True)
+    for name, launch in (("one", [*alone, *options[:1]]), ("two", [*together, *options[:1]]), ("ours", ours)):
+        out = tmp_path / name
+        launch = [*launch, *options[1:], str(out)]
+        subprocess.run(launch, check=True, cwd=tmp_path, env=environment, capture_output=True)
         metrics.append(json.loads((out / "metrics.json").read_text()))
-    assert metrics[0]["cells"] == metrics[1]["cells"]
-    assert metrics[0]["model"] == metrics[1]["model"]
+    assert metrics[0]["cells"] == metrics[1]["cells"] == metrics[2]["cells"]
+    assert metrics[0]["model"] == metrics[1]["model"] == metrics[2]["model"]
     assert metrics[0]["model"]["backend"] == "torch"
 
 

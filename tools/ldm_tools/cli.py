@@ -46,13 +46,14 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, line) in COMMANDS.items():
         commands.add_parser(name, help=line, add_help=False)
-    first, rest = parser.parse_known_args(arguments if arguments is not None else sys.argv[1:])
+    words = arguments if arguments is not None else sys.argv[1:]
+    first, rest = parser.parse_known_args(words)
 
     importlib.import_module("ldm")  # before any command imports torch, which reads what ldm sets for it
     module = importlib.import_module(COMMANDS[first.command][0])
     command = argparse.ArgumentParser(prog=f"ldm {first.command}")
     module.add_arguments(command)
-    args = command.parse_args(rest)
+    args = command.parse_args(rest, argparse.Namespace(words=words))
     logging.basicConfig(format="%(message)s")
     for ours in ("ldm", "ldm_tools"):  # what other packages have to say below a warning is of no use here
         logging.getLogger(ours).setLevel(logging.INFO)

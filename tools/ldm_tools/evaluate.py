@@ -3,15 +3,18 @@
 ldm evaluate --seeds 0-199 --out out/evaluation             the shipped models, all five cells
 ldm evaluate out/glasses --weights FILE --classifier FILE   trajectories that exist
 ldm evaluate --predictions FILE.csv --attribute hair        a table of probabilities, no model
-torchrun --nproc-per-node 2 --no-python ldm evaluate ...    seeds shared among processes; the numbers stay the same
+ldm evaluate --processes 4 ...                              seeds shared among processes; the numbers stay the same
 """
 
 import argparse
 import logging
+import os
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,13 +30,12 @@ from ldm.study.evaluation.cells import cell_of_run
 from ldm.study.evaluation.instruments import Instruments
 from ldm.study.evaluation.judges import Judge, choose
 from ldm.study.evaluation.run import Task, Workplace, check, evaluate_cell
-from ldm.study.evaluation.workers import Worker
 from ldm.study.metrics import perceptual, predictions
 from ldm.traversal.fewer_steps import stands_for
 from ldm.traversal.plan import SWAP_STEPS, Traversal, parse_integers
 from ldm.traversal.run_folder import read_record
 from ldm.traversal.sampling import latent_shape
-from ldm_tools import options
+from ldm_tools import options, processes
 
 # The options that only sampling takes, with their defaults; None: as many as there are seeds, or as is needed.
 SAMPLED = {
@@ -48,6 +50,8 @@ SAMPLED = {
     },
 }
 BASELINE_SEEDS = 8
+SEEDS_A_PROCESS = 4  # at least, unless told: one takes as long to start as a seed of a shipped model or two
+SMALL = 2**28  # bytes of weights that each process may hold beside the others without being told to
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +94,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         help="CPU threads of each process (default %(default)s, as under torchrun; more change the last bits)",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        help="that share the seeds; the numbers stay the same (default: on a CPU, with models as small as the shipped "
+        f"ones, as many as it has cores, of {SEEDS_A_PROCESS} seeds at least; else 1; torchrun starts its own)",
     )
     parser.add_argument("--shown-seeds", type=int, default=6, help="in figures and explorer (default %(default)s)")
 
@@ -150,6 +160,10 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--shown-seeds: got {args.shown_seeds}, expected 1 or more")
     if args.threads < 1:
         raise ValueError(f"--threads: got {args.threads}, expected 1 or more")
+    if args.processes is not None and args.processes < 1:
+        raise ValueError(f"--processes: got {args.processes}, expected 1 or more")
+    if args.processes is not None and "WORLD_SIZE" in os.environ:
+        raise ValueError("--processes: torchrun has started some already; leave out one of the two")
     refuse_to_replace(args.out, "cfrt", "the report of a table")
     named = named_attributes(args)
     tasks = [task_of_run(folder, averaged) for folder in args.runs] or sampled_tasks(args, averaged)
@@ -168,12 +182,36 @@ def run(args: argparse.Namespace) -> None:
     }
     datasets = {name: counts for folder in args.data for name, counts in count(folder).items()}
 
-    worker = Worker.join()
+    shared = processes_for(args, tasks, set(weights.values()))
+    with processes.beside(args.words, shared):
+        measured = measure(args, tasks, weights, judges)
+    if measured is None:
+        return
+    tasks, places, results = measured
+    metrics = report.assemble(tasks, places, results, command_line(), datasets)
+    write_json(args.out / "metrics.json", metrics)
+    report.write(metrics, tasks, places, args.out, args.shown_seeds)
+    print(report.headline(metrics))
+    print(f"look at {args.out / 'index.html'}, then at {args.out / 'tables'} and {args.out / 'figures'}")
+
+
+def measure(
+    args: argparse.Namespace, tasks: list[Task], weights: Mapping[str, Path], judges: dict[str, Judge]
+) -> tuple[list[Task], dict[str, Workplace], dict[str, Any]] | None:
+    """Sample and measure what is missing, as one of the processes that share it.
+
+    Args:    weights, judges: by the cell's name.
+    Returns: the tasks as they were judged, where, and metrics.json's part of each; None in all processes but the first.
+    """
+    worker = processes.worker()
     models = {path: options.load_model(with_weights(args, path)) for path in dict.fromkeys(weights.values())}
     sds = {task.cell.name: reading_as(task, args, models[weights[task.cell.name]]) for task in tasks}
     if not worker.first:  # what it has to say is said once
         logging.getLogger(perceptual.__name__).setLevel(logging.WARNING)
+        worker.wait()  # until the first has fetched
     lpips = perceptual.load_lpips(args.lpips, fetch=args.fetch)
+    if worker.first:
+        worker.wait()
     judges = {name: of_that_size(task, judges[name], args, sds[name]) for task in tasks for name in [task.cell.name]}
     device = next(iter(models.values())).device
     files = {judge.file for judge in judges.values()}
@@ -190,13 +228,20 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)  # sums of several threads are taken in another order
     results = {task.cell.name: evaluate_cell(places[task.cell.name], task) for task in tasks}
     worker.leave()
-    if not worker.first:
-        return
-    metrics = report.assemble(tasks, places, results, command_line(), datasets)
-    write_json(args.out / "metrics.json", metrics)
-    report.write(metrics, tasks, places, args.out, args.shown_seeds)
-    print(report.headline(metrics))
-    print(f"look at {args.out / 'index.html'}, then at {args.out / 'tables'} and {args.out / 'figures'}")
+    return (tasks, places, results) if worker.first else None
+
+
+def processes_for(args: argparse.Namespace, tasks: Sequence[Task], weights: set[Path]) -> int:
+    """How many processes share the seeds, this one included."""
+    if processes.are_shared():
+        return 1
+    if args.processes is not None:
+        return args.processes
+    files = [file for path in weights for file in ([path] if path.is_file() else path.rglob("*.safetensors"))]
+    if options.device_of(args).type != "cpu" or sum(file.stat().st_size for file in files) > SMALL:
+        return 1
+    seeds = max(len(task.plan.seeds) for task in tasks)
+    return max(1, min(processes.of_this_machine() // args.threads, seeds // SEEDS_A_PROCESS))
 
 
 def weights_for(task: Task, args: argparse.Namespace) -> Path:

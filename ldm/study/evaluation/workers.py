@@ -1,10 +1,10 @@
-"""Work shared by several processes, as torchrun starts them. Alone, there is one process and nothing to wait for.
+"""Work shared by several processes, as torchrun or `ldm evaluate --processes` starts them; alone there is but one.
 
 Every seed is measured by itself and written to its own file, so how many processes there are changes no number.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -19,6 +19,7 @@ class Worker:
 
     rank: int = 0
     world: int = 1
+    meet: Callable[[], object] = distributed.barrier  # RuntimeError where somebody will not come
 
     @classmethod
     def join(cls) -> "Worker":
@@ -40,11 +41,15 @@ class Worker:
         return list(seeds[self.rank :: self.world])
 
     def wait(self) -> None:
-        """Until every process is here."""
-        if self.world > 1:
-            distributed.barrier()
+        """Until every process is here. Raises ConnectionError where one has ended before."""
+        if self.world == 1:
+            return
+        try:
+            self.meet()
+        except RuntimeError as error:  # as gloo has it of a connection that was closed
+            raise ConnectionError("another of the processes that share the seeds has ended") from error
 
     def leave(self) -> None:
         """Say goodbye to the others."""
-        if self.world > 1:
+        if distributed.is_initialized():
             distributed.destroy_process_group()

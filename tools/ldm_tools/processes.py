@@ -1,0 +1,114 @@
+"""More processes of this machine for one command, which share its seeds with it as torchrun's would.
+
+This process is the first and talks; what another says is shown where that one has failed.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import connection, get_context, parent_process
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Thread
+
+from ldm.study.evaluation.workers import Worker
+
+_here: Worker | None = None  # which of the processes this is, where `beside` has started others
+
+
+def worker() -> Worker:
+    """This process, among those that `beside` or torchrun has started."""
+    return _here or Worker.join()
+
+
+def are_shared() -> bool:
+    """Whether this process is already one of several."""
+    return _here is not None or int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def of_this_machine() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def beside(words: Sequence[str], processes: int) -> Iterator[None]:
+    """Run `ldm WORDS` in `processes` - 1 others beside what this one does.
+
+    Raises:  ValueError: one of the others has failed, with the last line that it said.
+    """
+    global _here
+    if processes == 1:
+        yield
+        return
+    context = get_context("spawn")  # a forked process would inherit torch's threads half alive
+    barrier = context.Barrier(processes)
+    with TemporaryDirectory() as folder:
+        said = [Path(folder) / f"{rank}.txt" for rank in range(1, processes)]
+        others: list[BaseProcess] = [
+            context.Process(target=_be, args=(list(words), rank, processes, barrier, file), daemon=True)
+            for rank, file in enumerate(said, start=1)
+        ]
+        _here = Worker(0, processes, barrier.wait)
+        try:
+            for other in others:
+                other.start()
+            Thread(target=_watch, args=(others, barrier), daemon=True).start()
+            yield
+            for other in others:
+                other.join()
+            _complain(others, said)
+        except ConnectionError:  # this one waited in vain: why is what another has said
+            _complain(others, said)
+            raise
+        finally:
+            _here = None
+            for other in others:
+                if other.is_alive():
+                    other.terminate()
+                    other.join()
+
+
+def _be(words: list[str], rank: int, processes: int, barrier: Barrier, said: Path) -> None:
+    """One of the others, from its start to its end."""
+    global _here
+    file = os.open(said, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    _here = Worker(rank, processes, barrier.wait)
+    Thread(target=_leave_with_the_first, daemon=True).start()
+    from ldm_tools.cli import main  # which imports this
+
+    raise SystemExit(main(words))
+
+
+def _leave_with_the_first() -> None:
+    """However that ends: nobody else would come to the next meeting."""
+    first = parent_process()
+    assert first is not None
+    connection.wait([first.sentinel])
+    os._exit(1)
+
+
+def _watch(others: Sequence[BaseProcess], barrier: Barrier) -> None:
+    """Call the meeting off where one of the others has failed."""
+    alive = list(others)
+    while alive:
+        connection.wait([other.sentinel for other in alive])
+        ended = [other for other in alive if not other.is_alive()]
+        alive = [other for other in alive if other not in ended]
+        if any(other.exitcode for other in ended):
+            barrier.abort()
+
+
+def _complain(others: Sequence[BaseProcess], said: Sequence[Path]) -> None:
+    """ValueError where one of the others has failed."""
+    for rank, (other, file) in enumerate(zip(others, said, strict=True), start=2):
+        if not other.exitcode:
+            continue
+        text = file.read_text(errors="replace") if file.exists() else ""
+        lines = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
+        told = lines[-1] if lines else f"exit status {other.exitcode}"
+        raise ValueError(f"process {rank} of {len(others) + 1} has failed: {told}; run it again to go on")
