@@ -152,7 +152,7 @@ def test_a_prompt_that_is_not_read_is_one_line(weights, tmp_path, capsys):
 def test_evaluation_encodes_as_the_run_did(sd, weights, tmp_path):
     from argparse import Namespace
 
-    from ldm_tools.evaluate import reading_as, task_of_run
+    from ldm_tools.evaluate.tasks import reading_as, task_of_run
 
     long = "a lesion, " + "and more of it " * 30
     out = tmp_path / "run"

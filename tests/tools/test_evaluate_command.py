@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from ldm_tools import evaluate
 from ldm_tools.cli import main
+from ldm_tools.evaluate import tasks
 
 from ldm.phantom.prompts import Cell
 from ldm.study import shipped
@@ -141,20 +141,20 @@ def test_bad_options_are_one_line_and_write_nothing(tmp_path, capsys, monkeypatc
 
 def parsed(*options: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    evaluate.add_arguments(parser)
-    return argparse.Namespace(**evaluate.SAMPLED | vars(parser.parse_args(options)))
+    options.add_arguments(parser)
+    return argparse.Namespace(**options.SAMPLED | vars(parser.parse_args(options)))
 
 
 def test_fewer_steps_have_the_same_shares_of_swaps():
-    (few,) = evaluate.sampled_tasks(parsed("--steps", "10", "--cells", "chest", "--seeds", "0-1"), None)
+    (few,) = tasks.sampled_tasks(parsed("--steps", "10", "--cells", "chest", "--seeds", "0-1"), None)
     assert few.plan.swap_steps == (1, 2, 3, 4, 5, 6, 7, 8, 9)
     assert few.averaged == (1, 2, 3)
     assert few.truth_swap_steps == (1, 2, 3, 5, 7)
-    (many,) = evaluate.sampled_tasks(parsed("--steps", "100", "--cells", "chest"), None)
+    (many,) = tasks.sampled_tasks(parsed("--steps", "100", "--cells", "chest"), None)
     assert many.plan.swap_steps == tuple(range(5, 50, 5))  # where the authors' fit they are taken
-    (own,) = evaluate.sampled_tasks(parsed("--sampled-swap-steps", "4,8", "--cells", "chest"), (4,))
+    (own,) = tasks.sampled_tasks(parsed("--sampled-swap-steps", "4,8", "--cells", "chest"), (4,))
     assert (own.plan.swap_steps, own.averaged) == ((4, 8), (4,))
-    (half,) = evaluate.sampled_tasks(parsed("--sampled-swap-steps", "4,8,40", "--cells", "chest"), None)
+    (half,) = tasks.sampled_tasks(parsed("--sampled-swap-steps", "4,8,40", "--cells", "chest"), None)
     assert half.averaged == (4, 8)
 
 
@@ -200,7 +200,7 @@ def test_judges_that_do_not_fit(given, arguments, complaint):
 def test_a_run_of_the_real_model_is_judged_by_its_classifier():
     """Both skin classifiers know hair: that of the model whose images they are goes first."""
     run = Task(
-        cell=Cell("x", "x", "", {}), plan=evaluate.sampled_tasks(parsed("--cells", "nevus"), None)[0].plan, run=Path()
+        cell=Cell("x", "x", "", {}), plan=tasks.sampled_tasks(parsed("--cells", "nevus"), None)[0].plan, run=Path()
     )
     for weights, name in ((shipped.REAL.weights, "real_skin_classifier"), (Path("own.safetensors"), "skin_classifier")):
         files = evaluate.classifiers_for(run, parsed(), weights)
@@ -208,19 +208,19 @@ def test_a_run_of_the_real_model_is_judged_by_its_classifier():
 
 
 def test_every_cell_is_sampled_by_the_model_that_it_belongs_to():
-    tasks = evaluate.sampled_tasks(parsed(), None)
+    tasks = tasks.sampled_tasks(parsed(), None)
     assert [task.cell.name for task in tasks] == ["chest", "melanoma", "nevus", "real_melanoma", "real_nevus"]
     weights = [evaluate.weights_for(task, parsed()).name for task in tasks]
     assert weights == ["phantom.safetensors"] * 3 + ["real.safetensors"] * 2
     assert [task.truth_seeds for task in tasks] == [16, 16, 16, 0, 0]  # nobody knows a real lesion's counterfactual
     for model in shipped.MODELS:
         given = parsed("--weights", str(model.weights))
-        assert [task.cell.name for task in evaluate.sampled_tasks(given, None)] == list(model.cells)
+        assert [task.cell.name for task in tasks.sampled_tasks(given, None)] == list(model.cells)
 
 
 def test_what_was_not_typed_fits_what_was():
-    one = evaluate.sampled_tasks(parsed("--seeds", "3"), (5, 20))
+    one = tasks.sampled_tasks(parsed("--seeds", "3"), (5, 20))
     assert {task.baseline_seeds for task in one} == {0}  # no other seeds to take a mean over
     assert {task.truth_swap_steps for task in one} == {(5, 10, 15, 20, 25, 35)}
-    (many,) = evaluate.sampled_tasks(parsed("--seeds", "0-19", "--cells", "nevus"), (5, 10, 15))
+    (many,) = tasks.sampled_tasks(parsed("--seeds", "0-19", "--cells", "nevus"), (5, 10, 15))
     assert (many.baseline_seeds, many.truth_seeds, many.truth_swap_steps) == (8, 20, (5, 10, 15, 25, 35))
