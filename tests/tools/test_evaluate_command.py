@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from ldm_tools.cli import main
-from ldm_tools.evaluate import tasks
+from ldm_tools.evaluate import options, tasks
 
 from ldm.phantom.prompts import Cell
 from ldm.study import shipped
@@ -139,10 +139,10 @@ def test_bad_options_are_one_line_and_write_nothing(tmp_path, capsys, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def parsed(*options: str) -> argparse.Namespace:
+def parsed(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     options.add_arguments(parser)
-    return argparse.Namespace(**options.SAMPLED | vars(parser.parse_args(options)))
+    return argparse.Namespace(**options.SAMPLED | vars(parser.parse_args(words)))
 
 
 def test_fewer_steps_have_the_same_shares_of_swaps():
@@ -169,7 +169,7 @@ def test_a_run_is_scored_by_its_own_early_swaps(tmp_path, swap_steps, averaged, 
     (tmp_path / "latents.safetensors").touch()
     if 40 in swap_steps:
         (tmp_path / "run.json").write_text(json.dumps(written | {"bezier_points": 3, "steps": 50}))
-    assert evaluate.task_of_run(tmp_path, None).averaged == averaged
+    assert tasks.task_of_run(tmp_path, None).averaged == averaged
     assert ("--swap-steps names others" in caplog.text) == (40 not in swap_steps)
 
 
@@ -203,16 +203,16 @@ def test_a_run_of_the_real_model_is_judged_by_its_classifier():
         cell=Cell("x", "x", "", {}), plan=tasks.sampled_tasks(parsed("--cells", "nevus"), None)[0].plan, run=Path()
     )
     for weights, name in ((shipped.REAL.weights, "real_skin_classifier"), (Path("own.safetensors"), "skin_classifier")):
-        files = evaluate.classifiers_for(run, parsed(), weights)
+        files = tasks.classifiers_for(run, parsed(), weights)
         assert choose(("hair",), files, {}).file.stem == name
 
 
 def test_every_cell_is_sampled_by_the_model_that_it_belongs_to():
-    tasks = tasks.sampled_tasks(parsed(), None)
-    assert [task.cell.name for task in tasks] == ["chest", "melanoma", "nevus", "real_melanoma", "real_nevus"]
-    weights = [evaluate.weights_for(task, parsed()).name for task in tasks]
+    sampled = tasks.sampled_tasks(parsed(), None)
+    assert [task.cell.name for task in sampled] == ["chest", "melanoma", "nevus", "real_melanoma", "real_nevus"]
+    weights = [tasks.weights_for(task, parsed()).name for task in sampled]
     assert weights == ["phantom.safetensors"] * 3 + ["real.safetensors"] * 2
-    assert [task.truth_seeds for task in tasks] == [16, 16, 16, 0, 0]  # nobody knows a real lesion's counterfactual
+    assert [task.truth_seeds for task in sampled] == [16, 16, 16, 0, 0]  # nobody knows a real lesion's counterfactual
     for model in shipped.MODELS:
         given = parsed("--weights", str(model.weights))
         assert [task.cell.name for task in tasks.sampled_tasks(given, None)] == list(model.cells)
