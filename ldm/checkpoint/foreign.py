@@ -165,6 +165,7 @@ def is_embedding(shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def _refuse_other_widths(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    quantises = any(name.endswith("quant_conv.weight") for name in shapes)  # which those of SD3 and Flux left out
     for name, shape in shapes.items():
         width = shape[-1] if shape else 0
         if name.endswith(".attn2.to_k.weight") and width in _CONTEXT_WIDTHS:
@@ -173,7 +174,7 @@ def _refuse_other_widths(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> N
             )
         if name.endswith("embeddings.token_embedding.weight") and width in _TEXT_WIDTHS:
             raise CheckpointError(f"{path}: {_TEXT_WIDTHS[width]}, {width} wide and SD1.5's 768: get an SD1.5 model")
-        if name.endswith("decoder.conv_in.weight") and len(shape) == 4 and shape[1] == 16:
+        if name.endswith("decoder.conv_in.weight") and len(shape) == 4 and shape[1] == 16 and not quantises:
             raise CheckpointError(f"{path}: the autoencoder of SD3 or Flux, 16 latent channels and SD1.5's 4")
         if re.search(r"(attentions\.\d+|blocks\.\d+\.1|middle_block\.1)\.proj_in\.weight$", name) and len(shape) == 2:
             raise CheckpointError(

@@ -22,6 +22,16 @@ def test_our_own_files_tell_what_shapes_do_not(tmp_path):
         assert "written by ldm" in identify(path).describe()
 
 
+@pytest.mark.parametrize("channels", [1, 3, 8, 9, 16, 32])
+@pytest.mark.parametrize("layout", ["single", "folder"])
+def test_any_number_of_latent_channels_comes_back(tmp_path, layout, channels):
+    """Some are those of other models: 16 of SD3's autoencoder, 9 of an inpainting U-Net's input."""
+    vae, unet = (replace(part, latent_channels=channels) for part in (PHANTOM.vae, PHANTOM.unet))
+    config = replace(PHANTOM, vae=vae, unet=unet)
+    save(tmp_path / "a", blank(config), layout=layout)
+    assert load_parts(tmp_path / "a").config == config
+
+
 def test_heads_and_groups_of_a_folder_come_from_its_config_json(tmp_path):
     folder = write_folder(tmp_path / "a")
     (folder / "unet" / "config.json").write_text('{"attention_head_dim": 4, "norm_num_groups": 16, "other": [1]}')
