@@ -206,6 +206,19 @@ def test_what_was_never_drawn_cannot_be_lost():
     assert panel.images[0].get_clim() == (-1, 1)  # a part may also hold an attribute back
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("layers", "attributes"), [(1, 1), (1, 2), (2, 5), (16, 5)])
+def test_figures_have_room_for_what_stands_around_their_panels(layers, attributes):
+    found = {"chest": made_up({f"{i}": f"Attribute {i}" for i in range(attributes)}, layers)}
+    for draw in (ablation_figures.figure_parts, ablation_figures.figure_heads, ablation_figures.figure_injection):
+        figure = draw(found)
+        figure.canvas.draw()
+        label = figure.axes[-1].xaxis.label.get_window_extent()
+        assert -1 < label.y0 < label.y1 < figure.bbox.height  # to a pixel, by which texts round
+        sizes = [panel.get_window_extent().size / figure.dpi for panel in figure.axes if panel.images]
+        assert all(min(size) > 0.15 for size in sizes)  # inches
+
+
 def test_the_command(tmp_path, monkeypatch, capsys):
     """A few parts of one domain at one step: everything that it writes."""
     some = lambda unet, kinds: [*parts(unet)[3:4], *parts(unet)[-8:]]  # noqa: E731

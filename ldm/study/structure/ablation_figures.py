@@ -75,7 +75,7 @@ def figure_heads(domains: Found) -> Figure:
         panel.set_xticks(range(values.shape[1]))
         panel.set_yticks(range(len(layers)), layers if i % 4 == 0 else [""] * len(layers))
         panel.set_xlabel("head")
-    figure.colorbar(image, ax=panels, label="effect lost without the head (probability)", shrink=0.8)
+    _bar(figure, panels, image, "effect lost without the head (probability)")
     figure.suptitle("one head (column) of one cross-attention (row) taken out", fontsize=NORMAL)
     return figure
 
@@ -102,7 +102,7 @@ def figure_injection(domains: Found) -> Figure:
         panel.axhline(len(layers) - 1.5, color="white", linewidth=1.5)
         panel.axvline(len(windows) - 1.5, color="white", linewidth=1.5)
         panel.set_xlabel("steps with the style")
-    figure.colorbar(image, ax=panels, label="probability of the attribute", shrink=0.8)
+    _bar(figure, panels, image, "probability of the attribute")
     title = "the style's prompt in one cross-attention (row) during some steps (column), the neutral prompt elsewhere"
     figure.suptitle(title, fontsize=NORMAL)
     return figure
@@ -181,13 +181,22 @@ def _title(entry: Mapping[str, Any], attribute: str) -> str:
 
 
 def _panels(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of panels in rows, and the panels in reading order; places that are not needed stay empty."""
+    """A figure of panels in rows, and the panels in reading order; places that are not needed stay empty.
+
+    height: of a row, with its titles and labels; there is room for a title above all of them and a bar below.
+    """
     rows = -(-count // columns)
-    figure = new_figure(PAGE_WIDTH, rows * height)
+    figure = new_figure(PAGE_WIDTH, 0.2 + rows * height + 0.55)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel in grid[count:]:
         panel.axis("off")
     return figure, list(grid[:count])
+
+
+def _bar(figure: Figure, panels: Sequence[Axes], image: AxesImage, label: str) -> None:
+    """The colours, under all panels: beside them the label would be higher than a few layers are."""
+    pad = 0.1 / figure.get_figheight()
+    figure.colorbar(image, ax=list(panels), orientation="horizontal", label=label, aspect=40, shrink=0.8, pad=pad)
 
 
 def _map(axes: Axes, values: Floats, colours: Any, low: float, high: float, digits: int = 2) -> AxesImage:
