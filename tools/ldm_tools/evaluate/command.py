@@ -19,7 +19,14 @@ from ldm.study.evaluation.run import Task, Workplace, check, evaluate_cell
 from ldm.study.metrics import perceptual
 from ldm.traversal.plan import parse_integers
 from ldm_tools import options, processes
-from ldm_tools.evaluate.options import SAMPLED, SEEDS_A_PROCESS, check_options, named_attributes, refuse_idle_options
+from ldm_tools.evaluate.options import (
+    MOST,
+    SAMPLED,
+    SEEDS_A_PROCESS,
+    check_options,
+    named_attributes,
+    refuse_idle_options,
+)
 from ldm_tools.evaluate.table import command_line, refuse_to_replace, score_table
 from ldm_tools.evaluate.tasks import (
     classifiers_for,
@@ -123,7 +130,7 @@ def processes_for(args: argparse.Namespace, tasks: Sequence[Task], weights: set[
     if options.device_of(args).type != "cpu" or sum(file.stat().st_size for file in files) > SMALL:
         return 1
     seeds = max(len(task.plan.seeds) for task in tasks)
-    return max(1, min(processes.of_this_machine() // args.threads, seeds // SEEDS_A_PROCESS))
+    return max(1, min(processes.of_this_machine() // args.threads, seeds // SEEDS_A_PROCESS, MOST))
 
 
 def count(folder: Path) -> dict[str, dict[str, dict[str, int]]]:
