@@ -26,6 +26,7 @@ from ldm import fast, pipeline
 from ldm.bench.harness import environment, line_of, memory_gib, synchronise
 from ldm.bench.kernel_sites import prepare, sites
 from ldm.bench.networks import AGREEMENT
+from ldm.config import SD15
 from ldm.fast import first_use
 from ldm.fast.first_use import Use
 from ldm.fast.ops import Ops
@@ -158,8 +159,6 @@ def choices(device: torch.device, dtype: torch.dtype, backend: fast.Backend) -> 
 
 
 def _amounts(device: torch.device, dtype: torch.dtype) -> Json:
-    from ldm.config import SD15
-
     sd = load(PHANTOM_WEIGHTS)
     sized = replace(sd, config=SD15, unet=sd.unet.to(dtype), device=device)
     shape = (4, SD15.unet.sample_size, SD15.unet.sample_size)

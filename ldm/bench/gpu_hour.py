@@ -52,17 +52,9 @@ def parts(out: Path, dry: bool) -> list[Part]:
             *("--device", "cpu" if dry else "cuda", *tiny, *options, "--out", str(out / name)),
         ]
 
-    pytest = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-p",
-        "no:cacheprovider",
-        str(PACKAGE.parent / "tests"),
-    ]
+    tests = PACKAGE.parent / "tests"
+    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(tests)]
+    by_torch = traverse("traverse-torch", "--backend", "torch", "--no-cuda-graph")
     kernels = ["--compile-only", "--only", "geglu", "--capability", "90"] if dry else ["--out", str(out / "kernels")]
     listed = [
         Part("doctor", "what the machine is, and whether it works", 5, [*LDM, "doctor", "--json"]),
@@ -72,15 +64,10 @@ def parts(out: Path, dry: bool) -> list[Part]:
         Part("tests", "pytest -m gpu", 9, [*pytest, *(["--collect-only"] if dry else [])]),
         Part("weights", "random weights to traverse with", 3, own("weights")),
         Part("traverse", "one seed and style at 50 steps with images, as by default", 4, traverse("traverse")),
-        Part(
-            "traverse-torch",
-            "the same by plain torch",
-            4,
-            traverse("traverse-torch", "--backend", "torch", "--no-cuda-graph"),
-        ),
+        Part("traverse-torch", "the same by plain torch", 4, by_torch),
         Part("tune", "block sizes of self-attention and of GEGLU in its product", 9, own("tune")),
     ]
-    return [part for part in listed if part.name != "tests" or (PACKAGE.parent / "tests").exists()]
+    return [part for part in listed if part.name != "tests" or tests.exists()]
 
 
 def run(listed: Sequence[Part], out: Path, minutes: float) -> Iterator[tuple[Part, Json]]:
@@ -93,9 +80,9 @@ def run(listed: Sequence[Part], out: Path, minutes: float) -> Iterator[tuple[Par
     began = time.monotonic()
     for part in listed:
         left = 60 * minutes - (time.monotonic() - began)
-        results[part.name] = (
-            _run(part, out, min(60 * part.minutes, left)) if left > 5 else {"state": "skipped: no time"}
-        )
+        results[part.name] = {"state": "skipped: no time"}
+        if left > 5:
+            results[part.name] = _run(part, out, min(60 * part.minutes, left))
         record = {"minutes": minutes, "environment": environment(), "parts": results}
         write_json(out / "results.json", record)
         write_text(out / "results.md", tables(record) + "\n")
@@ -168,16 +155,24 @@ def tables(record: Mapping[str, Any]) -> str:
         text += ["## Kernels and SDPA", table(kernel_rows)]
     runs = [{"run": name, **_cost(of["run"])} for name, of in found.items() if "run" in of]
     text += ["## A whole traversal", table(runs)] if runs else []
-    tuned = [
-        {"kernel": row["kernel"], "width": row["width"], **choice}
-        for row in found.get("tune", {}).get("rows", [])
-        for choice in row.get("best", [])[:5]
-    ]
-    text += ["## Block sizes, the five fastest", table(tuned)] if tuned else []
+    text += _tuned([row for row in found.get("tune", {}).get("rows", []) if "best" in row])
     for name, of in found.items():
         if "last_lines" in of:
             text += [f"## {name}: {of['state']}", "\n".join(f"    {line}" for line in of["last_lines"])]
     return "\n\n".join(text)
+
+
+def _tuned(rows: Sequence[Json]) -> list[str]:
+    """Of each site the last row, which has what the ones before it had; and of all rows what failed."""
+    last = {(row["kernel"], row["width"], row["n"]): row for row in rows}
+    fastest = [
+        {"kernel": kernel, "width": width, "n": n, **choice}
+        for (kernel, width, n), row in last.items()
+        for choice in row["best"][:5]
+    ]
+    failed = [f"    {line}" for row in rows for line in row["failed"]]
+    text = ["## Block sizes, the five fastest", table(fastest)] if fastest else []
+    return text + (["## Block sizes that failed", "\n".join(failed)] if failed else [])
 
 
 def _cost(run: Mapping[str, Any]) -> Json:

@@ -23,7 +23,10 @@ from ldm.fast.first_use import FACTOR
 from ldm.fast.ops import Ops
 from ldm.traversal.round_trip import relative_error
 
-LENGTHS = {40: 4096, 80: 1024, 160: 256}
+Took = list[tuple[float, str]]  # microseconds, which candidate
+
+LENGTHS = {40: 4096, 80: 1024, 160: 256}  # width of a head -> positions, where SD1.5's self-attention has it
+# Own rows, rows a round of the loop, warps, stages.
 FORWARD = (
     *((128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 2)),
     *((64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 4, 2), (128, 64, 4, 3), (128, 32, 8, 3), (64, 32, 4, 3)),
@@ -62,18 +65,15 @@ def tune(dry: bool) -> Iterator[Row]:
         with_descriptors = sum(c.layout == "box" for c in every)
         yield {**counts, "of_them_with_descriptors": with_descriptors, "geglu_products": len(CANDIDATES)}
         return
-    took: dict[tuple[str, int], list[tuple[float, str]]] = {}
+    took: dict[tuple[str, int], Took] = {}
     yield from _attention([c for c in every if c.layout != "box"], shipped, took)
     yield from _geglu_products()
     if torch.cuda.get_device_capability() == (9, 0):
         yield from _attention([c for c in every if c.layout == "box"], shipped, took)
 
 
-Took = list[tuple[float, str]]  # microseconds, which candidate
-
-
 def _attention(every: Sequence[Any], shipped: set[str], took: dict[tuple[str, int], Took]) -> Iterator[Row]:
-    """A row for each kernel and width: all that has been timed there so far."""
+    """A row for each kernel and width: all that has been timed there so far, and what of `every` failed."""
     groups: dict[tuple[str, int], list[Any]] = {}
     for c in every:
         groups.setdefault((c.kernel, c.width), []).append(c)
@@ -96,6 +96,7 @@ def _timed(tried: Mapping[str, Callable[[], Callable[[], object]]]) -> tuple[Too
 
 
 def _best(times: Took, shipped: set[str], failed: list[str]) -> Row:
+    """The rest of a row: what ran, the fastest first, and what did not."""
     best = [{"us": round(us, 1), "candidate": name, "shipped": name in shipped} for us, name in sorted(times)]
     return {"best": best, "failed": failed}
 

@@ -85,9 +85,7 @@ def cases(steps: Sequence[int], guidance: Sequence[float], dtypes: Sequence[str]
         for method in METHODS
     ]
     strongest = max(guidance, key=abs)
-    one_sided = Case(
-        method="fixed-point", steps=max(steps), guidance=1.0, guidance_down=strongest, dtype=dtypes[0]
-    )  # fmt: skip
+    one_sided = Case(method="fixed-point", steps=max(steps), guidance=1.0, guidance_down=strongest, dtype=dtypes[0])
     return grid if strongest == 1 else [*grid, one_sided, replace(one_sided, negative="prompt")]
 
 
@@ -173,7 +171,10 @@ def timings(sd: StableDiffusion, subject: Subject, steps: int, rounds: int) -> d
 
 
 def target_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Whether the better inversions return the latent within `TARGET` at guidance 1, the most steps, full precision."""
+    """Whether an inversion other than the naive one returns the latent within `TARGET`.
+
+    At guidance 1, the most steps, full precision.
+    """
     exact = {
         row["method"]: row["round_trip_error"]
         for row in rows
@@ -197,7 +198,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def guidance_label(row: Mapping[str, Any]) -> str:
-    """ "1", or "1, back at 7.5", or "1, back at 7.5 / prompt" where the prompt is the negative one."""
+    """ "1", or "1, back at 7.5", or "1, back at 7.5 *" where the prompt is the negative one."""
     if row["guidance"] == row["guidance_down"]:
         return f"{row['guidance']:g}"
     return f"{row['guidance']:g}, back at {row['guidance_down']:g}" + (" *" if row["negative"] == "prompt" else "")

@@ -14,11 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from ldm.blocks import (
-    GEGLU,
-    Attention,
-    BasicTransformerBlock,
-)
+from ldm.blocks import GEGLU, Attention, BasicTransformerBlock
 from ldm.config import CONTEXT_TOKENS, SD15, UNetConfig
 from ldm.fast.backend import Backend
 from ldm.fast.ops import Ops

@@ -92,9 +92,8 @@ def measure(
                 for backward in (False, True):
                     rows += _measure_site(site, batch, backward, dtype, rounds, rates, errors)
         except (ValueError, RuntimeError) as error:  # out of memory, no such attention, a launch that failed
-            wrong.append(
-                str(error).split("\n")[0] if site.name in str(error) else f"{site.name}: {error}".split("\n")[0]
-            )
+            why = str(error).split("\n")[0]
+            wrong.append(why if site.name in why else f"{site.name}: {why}")
         yield Measured(rates, tuple(rows), tuple(wrong), ())
     yield Measured(rates, tuple(rows), tuple(wrong), tuple(skipped))
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ldm.bench.against import Peer, beside
 from ldm.bench.rows import RowFile
-from ldm.bench.sampler_statistics import directions, errors_by_seed, fitted_order, mean_error
+from ldm.bench.sampler_statistics import directions, errors_by_seed, fitted_orders, mean_error
 from ldm.samplers import SAMPLERS, EpsFn, Sampler, Step, initial_noise, step_noise
 from ldm.samplers.driver import final_level
 from ldm.samplers.noise import SeedNoise
@@ -231,16 +231,6 @@ def measure(flow: KnownFlow, sampler: str, spacing: str, budget: int) -> dict[st
     return {**row, "seconds": round(time.perf_counter() - began, 4)}
 
 
-def error_of(flow: KnownFlow, sampler: Sampler, timesteps: Sequence[float]) -> float:
-    """The error of the neutral run, and of the swapped one, as a root mean square: what a search lowers."""
-    neutral, swapped, _ = run(flow, sampler, timesteps)
-    a_first, a_swap = (
-        flow.schedule.alphas_cumprod_at(t) for t in (len(flow.schedule) - 1, timesteps[fork_near(timesteps)])
-    )
-    errors = errors_by_seed(neutral[-1].x_prev, flow.ends_at(a_first))
-    return mean_error(errors + errors_by_seed(swapped[-1].x_prev, flow.ends_at(a_first, a_swap)))
-
-
 def _errors(flow: KnownFlow, x: Tensor, y: Tensor, a_first: float, a_begin: float, a_swap: float) -> dict[str, Any]:
     own, other = flow.ends_at(a_begin), flow.ends_at(a_begin, a_swap)
     by_seed = {
@@ -265,24 +255,23 @@ def compare(
     first in `same_as`.
     """
     flow = KnownFlow(question.seeds, peer=peer)
-    first: dict[Levels, dict[str, Any]] = {}  # whose row it is
+    first: dict[Visited, dict[str, Any]] = {}  # whose row it is
     for sampler, spacing in question.pairs():
         rows = []
         for budget in question.budgets:
             name = {"sampler": sampler, "spacing": spacing, "budget": budget}
-            levels = _levels(flow, sampler, spacing, budget)
-            compute = partial(_measure_once, flow, name, None if peer else first.get(levels))
+            visited = _visited(flow, sampler, spacing, budget)
+            compute = partial(_measure_once, flow, name, None if peer else first.get(visited))
             rows.append(compute() if file is None else file.get(name, compute))
-            first.setdefault(levels, rows[-1])
+            first.setdefault(visited, rows[-1])
         yield rows
 
 
-Levels = tuple[
-    str, int, str | tuple[float, ...]
-]  # sampler, budget, timesteps and told; a spacing's name where it refuses
+Visited = tuple[str, int, str | tuple[float, ...]]
+"""Sampler, budget, timesteps and the times told; a spacing's name where it refuses."""
 
 
-def _levels(flow: KnownFlow, sampler: str, spacing: str, budget: int) -> Levels:
+def _visited(flow: KnownFlow, sampler: str, spacing: str, budget: int) -> Visited:
     try:
         timesteps = flow.timesteps(spacing, steps_for(SAMPLERS[sampler], budget))
         return sampler, budget, (*timesteps, *map(told_at, timesteps))
@@ -301,16 +290,8 @@ def orders(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         runs = [row for row in rows if (row["sampler"], row["spacing"]) == (sampler, spacing) and "by_seed" in row]
         runs = runs[-3:]
         entry: dict[str, Any] = {"sampler": sampler, "spacing": spacing, "theory": SAMPLERS[sampler].order}
-        for name, error in (("order", "step_error"), ("swap_order", "swap_error")):
-            fit = (
-                fitted_order([row["evaluations"] for row in runs], [row["by_seed"][error] for row in runs])
-                if runs
-                else None
-            )
-            if fit is not None:
-                entry |= {name: fit[0], f"{name}_low": fit[1], f"{name}_high": fit[2]}
-        if "order" in entry:
-            found.append(entry)
+        entry |= fitted_orders(runs, {"order": "step_error", "swap_order": "swap_error"})
+        found += [entry] if "order" in entry else []
     return found
 
 

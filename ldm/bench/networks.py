@@ -39,9 +39,9 @@ OPERATIONS = {
     "copy_": "copies",
     "upsample": "copies",
 }
+# Of the square matrix product: 2048 keeps a CPU busy; on a GPU its launch would take a good part of its time.
+MATMUL_SIDE = {"cpu": 2048, "cuda": 8192}
 # How far another memory layout or a compiler may be from eager: sums in another order. A wrong weight is off by 1.
-# A side of 2048 keeps a CPU busy; on a GPU its launch would take a good part of its time.
-MATMUL = {"cpu": 2048, "cuda": 8192}
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
@@ -57,7 +57,7 @@ def measure(calls: Mapping[str, Call], dtype: torch.dtype, device: str, rounds: 
     with torch.inference_mode():
         gflop = count_gflop(first)
         timings = time_in_turn(calls, rounds, check=lambda: _agree(calls, AGREEMENT[dtype]), label=label)
-        reachable = matmul_gflops(MATMUL[device], dtype, device)
+        reachable = matmul_gflops(MATMUL_SIDE[device], dtype, device)
         return {
             "gflop": gflop,
             "matmul_gflops": reachable,

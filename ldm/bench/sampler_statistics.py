@@ -56,6 +56,15 @@ def fitted_order(evaluations: Sequence[int], errors: Sequence[Sequence[float]]) 
     return float(order), float(low), float(high)
 
 
+def fitted_orders(runs: Sequence[Row], errors: Mapping[str, str]) -> dict[str, float]:
+    """NAME, NAME_low and NAME_high of every error that an order can be fitted to. errors: NAME -> which of by_seed."""
+    orders: dict[str, float] = {}
+    for name, error in errors.items():
+        fit = fitted_order([row["evaluations"] for row in runs], [row["by_seed"][error] for row in runs])
+        orders |= dict(zip((name, f"{name}_low", f"{name}_high"), fit, strict=True)) if fit else {}
+    return orders
+
+
 def ratio_interval(errors: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
     """How many times smaller `errors` are than `other`, and the 95 % interval; the same seeds, drawn together."""
     pair = np.array([errors, other], dtype=np.float64)
@@ -95,10 +104,7 @@ def slopes(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for guidance, sampler, spacing in dict.fromkeys((row["guidance"], row["sampler"], row["spacing"]) for row in rows):
         runs = [r for r in rows if (r["guidance"], r["sampler"], r["spacing"]) == (guidance, sampler, spacing)]
         entry: dict[str, Any] = {"guidance": guidance, "sampler": sampler, "spacing": spacing}
-        for name, error in (("order", "error"), ("swap_order", "swap_error")):
-            fit = fitted_order([row["evaluations"] for row in runs], [row["by_seed"][error] for row in runs])
-            if fit is not None:
-                entry |= {name: fit[0], f"{name}_low": fit[1], f"{name}_high": fit[2]}
+        entry |= fitted_orders(runs, {"order": "error", "swap_order": "swap_error"})
         orders += [entry] if "order" in entry else []
     return orders
 
@@ -106,7 +112,7 @@ def slopes(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def paired(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """For every guidance and budget how many times smaller the best pair's error is than each other's, seed by seed."""
     found = []
-    rows = [row for row in rows if "by_seed" in row]
+    rows = [row for row in scored(rows) if "by_seed" in row]
     for guidance, budget in dict.fromkeys((row["guidance"], row["budget"]) for row in rows):
         here = [row for row in rows if (row["guidance"], row["budget"]) == (guidance, budget)]
         best = min(here, key=lambda row: row["error"])
@@ -120,7 +126,5 @@ def paired(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def best_spacing(rows: Sequence[Mapping[str, Any]], sampler: str, budget: int, guidance: float) -> str:
     """The spacing with the smallest error; "trailing" for a sampler that has none."""
-    runs = [
-        r for r in rows if (r["sampler"], r["budget"], r["guidance"]) == (sampler, budget, guidance) and "error" in r
-    ]
+    runs = [r for r in scored(rows) if (r["sampler"], r["budget"], r["guidance"]) == (sampler, budget, guidance)]
     return min(runs, key=lambda row: row["error"])["spacing"] if runs else "trailing"

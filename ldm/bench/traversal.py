@@ -64,9 +64,7 @@ def run_alone(sd: StableDiffusion, plan: Traversal, tree: Branch, branch: Branch
     """One branch for every seed from noise, neutral steps included: (B, C, H, W)."""
     contexts = swap(tree.context, branch.context, at=branch.at, steps=plan.steps)
     negative = sd.encode_prompts([plan.negative])
-    *_, last = sd.sample(
-        contexts, plan.seeds, guidance_scale=plan.guidance, negative=negative, size=plan.latent_size
-    )  # fmt: skip
+    *_, last = sd.sample(contexts, plan.seeds, guidance_scale=plan.guidance, negative=negative, size=plan.latent_size)
     return last.x_prev
 
 

@@ -60,7 +60,12 @@ def test_the_tables_have_every_number_that_came():
         {"way": "torch", "dtype": "float16", "rows": 2, "median_ms": 18.25, "p20_ms": 18.0, "p80_ms": 19.0},
     ]
     best = [{"us": 31.5, "candidate": "forward d40 128x64 w8 s3 split8", "shipped": True}]
-    tune = [{"kernel": "forward", "width": 40, "n": 4096, "batch": 2, "best": best, "failed": []}]
+    site = {"kernel": "forward", "width": 40, "n": 4096, "batch": 2}
+    faster = {"us": 21.5, "candidate": "forward d40 128x64 w8 s3 box", "shipped": False}
+    tune = [
+        {**site, "best": best, "failed": ["forward d40 1x1: error"]},
+        {**site, "best": [faster, *best], "failed": []},
+    ]
     sites = {"rows": [{"site": "attention 4096x4096 8x40", "by": "triton", "median_us": 99.0}]}
     run = {"seconds": 4.5, "unet_rows": 275, "max_batch": 64}
     record = {
@@ -75,6 +80,8 @@ def test_the_tables_have_every_number_that_came():
     text = gpu_hour.tables(record)
     for cell in ("NVIDIA H100", "18.2", "attention 4096x4096 8x40", "| traverse | 4.5 | 275 |", "31.5", "split8"):
         assert cell in text
+    assert text.count("split8") == 1  # the later row of a site has what the earlier one had
+    assert "## Block sizes that failed\n\n    forward d40 1x1: error" in text
 
 
 def test_every_part_has_a_bound_and_all_of_them_fit_an_hour(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ldm_tools.bench import inversion as command
 from ldm_tools.bench.inversion import scales
 from ldm_tools.cli import main
 from PIL import Image
@@ -151,11 +152,14 @@ def test_the_command_writes_what_it_promises(tiny: Path, tmp_path: Path, subject
         (["--guidance", "strong"], "--guidance: got 'strong', expected numbers"),
         (["--images", "0"], "--images: got 0"),
         (["--steps", "x"], "--steps: got 'x'"),
+        (["--rounds", "0"], "--rounds: got 0"),
+        (["--images", "3", "--image", "a.png", "--prompt", "a chest"], "--images: it does nothing beside --image"),
         (["--prompt", "a chest"], "--image, --prompt: expected both or neither"),
         (["--image", "nowhere.png", "--prompt", "a chest", "--dtype", "float32"], "nowhere.png: no such file"),
     ],
 )
-def test_bad_options_end_in_one_line(tiny: Path, tmp_path: Path, capsys, options: list[str], message: str):
+def test_bad_options_end_in_one_line(tiny: Path, tmp_path: Path, capsys, monkeypatch, options: list[str], message: str):
+    monkeypatch.setattr(command, "load_model", None)  # it is told before weights are read
     assert main(["bench", "inversion", "--weights", str(tiny), "--out", str(tmp_path / "out"), *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """The samplers' bench on a network whose flow is known: what it reports is what is so."""
 
 import csv
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,16 @@ def test_margins_are_paired_by_seed(tmp_path):
         assert margin["best_sampler"] == best["sampler"]
         assert margin["ratio"] == pytest.approx(row["error"] / best["error"])
         assert margin["low"] <= margin["ratio"] <= margin["high"]
+
+
+def test_a_run_without_a_finite_error_is_nobodys_best():
+    def row(sampler: str, error: float) -> dict[str, Any]:
+        name = {"guidance": 1.0, "budget": 20, "sampler": sampler, "spacing": "karras" if error < 1 else "trailing"}
+        return {**name, "error": error, "by_seed": {"error": [error]}, "evaluations": 20}
+
+    rows = [row("heun", math.nan), row("heun", 0.1), row("unipc", 0.05)]
+    assert [(found["sampler"], found["best_sampler"]) for found in paired(rows)] == [("heun", "unipc"), ("unipc",) * 2]
+    assert best_spacing(rows, "heun", 20, 1.0) == "karras"
 
 
 def test_random_samplers_are_let_in_and_have_no_row(tmp_path):

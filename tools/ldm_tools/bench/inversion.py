@@ -17,6 +17,8 @@ from ldm_tools.options import add_model, load_model
 
 DTYPES = ("float32", "bfloat16")
 
+IMAGES = 2
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the subject to `parser`."""
@@ -24,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Invert rendered phantoms, or images of your own, by every method, number of steps, guidance and precision, "
         "and retrace them. Prints the scorecard and writes inversion.json and inversion.png, .pdf."
     )
-    parser.add_argument("--images", type=int, default=2, help="rendered ones, chests and nevi (default %(default)s)")
+    parser.add_argument("--images", type=int, help=f"rendered ones, chests and nevi (default {IMAGES})")
     parser.add_argument(
         "--image", nargs="+", type=Path, default=[], metavar="FILE", help="these instead; with --prompt"
     )
@@ -40,17 +42,22 @@ def run(args: argparse.Namespace) -> None:
     """Raises ValueError for options that do not fit."""
     steps = parse_integers(args.steps, "--steps")
     guidance = scales(args.guidance)
-    if args.images < 1:
-        raise ValueError(f"--images: got {args.images}, expected 1 or more")
+    for option, given in (("--images", IMAGES if args.images is None else args.images), ("--rounds", args.rounds)):
+        if given < 1:
+            raise ValueError(f"{option}: got {given}, expected 1 or more")
     if bool(args.image) != bool(args.prompt):
         raise ValueError("--image, --prompt: expected both or neither")
+    if args.image and args.images is not None:
+        raise ValueError("--images: it does nothing beside --image; leave one of the two out")
+    if missing := [file for file in args.image if not file.is_file()]:
+        raise ValueError(f"{missing[0]}: no such file")
     dtypes = DTYPES if args.dtype == "auto" else (args.dtype,)
     models = {dtype: load_model(argparse.Namespace(**{**vars(args), "dtype": dtype})) for dtype in dtypes}
     sd = models[dtypes[0]]
     size = sd.latent_shape[1] * sd.config.vae.downscale
     subjects = [
         inversion.Subject(str(file), args.prompt, load_image(file, size)) for file in args.image
-    ] or inversion.phantoms(args.images, size)
+    ] or inversion.phantoms(args.images or IMAGES, size)
 
     rows = inversion.scorecard(models, subjects, inversion.cases(steps, guidance, dtypes))
     timings = {
