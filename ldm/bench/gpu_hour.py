@@ -26,6 +26,7 @@ Json = dict[str, Any]
 LDM = (sys.executable, "-m", "ldm_tools")
 NEUTRAL = "Normal chest X-ray with no significant findings"
 STYLE = "effusion=Chest X-ray of a subject with Pleural Effusion"
+NEEDS = {"traverse": "weights", "traverse-torch": "weights"}  # what must run before
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def run(listed: Sequence[Part], out: Path, minutes: float) -> Iterator[tuple[Par
 
 
 def _run(part: Part, out: Path, seconds: float) -> Json:
-    began, said = time.monotonic(), out / f"{part.name}.txt"
+    began, since, said = time.monotonic(), time.time() - 1, out / f"{part.name}.txt"  # 1: files' clocks are coarse
     with said.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(part.command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -102,12 +103,14 @@ def _run(part: Part, out: Path, seconds: float) -> Json:
             _end(process)
     text = said.read_text(encoding="utf-8", errors="replace")
     found: Json = {"state": state, "seconds": round(time.monotonic() - began, 1), "rows": list(rows(text))}
-    if part.name == "kernels" and (table_file := out / "kernels" / "ldm_kernels.json").exists():
-        found["kernels"] = json.loads(table_file.read_text())
-    if (record := out / part.name / "run.json").exists():
-        found["run"] = json.loads(record.read_text())
+    for name, written in (("kernels", "ldm_kernels.json"), ("run", "run.json")):
+        if (record := out / part.name / written).exists():
+            if record.stat().st_mtime >= since:
+                found[name] = json.loads(record.read_text())
+            elif state == "ok":
+                found["state"] = f"{record} is an earlier run's: nothing was measured, take another --out"
     bad = [row for row in found["rows"] if row.get("ok") is False]
-    if state == "ok" and bad:
+    if found["state"] == "ok" and bad:
         found["state"] = f"{len(bad)} wrong"
     if found["state"] != "ok":
         found["last_lines"] = text.strip().splitlines()[-3:]

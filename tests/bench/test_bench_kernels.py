@@ -129,6 +129,21 @@ def test_the_check_before_the_clock_refuses_a_wrong_kernel(monkeypatch):
         kernels.check(site, torch.float16, "cpu")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--only", "geglu"], "--only: it belongs to --compile-only"),
+        (["--predict", "--capability", "90"], "--capability: it belongs to --compile-only"),
+        (["--predict", "--rounds", "3"], "--rounds: it does nothing beside --predict"),
+        (["--compile-only", "--out", "x"], "--out: it does nothing beside --compile-only"),
+        (["--rounds", "1"], "--rounds: got 1, expected 2 or more"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(options, message, capsys):
+    assert main(["bench", "kernels", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_wrong_site_is_noted_and_the_others_are_timed(monkeypatch, tmp_path, capsys):
     """Nothing is lost: the files are whole after every site, one that fails ends nothing, and time is bounded."""
     known = (Site("geglu", (2, 8), 1), Site("geglu", (2, 16), 1), Site("geglu", (2, 24), 1), Site("geglu", (2, 32), 1))

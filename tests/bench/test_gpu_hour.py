@@ -1,6 +1,7 @@
 """`ldm bench gpu`: parts that fail, hang or are skipped, what is kept of them, and the dry run's own parts."""
 
 import json
+import os
 import sys
 import time
 
@@ -47,6 +48,24 @@ def test_a_part_that_fails_or_hangs_is_noted_and_the_next_one_follows(tmp_path):
     assert parts["last"]["rows"] == [{"broken": []}]
     assert parts["raises"]["last_lines"] == ["no such kernel"]
     assert "| raises | exit status 1 |" in (tmp_path / "results.md").read_text()
+
+
+def test_what_an_earlier_run_left_is_not_taken_for_this_ones(tmp_path):
+    record = tmp_path / "traverse" / "run.json"
+    record.parent.mkdir()
+    writes = script("traverse", f"open({str(record)!r}, 'w').write('{{}}')")
+    ((_, found),) = gpu_hour.run([writes], tmp_path, 1.0)
+    assert (found["state"], found["run"]) == ("ok", {})
+    os.utime(record, (1e9, 1e9))
+    ((_, found),) = gpu_hour.run([script("traverse", "pass")], tmp_path, 1.0)
+    assert found["state"] == f"{record} is an earlier run's: nothing was measured, take another --out"
+    assert "run" not in found
+
+
+def test_a_part_brings_what_it_needs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_hour, "parts", lambda out, dry: [script(name, "pass") for name in ("weights", "traverse")])
+    assert cli.main(["bench", "gpu", "--dry-run", "--only", "traverse", "--out", str(tmp_path)]) == 0
+    assert set(json.loads((tmp_path / "results.json").read_text())["parts"]) == {"weights", "traverse"}
 
 
 def test_what_there_is_no_time_for_is_skipped(tmp_path):

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("out/bench/gpu"), help="folder (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=50, help="then what is left is skipped (default: %(default)s)")
-    parser.add_argument("--only", default="", metavar="PART,PART", help="some of the parts")
+    parser.add_argument("--only", default="", metavar="PART,PART", help="some of the parts, and what they need")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny; its numbers mean nothing")
     parser.add_argument("--part", choices=OWN, help=argparse.SUPPRESS)  # how a part's process is told which it is
 
@@ -47,9 +47,10 @@ def run(args: argparse.Namespace) -> None:
         return
     listed = gpu_hour.parts(args.out.resolve(), args.dry_run)
     names = [part.name for part in listed]
-    wanted = args.only.split(",") if args.only else names
-    if unknown := set(wanted) - set(names):
+    wanted = set(args.only.split(",") if args.only else names)
+    if unknown := wanted - set(names):
         raise ValueError(f"--only: got {', '.join(sorted(unknown))}, expected some of {', '.join(names)}")
+    wanted |= {gpu_hour.NEEDS[name] for name in wanted & gpu_hour.NEEDS.keys()}
     wrong = []
     for part, found in gpu_hour.run([part for part in listed if part.name in wanted], args.out, args.minutes):
         tqdm.write(f"{part.name:16}{found['state']:20}{found.get('seconds', 0):6.1f} s  {part.says}")

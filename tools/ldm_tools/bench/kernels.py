@@ -13,6 +13,10 @@ import torch
 from ldm.bench import harness, kernel_predictions, kernels
 from ldm.files import write_json
 
+# Of a timing, where they are not given; None till then, so that one which would do nothing is refused.
+DEFAULTS = {"rounds": 30, "seconds": 200, "out": Path("out/bench/kernels")}
+OF_COMPILING = ("only", "capability", "processes")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the subject to `parser`."""
@@ -23,14 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--predict", action="store_true", help="least times from compiled code and data sheets")
     parser.add_argument("--record", action="store_true", help="with --compile-only: keep this to compare with later")
-    parser.add_argument("--only", default="", metavar="TEXT", help="with --compile-only: names that begin like this")
+    parser.add_argument("--only", metavar="TEXT", help="with --compile-only: names that begin like this")
     parser.add_argument("--capability", type=int, metavar="N", help="with --compile-only: for sm_N alone")
     parser.add_argument("--processes", type=int, help="with --compile-only: at a time (default: one a core)")
-    parser.add_argument("--rounds", type=int, default=30, help="of the timing (default: %(default)s)")
-    parser.add_argument(
-        "--seconds", type=float, default=200, help="then the sites left are skipped (default: %(default)s)"
-    )
-    parser.add_argument("--out", type=Path, default=Path("out/bench/kernels"), help="folder (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, help=f"of the timing, 2 or more (default: {DEFAULTS['rounds']})")
+    parser.add_argument("--seconds", type=float, help=f"then sites are skipped (default: {DEFAULTS['seconds']})")
+    parser.add_argument("--out", type=Path, help=f"folder of the timing (default: {DEFAULTS['out']})")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -39,6 +41,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             "--record: expected with --compile-only and without --only or --capability, so that it is whole"
         )
+    refuse_idle(args)
     if args.compile_only:
         compile_only(args)
     elif args.predict:
@@ -48,6 +51,20 @@ def run(args: argparse.Namespace) -> None:
         print("no CUDA GPU here: nothing to time (see --compile-only and --predict)")
     else:
         clock(args)
+
+
+def refuse_idle(args: argparse.Namespace) -> None:
+    """ValueError for an option that would do nothing, or rounds that have no spread."""
+    for name in () if args.compile_only else OF_COMPILING:
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name}: it belongs to --compile-only, which is missing")
+    for name, default in DEFAULTS.items():
+        if (args.compile_only or args.predict) and getattr(args, name) is not None:
+            beside = "--compile-only" if args.compile_only else "--predict"
+            raise ValueError(f"--{name}: it does nothing beside {beside}, which times nothing")
+        setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
+    if args.rounds < 2:
+        raise ValueError(f"--rounds: got {args.rounds}, expected 2 or more")
 
 
 def clock(args: argparse.Namespace) -> None:
@@ -68,7 +85,7 @@ def clock(args: argparse.Namespace) -> None:
 
 def compile_only(args: argparse.Namespace) -> None:
     """Compile, print the table, and raise ValueError for what is out of bounds or worse than recorded."""
-    rows, wrong = kernels.compile_all(args.only, args.capability, args.processes, args.record)
+    rows, wrong = kernels.compile_all(args.only or "", args.capability, args.processes, args.record)
     if not rows:
         only, capability = (
             f"{name}: {value!r}" for name, value in (("--only", args.only), ("--capability", args.capability))

@@ -103,6 +103,24 @@ def report(
     x: Tensor,
 ) -> None:
     """Measure and print."""
+    ways = ways_of(args, network, call, x)
+    result = networks.measure(ways, x.dtype, x.device.type, args.rounds, subject)
+    result["blocks"] = networks.by_block(blocks, ways["eager"])
+    result |= {
+        "subject": subject,
+        "backend": fast.resolved(args.backend, x.device),
+        "shape": list(x.shape),
+        "dtype": str(x.dtype).removeprefix("torch."),
+        "peak_memory_mib": round(harness.peak_memory_mib(x.device)),
+        "environment": harness.environment(),
+    }
+    print(json.dumps(result, indent=1) if args.json else table(result))
+
+
+def ways_of(
+    args: argparse.Namespace, network: nn.Module, call: Callable[[Any, Tensor], Tensor], x: Tensor
+) -> dict[str, Network]:
+    """Name -> a call, by every way that there is here; eager first, which ratios are taken to."""
     fast.install(network, kernels="torch")
     ways: dict[str, Network] = {"eager": partial(call, network, x)}
     other_layout = copy.deepcopy(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -132,17 +150,7 @@ def report(
         if isinstance(compiled, AutoencoderKL):
             compiled.decode = torch.compile(compiled.decode)  # type: ignore[method-assign]
         ways["compiled"] = partial(call, compiled, x)
-    result = networks.measure(ways, x.dtype, x.device.type, args.rounds, subject)
-    result["blocks"] = networks.by_block(blocks, ways["eager"])
-    result |= {
-        "subject": subject,
-        "backend": backend,
-        "shape": list(x.shape),
-        "dtype": str(x.dtype).removeprefix("torch."),
-        "peak_memory_mib": round(harness.peak_memory_mib(x.device)),
-        "environment": harness.environment(),
-    }
-    print(json.dumps(result, indent=1) if args.json else table(result))
+    return ways
 
 
 def table(result: dict[str, Any]) -> str:
