@@ -155,9 +155,10 @@ def test_a_second_run_reads_what_is_there_and_other_settings_are_refused(bench, 
     assert "other settings (clock was wall, is cpu)" in capsys.readouterr().err
 
 
-def test_random_weights_of_sd15s_size_take_the_same_way(bench, capsys, monkeypatch):
+def test_random_weights_of_sd15s_size_take_the_same_way(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(subjects, "SD15", TINY)
-    assert bench("--growth", "--random-sd15", "--growth-rows", "1,2", "--growth-sizes", "16,32", "--json") == 0
+    sizes = ["--growth", "--growth-rows", "1,2", "--growth-sizes", "16,32", "--out", str(tmp_path / "sd15")]
+    assert cli.main(["bench", "unet", "--random-sd15", "--rounds", "3", "--json", *sizes]) == 0
     found = json.loads(capsys.readouterr().out)["series"]
     assert [point["px"] for point in found["pixels"]["points"]] == [16, 32]
 
@@ -185,6 +186,7 @@ def test_what_memory_has_no_room_for_is_left_out_and_named(bench, capsys, monkey
         (["--growth", "--compile"], "--compile: it does nothing beside --growth"),
         (["--growth", "--against", "openvino"], "--against: it does nothing beside --growth"),
         ([], "--out: it belongs to --growth"),
+        (["--growth", "--random-sd15"], "--weights: it does nothing beside --random-sd15"),
     ],
 )
 def test_options_that_do_not_fit_are_one_line(bench, capsys, options, complaint):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ldm import fast
 from ldm.bench import harness, networks
 from ldm.config import CONTEXT_TOKENS, SD15, Config
+from ldm.pipeline import PHANTOM_WEIGHTS
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 from ldm_tools.bench import against, growth
@@ -75,7 +76,11 @@ def network_of(args: argparse.Namespace, part: str) -> tuple[nn.Module, Config, 
     for name in ("batch", "rounds", "size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name}: got {value}, expected 1 or more")
-    if not args.random_sd15:
+    if args.random_sd15:
+        given = {"weights": args.weights != PHANTOM_WEIGHTS, "base": args.base, "ema": args.ema, "blocks": args.blocks}
+        if idle := [name for name, value in given.items() if value]:
+            raise ValueError(f"--{idle[0]}: it does nothing beside --random-sd15, which reads no file")
+    else:
         sd = load_model(args)
         network: nn.Module = getattr(sd, part)
         return network, sd.config, sd.device, next(network.parameters()).dtype

@@ -1,7 +1,8 @@
 """A search for levels on a network: by some seeds, held to others, and on disk round by round.
 
 OUT/SAMPLER_STEPS.jsonl has a line for the fixed spacings, one for the begin of the search and for every round, and one
-for what came of it on unseen seeds. A search that was cut off goes on behind its last line, and ends in the same file.
+for what came of it on unseen seeds. A search that was cut off goes on behind its last line; on the same machine it
+ends in the same file.
 """
 
 import argparse
