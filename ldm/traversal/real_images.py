@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from skimage.metrics import peak_signal_noise_ratio
 from torch import Tensor
 from tqdm import tqdm
 
@@ -112,6 +111,8 @@ class Originals:
         Args:    retraced: the name of the latent and the image that retrace the original.
         Raises:  ValueError: the folder's image of the same number is another one; one pair in 4 billion is so.
         """
+        from skimage.metrics import peak_signal_noise_ratio  # half a second, and a traversal from noise needs none
+
         entries = {entry["seed"]: entry for entry in earlier.get("images", [])}
         rows = []
         for seed, image in self.images.items():

@@ -1,4 +1,4 @@
-"""What `import ldm` asks of torch's threads, before torch reads it."""
+"""What `import ldm` asks of torch's threads, before torch reads it; and what sampling need not import."""
 
 import os
 import subprocess
@@ -38,3 +38,13 @@ main(["evaluate", "--help"])
 def test_a_command_whose_file_imports_torch_first_imports_ldm_before_it() -> None:
     ran = subprocess.run([sys.executable, "-c", WHO_IS_FIRST], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
+
+
+SLOW_TO_IMPORT = {"matplotlib", "pandas", "scipy", "skimage", "sklearn", "timm", "torchvision"}
+
+
+@pytest.mark.parametrize("command", ["generate", "traverse", "invert"])
+def test_sampling_begins_without_what_only_data_and_figures_need(command: str) -> None:
+    code = f"import ldm, sys, ldm_tools.{command}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not SLOW_TO_IMPORT & set(ran.stdout.split())

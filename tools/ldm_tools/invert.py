@@ -21,7 +21,7 @@ from ldm_tools.options import (
     ready_for,
     take_own,
 )
-from ldm_tools.reading import add_pixels, pixels
+from ldm_tools.pixels import add_pixels, pixels
 
 MEASURED = ("round_trip_error", "psnr_db", "autoencoder_psnr_db")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ldm.data import chexpert, folders, radiography
 from ldm.data.labelled import LabelledImages
-from ldm.data.reading import AS_STORED, RANGES, Reading
 from ldm.data.table import CAPTION, Columns
+from ldm_tools.pixels import add_pixels, pixels
 
 FOLDER = "CheXpert, MIMIC-CXR, NIH ChestX-ray14, PadChest, VinDr-CXR, ISIC 2018-2020, HAM10000, or phantoms"
 
@@ -48,25 +48,6 @@ def add_reading(parser: argparse.ArgumentParser, attributes: str) -> None:
         help=f"{{labels}} are those present, [...] is left out if none is (default: {CAPTION!r})",
     )
     add_pixels(parser)
-
-
-def add_pixels(parser: argparse.ArgumentParser) -> None:
-    """Those about image files alone."""
-    pixels = parser.add_argument_group("the pixels")
-    pixels.add_argument("--invert", action="store_true", help="the images are negatives: exchange black and white")
-    pixels.add_argument(
-        "--range", choices=RANGES, default=AS_STORED.grey_range,
-        help="what of more than 8 bits becomes 0..255: the bits that are used, the whole type, or the 0.5th to the "
-        "99.5th percentile of each image; of DICOM, bits: the file's own window (default %(default)s)",
-    )  # fmt: skip
-    pixels.add_argument(
-        "--background", type=int, default=AS_STORED.background, help="grey under transparent pixels (default 0, black)"
-    )
-
-
-def pixels(args: argparse.Namespace) -> Reading:
-    """What `add_pixels` asked for. Raises ValueError for a background that is no grey."""
-    return Reading(args.invert, args.range, args.background)
 
 
 def listed(values: Sequence[str] | None) -> list[str] | None:

@@ -26,7 +26,7 @@ from ldm_tools.options import (
     ready_for,
     take_own,
 )
-from ldm_tools.reading import add_pixels, pixels
+from ldm_tools.pixels import add_pixels, pixels
 
 # What --fast chooses, and what stands there where neither it nor the user says anything.
 CHOSEN = {"sampler": "ddim", "steps": USUAL.steps, "swap_steps": ",".join(map(str, SWAP_STEPS)), "spacing": None}
