@@ -8,6 +8,8 @@ Letters: B batch, C channels, H W height and width, G groups.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator
 from typing import TypeGuard
 
@@ -57,6 +59,7 @@ def upsample(block: Upsample, x: Tensor) -> Tensor | None:
     conv = block.conv
     if not _conv(conv):
         return None
+    _give_back()
     out = x.new_empty(len(x), conv.out_channels, 2 * x.shape[2], 2 * x.shape[3])
     for rows in _bands(x, 4 * max(x.shape[1], conv.out_channels)):
         doubled = F.interpolate(_with_neighbours(x, rows), scale_factor=2.0, mode="nearest")
@@ -115,6 +118,12 @@ def _moments(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
     weight, bias = (1.0 if norm.weight is None else norm.weight[:, None, None]), norm.bias
     return mean, rstd * weight, x.new_zeros(1) if bias is None else bias[:, None, None]
+
+
+def _give_back() -> None:
+    """To the system, what freed tensors have left of glibc's heap: some 250 MB after a call of SD1.5's U-Net."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 def _bands(x: Tensor, channels: int) -> Iterator[slice]:

@@ -10,15 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.blocks import GEGLU, Attention, BasicTransformerBlock, ResnetBlock, Upsample
+from ldm.blocks import GEGLU, Attention, BasicTransformerBlock, FeedForward, ResnetBlock, Upsample
 from ldm.clip import SelfAttention
 from ldm.fast import bands
 from ldm.fast.ops import Ops
 from ldm.fast.projections import project
-from ldm.fast.watching import untouched, watched
+from ldm.fast.watching import intercepted, ordinary, untouched, watched
 from ldm.vae import Decoder, UpLevel
 
 
@@ -60,6 +61,15 @@ def causal_attention(ops: Ops, block: SelfAttention, x: Tensor) -> Tensor:
 def geglu(ops: Ops, block: GEGLU, x: Tensor) -> Tensor:
     """(B, N, C) -> (B, N, out_width)."""
     return ops.geglu(block.proj(x))
+
+
+def feed_forward(ops: Ops, block: FeedForward, x: Tensor) -> Tensor:
+    """(B, N, C) -> (B, N, C); where one image's hidden layer of N x 8C numbers is large, no two are held at a time."""
+    large = x.device.type == "cpu" and x.ndim == 3 and len(x) > 1 and 8 * x[0].numel() >= bands.LARGE
+    inside = (module for module in block.modules() if module is not block)
+    if not large or intercepted() or not all(map(ordinary, inside)):
+        return block.net(x)
+    return torch.cat([block.net(image) for image in x.split(1)])
 
 
 def transformer_block(ops: Ops, block: BasicTransformerBlock, x: Tensor, context: Tensor) -> Tensor:
@@ -121,6 +131,7 @@ FORWARDS: dict[Callable[..., Any], Replacement] = {
     Attention.forward: Replacement(attention, "attention in one kernel"),
     SelfAttention.forward: Replacement(causal_attention, "causal attention in one kernel"),
     GEGLU.forward: Replacement(geglu, "gate and GELU in one kernel", "gate in place"),
+    FeedForward.forward: Replacement(feed_forward, "", on_cpu="large ones an image at a time"),
     BasicTransformerBlock.forward: Replacement(transformer_block, "residual and layer norm in one kernel"),
     Decoder.forward: Replacement(decoder, "", on_cpu="large maps in bands of rows"),
 }

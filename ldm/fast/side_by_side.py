@@ -15,13 +15,12 @@ from functools import cache
 from threading import Barrier, Lock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldm.fast.watching import transformed, watched
+from ldm.fast.watching import intercepted, known, ordinary
 from ldm.unet import UNet
 
 FEWEST_ROWS = 8  # a thread; with fewer, threads wait for Python instead
-KNOWN = ("torch.", "ldm.")  # whose modules keep nothing from one call to the next
 
 
 class SideBySide:
@@ -38,7 +37,7 @@ class SideBySide:
     def __call__(self, x_t: Tensor, t: float | Tensor, context: Tensor) -> Tensor:
         """eps (B, C, H, W), see `ldm.unet.UNet.forward`, which also says what it raises."""
         threads, parts = torch.get_num_threads(), _parts(x_t, t, context)
-        if parts < 2 or _intercepted() or not self._ordinary():
+        if parts < 2 or intercepted() or not self._ordinary():
             return self._plain(x_t, t, context)
         times = torch.as_tensor(t).expand(len(x_t))
         split = (y.tensor_split(parts) for y in (x_t, times, context))
@@ -54,7 +53,7 @@ class SideBySide:
     def _ordinary(self) -> bool:
         """Whether all that is inside computes the same from one thread as from another."""
         inside = [module for module in self.network.modules() if module is not self.network]
-        return not self.network.training and _known(self.network) and all(map(_ordinary, inside))
+        return not self.network.training and known(self.network) and all(map(ordinary, inside))
 
 
 def _parts(x_t: Tensor, t: float | Tensor, context: Tensor) -> int:
@@ -65,26 +64,6 @@ def _parts(x_t: Tensor, t: float | Tensor, context: Tensor) -> int:
         return 1
     threads = torch.get_num_threads()
     return threads if rows >= threads * FEWEST_ROWS else 1  # on fewer parts, cores would stand idle
-
-
-def _intercepted() -> bool:
-    """Whether something holds for this thread that another would not know of."""
-    asked = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or transformed()
-    modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-    recorded = torch.jit.is_tracing() or torch.autograd._profiler_enabled()
-    hooked = nn.modules.module._has_any_global_hook()  # of every module there is
-    return asked or recorded or hooked or bool(modes)
-
-
-def _ordinary(module: nn.Module) -> bool:
-    """Whether nobody watches a module or replaced its forward, ours apart, and it is torch's or of ldm."""
-    forward = vars(module).get("forward")
-    ours = forward is None or getattr(getattr(forward, "func", None), "__module__", "") == "ldm.fast.forwards"
-    return ours and not watched(module) and _known(module)
-
-
-def _known(module: nn.Module) -> bool:
-    return type(module).__module__.startswith(KNOWN)
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+KNOWN = ("torch.", "ldm.")  # whose modules keep nothing from one call to the next
+
 
 def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module computes what its kind does, and nobody hangs on it or replaced its forward."""
@@ -18,3 +20,24 @@ def watched(module: nn.Module) -> bool:
 def transformed() -> bool:
     """Whether torch compiles what is called now, or functorch transforms it: then it is to see plain operations."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def intercepted() -> bool:
+    """Whether gradients are asked for, or something looks at each operation: then it is to see the plain ones."""
+    asked = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or transformed()
+    modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+    recorded = torch.jit.is_tracing() or torch.autograd._profiler_enabled()
+    hooked = nn.modules.module._has_any_global_hook()  # of every module there is
+    return asked or recorded or hooked or bool(modes)
+
+
+def ordinary(module: nn.Module) -> bool:
+    """Whether nobody watches a module or replaced its forward, ours apart, and it is torch's or of ldm."""
+    forward = vars(module).get("forward")
+    ours = forward is None or getattr(getattr(forward, "func", None), "__module__", "") == "ldm.fast.forwards"
+    return ours and not watched(module) and known(module)
+
+
+def known(module: nn.Module) -> bool:
+    """Whether a module is torch's or of ldm."""
+    return type(module).__module__.startswith(KNOWN)

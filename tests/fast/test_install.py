@@ -64,6 +64,7 @@ def test_the_report_counts_what_was_replaced_in_a_line_each():
     assert sum(installed.replaced.values()) == 39
     assert str(fast.install(unet())).splitlines() == [
         "   8 x ResnetBlock: SiLU in place",
+        "   4 x FeedForward: large ones an image at a time",
         "   4 x GEGLU: gate in place",
         "   1 x UNet: rows of a large batch on threads of their own",
     ]
@@ -104,7 +105,12 @@ def test_installed_again_the_last_call_says_what_holds():
     first = fast.install(network, kernels="triton", packed=True, channels_last=True)
     assert fast.install(network, kernels="triton").replaced.keys() < first.replaced.keys()
     in_place = {"ResnetBlock: SiLU in place": 8, "GEGLU: gate in place": 4}
-    assert fast.install(network).replaced == {**in_place, "UNet: rows of a large batch on threads of their own": 1}
+    in_parts = {"FeedForward: large ones an image at a time": 4}
+    assert fast.install(network).replaced == {
+        **in_place,
+        **in_parts,
+        "UNet: rows of a large batch on threads of their own": 1,
+    }
     assert same(laid(network), before)
     assert torch.equal(network(*CALL), eps)
 
