@@ -33,7 +33,7 @@ class ImageWriter:
 
     def write(self, path: Path, pixels: Pixels) -> None:
         """Take an image (H, W, 3), and wait where too many do already. Raises what an earlier one raised."""
-        if len(self._waiting) >= self._most:
+        while self._waiting and (self._waiting[0].done() or len(self._waiting) >= self._most):
             self._collect()
         self._waiting.append(self._threads.submit(save_image, path, pixels))
 

@@ -25,6 +25,15 @@ def test_files_are_those_that_one_thread_writes(tmp_path):
     assert {path.suffix for path in (tmp_path / "pool").iterdir()} == {".png"}
 
 
+def test_what_is_written_is_told_by_the_next_write(tmp_path):
+    counted = []
+    with ImageWriter(counted.append) as writer:
+        writer.write(tmp_path / "0.png", PIXELS[0])
+        writer._waiting[0].result()  # a decoder takes longer than a file
+        writer.write(tmp_path / "1.png", PIXELS[1])
+        assert counted == [1]  # not when the queue is full: a bar would stand still for eight images
+
+
 def test_an_error_is_raised_and_the_others_are_whole(tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(OSError), ImageWriter() as writer:  # noqa: PT011, PT012
