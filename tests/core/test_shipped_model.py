@@ -45,8 +45,8 @@ def test_all_weights_together_stay_small() -> None:
 
 def test_the_model_of_real_skin_draws_what_its_classifier_can_judge() -> None:
     real = ldm.load(shipped.REAL.weights)
-    vae = replace(PHANTOM.vae, latent_channels=8)
-    assert real.config == replace(PHANTOM, vae=vae, unet=replace(PHANTOM.unet, latent_channels=8))
+    vae = replace(PHANTOM.vae, latent_channels=16)
+    assert real.config == replace(PHANTOM, vae=vae, unet=replace(PHANTOM.unet, latent_channels=16))
     assert real.report.ok
     for name, cell in shipped.REAL.cells.items():
         judge = classifier.load(shipped.REAL.classifiers[name])

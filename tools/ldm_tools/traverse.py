@@ -31,9 +31,8 @@ from ldm_tools.pixels import add_pixels, pixels
 # What --fast chooses, and what stands there where neither it nor the user says anything.
 CHOSEN = {"sampler": "ddim", "steps": USUAL.steps, "swap_steps": ",".join(map(str, SWAP_STEPS)), "spacing": None}
 FIDELITY = (
-    "On the shipped models the swap directions keep a cosine of .98 to .99 to those of 50 steps (50 seeds), while CFRT "
-    "on real skin moves by up to .16; see "
-    "ldm/samplers/README.md"
+    "On drawings and an earlier model of real skin the swap directions keep a cosine of .98 to .99 to those of 50 "
+    "steps (50 seeds), while CFRT on real skin moves by up to .16; see ldm/samplers/README.md"
 )
 
 
