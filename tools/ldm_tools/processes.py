@@ -106,9 +106,15 @@ def _watch(others: Sequence[BaseProcess], barrier: Barrier) -> None:
 def _complain(others: Sequence[BaseProcess], said: Sequence[Path]) -> None:
     """ValueError where one of the others has failed."""
     for rank, (other, file) in enumerate(zip(others, said, strict=True), start=2):
-        if not other.exitcode:
-            continue
-        text = file.read_text(errors="replace") if file.exists() else ""
-        lines = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
-        told = lines[-1] if lines else f"exit status {other.exitcode}"
-        raise ValueError(f"process {rank} of {len(others) + 1} has failed: {told}; run it again to go on")
+        if other.exitcode:
+            why = _why(other.exitcode, file)
+            raise ValueError(f"process {rank} of {len(others) + 1} has failed: {why}; run it again to go on")
+
+
+def _why(status: int, said: Path) -> str:
+    """The last line of one that has failed, if it ended by itself."""
+    if status < 0:
+        return f"stopped by signal {-status} (9: often too little memory, --processes 1 takes less)"
+    text = said.read_text(errors="replace") if said.exists() else ""
+    lines = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
+    return lines[-1] if lines else f"exit status {status}"
