@@ -1,9 +1,13 @@
 """Processes beside this one: how one that fails is told, and who goes on."""
 
 import multiprocessing
+from functools import partial
+from threading import Thread
 
 import pytest
 from ldm_tools import processes
+
+from ldm.study.evaluation.workers import Worker
 
 
 def test_what_a_failed_process_said_is_the_error():
@@ -28,6 +32,30 @@ def test_one_that_was_killed_is_told_by_its_signal():
     told = "process 2 of 2 has failed: stopped by signal 9"
     with pytest.raises(ValueError, match=told), processes.beside(["doctor"], 2):
         lose_the_other()
+
+
+def test_one_that_ends_while_it_waits_for_the_rest_is_noticed():
+    """A lock that a killed process has shared may never be free again; a pipe ends with it."""
+    (ours, theirs), (slow, _) = multiprocessing.Pipe(), multiprocessing.Pipe()
+    theirs.send_bytes(b"here")
+    theirs.close()
+    with pytest.raises(ConnectionError, match="has ended"):
+        Worker(0, 3, partial(processes._gather, [ours, slow])).wait()
+
+
+def test_nobody_goes_on_before_all_have_come():
+    lines = [multiprocessing.Pipe() for _ in range(2)]
+    gone = []
+    first = Thread(target=lambda: (processes._gather([ours for ours, _ in lines]), gone.append(0)))
+    first.start()
+    lines[0][1].send_bytes(b"here")
+    first.join(0.05)
+    assert not gone
+    assert not lines[0][1].poll()
+    lines[1][1].send_bytes(b"here")
+    first.join(10)
+    assert gone == [0]
+    assert all(theirs.poll() for _, theirs in lines)
 
 
 def test_an_own_error_ends_the_others():

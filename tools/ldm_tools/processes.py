@@ -6,9 +6,10 @@ This process is the first and talks; what another says is shown where that one h
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import connection, get_context, parent_process
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
@@ -44,18 +45,18 @@ def beside(words: Sequence[str], processes: int) -> Iterator[None]:
         yield
         return
     context = get_context("spawn")  # a forked process would inherit torch's threads half alive
-    barrier = context.Barrier(processes)
+    lines = [context.Pipe() for _ in range(1, processes)]
     with TemporaryDirectory() as folder:
         said = [Path(folder) / f"{rank}.txt" for rank in range(1, processes)]
         others: list[BaseProcess] = [
-            context.Process(target=_be, args=(list(words), rank, processes, barrier, file), daemon=True)
-            for rank, file in enumerate(said, start=1)
+            context.Process(target=_be, args=(list(words), rank, processes, theirs, file), daemon=True)
+            for rank, ((_, theirs), file) in enumerate(zip(lines, said, strict=True), start=1)
         ]
-        _here = Worker(0, processes, barrier.wait)
+        _here = Worker(0, processes, partial(_gather, [ours for ours, _ in lines]))
         try:
-            for other in others:
+            for other, (_, theirs) in zip(others, lines, strict=True):
                 other.start()
-            Thread(target=_watch, args=(others, barrier), daemon=True).start()
+                theirs.close()  # so that ours ends where that process does
             yield
             for other in others:
                 other.join()
@@ -69,15 +70,34 @@ def beside(words: Sequence[str], processes: int) -> Iterator[None]:
                 if other.is_alive():
                     other.terminate()
                     other.join()
+            for ours, _ in lines:
+                ours.close()
 
 
-def _be(words: list[str], rank: int, processes: int, barrier: Barrier, said: Path) -> None:
+def _gather(others: Sequence[Connection]) -> None:
+    """The first's meeting: all others come, then all go on. Raises EOFError, ConnectionError where one has ended."""
+    come = set[Connection]()
+    while len(come) < len(others):
+        for other in {*others}.intersection(connection.wait(others)):  # those that came, too: they may end as they wait
+            other.recv_bytes()
+            come.add(other)
+    for other in others:
+        other.send_bytes(b"go on")
+
+
+def _come(first: Connection) -> None:
+    """Another's meeting. Raises EOFError, ConnectionError where the first has ended."""
+    first.send_bytes(b"here")
+    first.recv_bytes()
+
+
+def _be(words: list[str], rank: int, processes: int, first: Connection, said: Path) -> None:
     """One of the others, from its start to its end."""
     global _here
     file = os.open(said, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    _here = Worker(rank, processes, barrier.wait)
+    _here = Worker(rank, processes, partial(_come, first))
     Thread(target=_leave_with_the_first, daemon=True).start()
     from ldm_tools.cli import main  # which imports this
 
@@ -92,19 +112,10 @@ def _leave_with_the_first() -> None:
     os._exit(1)
 
 
-def _watch(others: Sequence[BaseProcess], barrier: Barrier) -> None:
-    """Call the meeting off where one of the others has failed."""
-    alive = list(others)
-    while alive:
-        connection.wait([other.sentinel for other in alive])
-        ended = [other for other in alive if not other.is_alive()]
-        alive = [other for other in alive if other not in ended]
-        if any(other.exitcode for other in ended):
-            barrier.abort()
-
-
 def _complain(others: Sequence[BaseProcess], said: Sequence[Path]) -> None:
     """ValueError where one of the others has failed."""
+    for sentinel in connection.wait([other.sentinel for other in others], timeout=5):
+        next(other for other in others if other.sentinel == sentinel).join()  # its exit status comes a moment later
     for rank, (other, file) in enumerate(zip(others, said, strict=True), start=2):
         if other.exitcode:
             why = _why(other.exitcode, file)

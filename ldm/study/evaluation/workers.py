@@ -19,7 +19,7 @@ class Worker:
 
     rank: int = 0
     world: int = 1
-    meet: Callable[[], object] = distributed.barrier  # RuntimeError where somebody will not come
+    meet: Callable[[], object] = distributed.barrier  # RuntimeError, EOFError where one has ended
 
     @classmethod
     def join(cls) -> "Worker":
@@ -46,7 +46,7 @@ class Worker:
             return
         try:
             self.meet()
-        except RuntimeError as error:  # as gloo has it of a connection that was closed
+        except (RuntimeError, EOFError) as error:  # gloo's and a pipe's, where the other end was closed
             raise ConnectionError("another of the processes that share the seeds has ended") from error
 
     def leave(self) -> None:
