@@ -1,6 +1,8 @@
 """Processes beside this one: how one that fails is told, and who goes on."""
 
 import multiprocessing
+import os
+import signal
 from functools import partial
 from threading import Thread
 
@@ -56,6 +58,21 @@ def test_nobody_goes_on_before_all_have_come():
     first.join(10)
     assert gone == [0]
     assert all(theirs.poll() for _, theirs in lines)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no signals that a process can be started without")
+def test_the_others_leave_an_interrupt_to_the_first():
+    """Ctrl-C goes to all of them, and one line is enough."""
+
+    def interrupt_the_other() -> None:
+        (other,) = multiprocessing.active_children()
+        os.kill(other.pid, signal.SIGINT)
+
+    words = ["evaluate", "--predictions", "nowhere.csv"]
+    told = "failed: ldm evaluate: .*nowhere.csv.*; run it again"
+    with pytest.raises(ValueError, match=told), processes.beside(words, 2):
+        interrupt_the_other()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_an_own_error_ends_the_others():

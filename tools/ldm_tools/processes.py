@@ -4,15 +4,18 @@ This process is the first and talks; what another says is shown where that one h
 """
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Thread
+from threading import RLock, Thread
+
+from tqdm import tqdm
 
 from ldm.study.evaluation.workers import Worker
 
@@ -54,9 +57,10 @@ def beside(words: Sequence[str], processes: int) -> Iterator[None]:
         ]
         _here = Worker(0, processes, partial(_gather, [ours for ours, _ in lines]))
         try:
-            for other, (_, theirs) in zip(others, lines, strict=True):
-                other.start()
-                theirs.close()  # so that ours ends where that process does
+            with _without_interrupts():
+                for other, (_, theirs) in zip(others, lines, strict=True):
+                    other.start()
+                    theirs.close()  # so that ours ends where that process does
             yield
             for other in others:
                 other.join()
@@ -72,6 +76,20 @@ def beside(words: Sequence[str], processes: int) -> Iterator[None]:
                     other.join()
             for ours, _ in lines:
                 ours.close()
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """What is started here hears no Ctrl-C, from its first import on: this process does, and ends the others."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # its start would let the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _gather(others: Sequence[Connection]) -> None:
@@ -97,6 +115,7 @@ def _be(words: list[str], rank: int, processes: int, first: Connection, said: Pa
     file = os.open(said, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    tqdm.set_lock(RLock())  # its own is a semaphore of the system's, which would outlive a process that is ended
     _here = Worker(rank, processes, partial(_come, first))
     Thread(target=_leave_with_the_first, daemon=True).start()
     from ldm_tools.cli import main  # which imports this
