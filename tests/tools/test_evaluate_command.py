@@ -124,6 +124,7 @@ def test_rows_that_do_not_fit_are_named_by_line(tmp_path, capsys):
         (["--map", "effusion=pleural_effusion", "--out", "o"], "--map: it belongs to a RUN"),
         (["--shown-seeds", "0", "--out", "o"], "--shown-seeds: got 0"),
         (["--threads", "0", "--out", "o"], "--threads: got 0"),
+        (["--processes", "0", "--out", "o"], "--processes: got 0"),
         (["--truth-swap-steps", "10,15", "--out", "o"], "expected [5, 10, 15] among them, missing [5]"),
         (["--seeds", "0", "--baseline-seeds", "1", "--out", "o"], "expected two or more"),
         (["--classifier", str(CHEST), "--seeds", "0-1", "--out", "o"], "the classifier has no 'hair'"),
@@ -137,6 +138,23 @@ def test_bad_options_are_one_line_and_write_nothing(tmp_path, capsys, monkeypatc
     assert complaint in message
     assert message.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_no_folder_to_write_to(tmp_path, capsys):
+    out = tmp_path / "o"
+    out.write_text("mine")
+    assert main(["evaluate", "--seeds", "0-1", "--out", str(out)]) == 2
+    assert "o is a file, expected a folder" in capsys.readouterr().err  # and no model was loaded for it
+    assert out.read_text() == "mine"
+
+
+def test_processes_are_started_by_one_of_two(tmp_path, capsys, monkeypatch):
+    options = ["evaluate", "--processes", "2", "--cells", "nevvus", "--out", str(tmp_path / "o")]
+    for started, complaint in (("2", "torchrun has started some already"), ("1", "did you mean 'nevus'?")):
+        monkeypatch.setenv("WORLD_SIZE", started)  # 1: the only one, and some machines set it for every program
+        assert main(options) == 2
+        assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
 
 
 def parsed(*words: str) -> argparse.Namespace:

@@ -131,13 +131,15 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--attribute: it belongs to --predictions, which is missing")
     if args.out is None:
         raise ValueError("--out: missing; name a folder to write, such as out/evaluation")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out: {args.out} is a file, expected a folder")
     if args.shown_seeds < 1:
         raise ValueError(f"--shown-seeds: got {args.shown_seeds}, expected 1 or more")
     if args.threads < 1:
         raise ValueError(f"--threads: got {args.threads}, expected 1 or more")
     if args.processes is not None and args.processes < 1:
         raise ValueError(f"--processes: got {args.processes}, expected 1 or more")
-    if args.processes is not None and "WORLD_SIZE" in os.environ:
+    if args.processes is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("--processes: torchrun has started some already; leave out one of the two")
 
 
