@@ -49,9 +49,21 @@ def main(arguments: list[str] | None = None) -> int:
     words = arguments if arguments is not None else sys.argv[1:]
     first, rest = parser.parse_known_args(words)
 
+    try:
+        return run(first.command, words, rest)
+    except KeyboardInterrupt:  # also while torch is imported, which takes seconds
+        print(f"ldm {first.command}: interrupted; run it again to go on", file=sys.stderr)
+        return 1
+
+
+def run(name: str, words: list[str], rest: list[str]) -> int:
+    """Run a command by its name, with its options. Returns what `main` does.
+
+    words: the whole command line, which `ldm evaluate` gives to processes of its own.
+    """
     importlib.import_module("ldm")  # before any command imports torch, which reads what ldm sets for it
-    module = importlib.import_module(COMMANDS[first.command][0])
-    command = argparse.ArgumentParser(prog=f"ldm {first.command}")
+    module = importlib.import_module(COMMANDS[name][0])
+    command = argparse.ArgumentParser(prog=f"ldm {name}")
     module.add_arguments(command)
     args = command.parse_args(rest, argparse.Namespace(words=words))
     logging.basicConfig(format="%(message)s")
@@ -60,14 +72,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         module.run(args)
     except (ValueError, OSError) as error:
-        print(f"ldm {first.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"ldm {name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch has no one class for it
             raise
-        print(f"ldm {first.command}: out of memory; use a smaller --max-batch or --size", file=sys.stderr)
+        print(f"ldm {name}: out of memory; use a smaller --max-batch or --size", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"ldm {first.command}: interrupted; run it again to go on", file=sys.stderr)
-        return 1
     return 0
