@@ -20,7 +20,7 @@ from ldm.study.metrics import perceptual
 from ldm.traversal.plan import parse_integers
 from ldm_tools import options, processes
 from ldm_tools.evaluate.options import (
-    MOST,
+    MOST_PROCESSES,
     SAMPLED,
     SEEDS_A_PROCESS,
     check_options,
@@ -130,7 +130,7 @@ def processes_for(args: argparse.Namespace, tasks: Sequence[Task], weights: set[
     if options.device_of(args).type != "cpu" or sum(file.stat().st_size for file in files) > SMALL:
         return 1
     seeds = max(len(task.plan.seeds) for task in tasks)
-    return max(1, min(processes.of_this_machine() // args.threads, seeds // SEEDS_A_PROCESS, MOST))
+    return max(1, min(processes.of_this_machine() // args.threads, seeds // SEEDS_A_PROCESS, MOST_PROCESSES))
 
 
 def count(folder: Path) -> dict[str, dict[str, dict[str, int]]]:

@@ -24,7 +24,7 @@ SAMPLED = {
     "max_batch": None,
 }
 BASELINE_SEEDS = 8
-MOST = 8  # processes, unless told: each takes a gigabyte
+MOST_PROCESSES = 8  # processes, unless told: each takes a gigabyte
 SEEDS_A_PROCESS = 4  # at least, unless told: one takes as long to start as a seed of a shipped model or two
 
 
@@ -71,7 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--processes",
         type=int,
         help="that share the seeds; the numbers stay the same (default: on a CPU, with models as small as the shipped "
-        f"ones, one a core, of {SEEDS_A_PROCESS} seeds or more, {MOST} at most; else 1; torchrun starts its own)",
+        f"ones, one a core, of {SEEDS_A_PROCESS} seeds or more, {MOST_PROCESSES} at most; else 1; torchrun starts its "
+        "own)",
     )
     parser.add_argument("--shown-seeds", type=int, default=6, help="in figures and explorer (default %(default)s)")
 
