@@ -88,6 +88,7 @@ def test_a_table_does_not_replace_an_evaluation_nor_the_other_way_round(tmp_path
         (["--attribute", "hair", "RUN"], "expected one or the other"),
         (["--attribute", "hair", "--seeds", "0-3"], "--seeds: it does nothing beside --predictions"),
         (["--attribute", "hair", "--classifier", "c.safetensors"], "--classifier: it does nothing beside"),
+        (["--attribute", "hair", "--processes", "2"], "--processes: it does nothing beside"),
         (["--attribute", "hair", "--swap-steps", ""], "--swap-steps: got ''"),
     ],
 )

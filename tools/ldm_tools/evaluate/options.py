@@ -120,7 +120,7 @@ def refuse_idle_options(args: argparse.Namespace) -> None:
     """ValueError for an option that would do nothing beside a RUN or --predictions."""
     idle = [name for name in SAMPLED if name in args] if args.runs or args.predictions else []
     if args.predictions:
-        idle += [name for name in ("classifier", "data", "fetch") if getattr(args, name)]
+        idle += [name for name in ("classifier", "data", "fetch", "processes") if getattr(args, name)]
     if idle:
         option, beside = "--" + idle[0].replace("_", "-"), "--predictions" if args.predictions else "RUN"
         raise ValueError(f"{option}: it does nothing beside {beside}, whose samples exist; leave it out")
