@@ -282,28 +282,6 @@ def align_your_steps(steps: int, schedule: Schedule, *, endpoint: bool = False) 
     return _at_sigmas(schedule, np.exp(log_sigmas).tolist())
 
 
-# Every fifth level of 50 leading steps, and up to three between two of them.
-SWAPS_OF_50 = (
-    *(981, 961, 941, 921, 881, 841, 821, 781, 741, 721, 681, 631),
-    *(581, 531, 481, 431, 381, 331, 281, 231, 181, 131, 81),
-)
-
-
-def swaps_of_50(steps: int, schedule: Schedule) -> tuple[float, ...]:
-    """23 levels, dense where it is noisy, that meet those of 50 leading steps' swaps: for `ldm traverse --fast`.
-
-    For other N straight lines in log sigma between them, and to the schedule's clean end.
-    """
-    _check_steps(steps, len(schedule))
-    levels = [min(max(t - 1 + schedule.steps_offset, 1), len(schedule) - 1) for t in SWAPS_OF_50]
-    if steps == len(levels):
-        return tuple(levels)
-    _check_signal(schedule)
-    log_sigmas = [0.5 * math.log((1 - a) / a) for a in map(schedule.alphas_cumprod_at, [*levels, 0])]
-    at = np.linspace(0, len(levels), steps, endpoint=False)
-    return _at_sigmas(schedule, np.exp(np.interp(at, range(len(log_sigmas)), log_sigmas)).tolist())
-
-
 Spacing = Callable[[int, Schedule], tuple[float, ...]]
 """timesteps = spacing(steps, schedule)"""
 
@@ -319,7 +297,6 @@ SPACINGS: dict[str, Spacing] = {
     "polyexponential": lambda steps, schedule: polyexponential(steps, schedule, endpoint=schedule.to_zero),
     "laplace": lambda steps, schedule: laplace(steps, schedule, endpoint=schedule.to_zero),
     "kl_optimal": lambda steps, schedule: kl_optimal(steps, schedule, endpoint=schedule.to_zero),
-    "swaps_of_50": swaps_of_50,
     "align_your_steps": lambda steps, schedule: align_your_steps(steps, schedule, endpoint=schedule.to_zero),
 }
 EVEN_SPACINGS = ("leading", "trailing", "linspace")  # in t, up to rounding

@@ -1,10 +1,10 @@
-"""What `ldm traverse --fast` keeps of the 50 steps that it stands for: directions, flips, lengths, seed by seed.
+"""What `ldm traverse --fast` keeps of trajectories: directions, flips, lengths, seed by seed.
 
-The same noises are traversed both ways, and the swaps that stand for one another compared:
+The same noises are traversed both ways, and their swaps compared:
 
-    cosine    between z_s - z of the fast run and of the 50 steps, z the neutral latent and z_s the swapped one
-    length    |z_s - z| of the fast run over that of the 50 steps
-    error     |z - z_50| / |z_50| of the neutral latents
+    cosine    between z_s - z of the fast run and of the usual one, z the neutral latent and z_s the swapped one
+    length    |z_s - z| of the fast run over that of the usual one
+    error     |z - z'| / |z'| of the neutral latents, which both take all steps to
     cfrt      of both, by the shipped classifier, and the difference on the same seeds
 
 Letters: A attributes, S swap steps, M of them averaged by CFRT, K heads, n seeds.
@@ -13,7 +13,7 @@ Letters: A attributes, S swap steps, M of them averaged by CFRT, K heads, n seed
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -31,10 +31,9 @@ from ldm.study.evaluation.instruments import Instruments
 from ldm.study.evaluation.summary import Votes
 from ldm.study.metrics import stats
 from ldm.study.metrics.cfrt import READINGS, successes
-from ldm.traversal.fewer_steps import USUAL, FewerSteps
+from ldm.traversal.following import evaluations
 from ldm.traversal.plan import SWAP_STEPS, Traversal
-from ldm.traversal.prompt_tree import unet_rows
-from ldm.traversal.sampling import prompt_tree, sample, swap_name
+from ldm.traversal.sampling import prompt_tree, rows_a_seed, sample, swap_name
 
 Json = dict[str, Any]
 Progress = Callable[[int], object]
@@ -48,13 +47,12 @@ class Comparison:
     cell: Cell
     instruments: Instruments
     guidance: float
-    fewer: FewerSteps
+    how: Mapping[str, Any] = field(default_factory=lambda: {"fast": True})  # the other run, as `Traversal` takes it
 
     def plan(self, seed: int, fast: bool) -> Traversal:
         """How one seed is traversed, either way."""
         common: Json = {"neutral": self.cell.neutral, "styles": self.cell.styles, "guidance": self.guidance}
-        way = self.fewer if fast else USUAL
-        return Traversal(seeds=(seed,), bezier_points=0, **way.options(), **common)
+        return Traversal(seeds=(seed,), bezier_points=0, **common, **(self.how if fast else {}))
 
     @property
     def settings(self) -> Json:
@@ -69,7 +67,7 @@ class Comparison:
 
     def _rows(self, fast: bool) -> int:
         plan = self.plan(0, fast)
-        return unet_rows(prompt_tree(self.instruments.sd, plan), plan.steps, plan.run_sampler)
+        return rows_a_seed(plan, prompt_tree(self.instruments.sd, plan))
 
     def measure(self, seed: int, progress: Progress) -> Json:
         """One seed both ways: cosines and lengths (A, S), error, and what the classifier says of either."""
@@ -142,7 +140,7 @@ def summarise(comparison: Comparison, rows: Sequence[Json]) -> Json:
         "guidance": comparison.guidance,
         "weights_sha256": instruments.fingerprint["weights_sha256"],
         "classifier_sha256": instruments.fingerprint["classifier_sha256"],
-        "evaluations": {"fast": comparison.fewer.evaluations, "usual": USUAL.evaluations},
+        "evaluations": {"fast": evaluations(fast=True), "usual": evaluations(fast=False)},
         "error": stats.mean([row["error"] for row in rows]),
         "attributes": attributes,
     }

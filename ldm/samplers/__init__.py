@@ -14,7 +14,7 @@ Nothing here switches gradients off: wrap the loop in `torch.no_grad()` to sampl
 """
 
 from ldm.samplers import adaptive, multistep, one_step, stochastic
-from ldm.samplers.driver import EpsFn, History, Level, Noise, Run, Sampler, Step, StepFn, noise_levels
+from ldm.samplers.driver import EpsFn, History, Level, Noise, Run, Sampler, Step, StepFn, final_level, noise_levels
 from ldm.samplers.noise import initial_noise, step_noise
 
 ddim = Sampler("ddim", one_step.ddim, order=1, eta=0.0, from_pure_noise=True)
@@ -86,6 +86,7 @@ __all__ = [
     "er_sde",
     "euler",
     "euler_ancestral",
+    "final_level",
     "heun",
     "initial_noise",
     "ipndm",

@@ -38,8 +38,8 @@ class Sampling:
         """All that latents depend on; what is unusual only where it is so, so that older folders can be grown."""
         entries = asdict(self)
         del entries["sampler_named"]
-        for unusual in ("own_code", "end"):
-            if not entries[unusual]:
+        for unusual in ("own_code", "end", "fast"):
+            if not entries.get(unusual, True):
                 del entries[unusual]
         return entries
 
@@ -97,6 +97,7 @@ class Traversal(Sampling):
     swap_steps: tuple[int, ...] = SWAP_STEPS
     indexing: Indexing = "steps"
     bezier_points: int = 50  # 0: no curves
+    fast: bool = False  # branches ask the network seldom, see `ldm.traversal.following`
 
     @property
     def prompts(self) -> list[str]:
@@ -117,6 +118,9 @@ class Traversal(Sampling):
             raise ValueError(f"swap steps: expected one or more, each once, got {list(self.swap_steps)}")
         for swap_step in self.swap_steps:
             neutral_steps(swap_step, self.steps, self.indexing)  # raises where it lies outside
+        if self.fast and (self.sampler != "ddim" or self.eta):
+            got = f"eta {self.eta:g}" if self.eta else f"sampler {self.sampler!r}"
+            raise ValueError(f"fast: it takes the steps of ddim without eta, got {got}")
         if self.bezier_points not in (0, *range(2, 10_001)):
             raise ValueError(f"bezier points: expected 0 (no curve) or 2..10000, got {self.bezier_points}")
 

@@ -74,7 +74,7 @@ def unet_rows(tree: Branch, steps: int, sampler: Sampler = ddim) -> int:
     Guidance doubles them (its unconditional half); running the branches separately would cost those of a whole run for
     each.
     """
-    return sum(sampler.evaluations_of(steps - branch.at) for branch, _ in _walk(tree))
+    return sum(sampler.evaluations_of(steps - branch.at) for branch, _ in walk(tree))
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +99,7 @@ class TreeResult:
         if name not in self.latents:
             raise ValueError(f"name: expected one of {sorted(self.latents)}, got {name!r}")
         own = self.kept[quantity][name]
-        branch, parent = next(pair for pair in _walk(self.tree) if pair[0].name == name)
+        branch, parent = next(pair for pair in walk(self.tree) if pair[0].name == name)
         return own if parent is None else torch.cat([self.path(parent.name, quantity)[: branch.at], own])
 
 
@@ -145,19 +145,11 @@ def traverse_tree(
     Returns: final latents and kept quantities, in dtype of x_T and on the model's device.
     Raises:  ValueError: a tree that cannot be run (names, fork steps, context shapes), before the first evaluation.
     """
-    _check_tree(tree, len(x_T), steps)
-    if len(seeds) != len(x_T):
-        raise ValueError(f"seeds: expected {len(x_T)}, one a row of x_T, got {len(seeds)}")
-    if unknown := set(keep) - set(KEEPABLE):
-        raise ValueError(f"keep: expected some of {KEEPABLE}, got {sorted(unknown)}")
-    if len(set(keep)) != len(keep):
-        raise ValueError(f"keep: expected each quantity once, got {list(keep)}")
-    paths = _Paths(x_T, keep)
-    forks = sorted({branch.at for branch, _ in _walk(tree)})
+    check_arguments(tree, x_T, seeds, steps, keep)
+    paths = Paths(x_T, keep)
+    forks = sorted({branch.at for branch, _ in walk(tree)})
     for start, stop in pairwise([*forks, steps]):
-        for branch, parent in _walk(tree):
-            if branch.at == start:
-                paths.fork(branch, parent)
+        paths.fork_all(tree, start)
         for live in paths.equally_long():  # the segment: these branches of all seeds as one batch, until the next fork
             x_t, history = paths.batch(live)
             contexts = constant(paths.contexts(live), steps)
@@ -166,11 +158,10 @@ def traverse_tree(
                 paths.move(live, step)
                 if progress is not None:
                     progress(round(len(step.x_prev) * step.evaluations))
-    names = [branch.name for branch, _ in _walk(tree)]
-    return TreeResult(x_T, {name: paths.latents[name] for name in names}, paths.rows, paths.stacked(), tree)
+    return paths.result(tree)
 
 
-class _Paths:
+class Paths:
     """Where every branch stands: its latents, what its sampler remembers, and what is kept of its steps."""
 
     def __init__(self, x_T: Tensor, keep: Sequence[str]) -> None:
@@ -181,8 +172,13 @@ class _Paths:
         self.prompts: dict[str, Tensor] = {}
         self.kept: dict[str, dict[str, list[Tensor]]] = {quantity: {} for quantity in keep}
 
-    def fork(self, branch: Branch, parent: Branch | None) -> None:
-        """A branch begins where its parent stands."""
+    def fork_all(self, tree: Branch, at: int) -> None:
+        """The branches that leave after `at` steps begin where their parents stand."""
+        for branch, parent in walk(tree):
+            if branch.at == at:
+                self._fork(branch, parent)
+
+    def _fork(self, branch: Branch, parent: Branch | None) -> None:
         self.latents[branch.name] = self.x_T if parent is None else self.latents[parent.name]
         self.histories[branch.name] = ()
         self.prompts[branch.name] = branch.context.expand(len(self.x_T), -1, -1)
@@ -214,7 +210,12 @@ class _Paths:
             for quantity, steps in self.kept.items():
                 steps[name].append(getattr(step, KEPT[quantity]).split(size)[i])
 
-    def stacked(self) -> dict[str, dict[str, Tensor]]:
+    def result(self, tree: Branch) -> TreeResult:
+        """All of it, after the last step."""
+        latents = {branch.name: self.latents[branch.name] for branch, _ in walk(tree)}
+        return TreeResult(self.x_T, latents, self.rows, self._stacked(), tree)
+
+    def _stacked(self) -> dict[str, dict[str, Tensor]]:
         """quantity -> branch -> (S - at, B, C, H, W); empty for a branch that forks after the last step."""
         empty = self.x_T.new_empty(0, *self.x_T.shape)
         return {
@@ -223,18 +224,29 @@ class _Paths:
         }
 
 
-def _walk(branch: Branch, parent: Branch | None = None) -> Iterator[tuple[Branch, Branch | None]]:
+def walk(branch: Branch, parent: Branch | None = None) -> Iterator[tuple[Branch, Branch | None]]:
     """Every branch with its parent, parents first."""
     yield branch, parent
     for child in branch.children:
-        yield from _walk(child, branch)
+        yield from walk(child, branch)
+
+
+def check_arguments(tree: Branch, x_T: Tensor, seeds: Sequence[int], steps: int, keep: Sequence[str]) -> None:
+    """What `traverse_tree` raises before the first evaluation."""
+    _check_tree(tree, len(x_T), steps)
+    if len(seeds) != len(x_T):
+        raise ValueError(f"seeds: expected {len(x_T)}, one a row of x_T, got {len(seeds)}")
+    if unknown := set(keep) - set(KEEPABLE):
+        raise ValueError(f"keep: expected some of {KEEPABLE}, got {sorted(unknown)}")
+    if len(set(keep)) != len(keep):
+        raise ValueError(f"keep: expected each quantity once, got {list(keep)}")
 
 
 def _check_tree(tree: Branch, batch: int, steps: int) -> None:
     if tree.at != 0:
         raise ValueError(f"tree: expected the root {tree.name!r} at step 0, got {tree.at}")
     seen: set[str] = set()
-    for branch, parent in _walk(tree):
+    for branch, parent in walk(tree):
         if branch.name in seen:
             raise ValueError(f"tree: expected unique names, got {branch.name!r} twice")
         seen.add(branch.name)

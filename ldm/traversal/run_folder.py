@@ -23,11 +23,10 @@ from tqdm import tqdm
 from ldm.files import read_json, write_json
 from ldm.guidance import rows_a_latent
 from ldm.pipeline import StableDiffusion
-from ldm.traversal import fewer_steps
 from ldm.traversal.plan import Generation, Traversal
-from ldm.traversal.prompt_tree import Branch, unet_rows
+from ldm.traversal.prompt_tree import Branch
 from ldm.traversal.run_images import remove_images, write_images
-from ldm.traversal.sampling import bounded, curves, latent_shape, prompt_tree, sample
+from ldm.traversal.sampling import bounded, curves, latent_shape, prompt_tree, rows_a_seed, sample
 from ldm.traversal.store import run_seeds
 
 
@@ -102,7 +101,7 @@ class _Run:
         self.shape = latent_shape(sd, plan)
         self.sd = bounded(sd, self.shape)
         self.branches = 1 + len(tree.children)
-        self.rows_a_seed = unet_rows(tree, plan.steps, plan.run_sampler)
+        self.rows_a_seed = rows_a_seed(plan, tree)
         self.model = model_record(sd, plan.prompts)
 
     def into_folder(self, images: bool = True) -> dict[str, Any]:
@@ -132,7 +131,6 @@ class _Run:
             **self.model,
             **plan.settings(),
             **({"sampler_named": plan.sampler_named} if plan.sampler_named else {}),
-            **(fewer_steps.record(plan) if isinstance(plan, Traversal) else {}),
             **self.start.record(latents, out, earlier),
             "seeds": seeds,
             "latent_size": self.shape[1:],

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from ldm.pipeline import StableDiffusion
-from ldm.samplers import initial_noise
+from ldm.samplers import Level, final_level, initial_noise
+from ldm.schedule import SPACINGS, told_at
 from ldm.traversal.batches import rows_a_call
+from ldm.traversal.following import follow_tree, followed_rows
 from ldm.traversal.plan import Sampling, Traversal
-from ldm.traversal.prompt_tree import Branch, TreeResult, swaps, traverse_tree
+from ldm.traversal.prompt_tree import Branch, TreeResult, swaps, traverse_tree, unet_rows
 
 
 def latent_shape(sd: StableDiffusion, plan: Sampling) -> tuple[int, int, int]:
@@ -63,7 +65,26 @@ def sample(
         eta=plan.eta,
     )
     x_T = initial_noise(seeds, shape) if x_T is None else x_T
+    if follows(plan):
+        return follow_tree(denoise, x_T, tree, seeds, _levels(sd, plan), keep=plan.keep, progress=progress)
     return traverse_tree(denoise, x_T, tree, seeds, plan.steps, keep=plan.keep, progress=progress)
+
+
+def rows_a_seed(plan: Sampling, tree: Branch) -> int:
+    """Of the U-Net, guidance's second half not counted; at least, where the sampler's evaluations vary."""
+    return followed_rows(tree, plan.steps) if follows(plan) else unet_rows(tree, plan.steps, plan.run_sampler)
+
+
+def follows(plan: Sampling) -> bool:
+    """Whether branches ask the network seldom."""
+    return isinstance(plan, Traversal) and plan.fast
+
+
+def _levels(sd: StableDiffusion, plan: Sampling) -> list[Level]:
+    """The S + 1 noise levels that the plan visits."""
+    schedule = sd.schedule if plan.end is None else sd.schedule.ending_at(plan.end)
+    visited = [Level(told_at(t), schedule.alphas_cumprod_at(t)) for t in SPACINGS[plan.spacing](plan.steps, schedule)]
+    return [*visited, final_level(schedule)]
 
 
 def swap_name(style: str, swap_step: int) -> str:

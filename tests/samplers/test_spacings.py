@@ -20,13 +20,10 @@ from ldm.schedule import (
     beta,
     kl_optimal,
     laplace,
-    leading,
     log_snr,
     polyexponential,
     quadratic,
 )
-from ldm.traversal.fewer_steps import FAST
-from ldm.traversal.plan import SWAP_STEPS
 
 SCHEDULE = Schedule.sd15()
 HIGH, LOW = (math.exp(-float(lambda_t)) for lambda_t in SCHEDULE.lambdas[[-1, 0]])
@@ -81,14 +78,7 @@ def test_under_a_zero_end_what_is_spread_to_the_clean_end_visits_it(name):
         assert len(visited) == steps
         assert list(visited) == sorted(set(visited), reverse=True)
     last = SPACINGS[name](20, to_zero)[-1]
-    assert last == {"leading": 1, "trailing": 49, "swaps_of_50": pytest.approx(87.4, abs=0.01)}.get(name, 0)
-
-
-def test_swaps_of_50_meets_the_levels_at_which_50_steps_swap():
-    usual, fewer = leading(50), SPACINGS["swaps_of_50"](FAST.steps, SCHEDULE)
-    assert [fewer[s] for s in FAST.swap_steps] == [usual[s] for s in SWAP_STEPS]
-    assert fewer[0] == usual[0]
-    assert SPACINGS["swaps_of_50"](46, SCHEDULE)[::2] == pytest.approx(fewer, abs=1e-6)
+    assert last == {"leading": 1, "trailing": 49}.get(name, 0)
 
 
 def test_an_unknown_end_is_refused():

@@ -20,8 +20,8 @@ from ldm.study.evaluation.instruments import Instruments
 from ldm.study.evaluation.trajectories import stacked
 from ldm.study.metrics.perceptual import load_lpips
 from ldm.study.report import explorer
-from ldm.traversal.fewer_steps import FAST, USUAL
 from ldm.traversal.figures import grid, save_image
+from ldm.traversal.following import evaluations
 from ldm.traversal.plan import Traversal, parse_integers
 from ldm.traversal.run_folder import read_record, run_traversal
 from ldm.traversal.run_images import trajectory_columns, trajectory_rows, write_figures
@@ -29,10 +29,7 @@ from ldm.traversal.store import load_seed
 
 ON_MAP = (0, 2, 4)  # which of the swaps the map of the latents shows: of 50 steps, 5, 15 and 25
 NOTE = "Small models, trained on two CPU cores. Every image here was made from noise, and none is of a patient."
-FEWER = (
-    f"{FAST.steps} steps that stand for the paper's {USUAL.steps}: swaps at s = {', '.join(map(str, FAST.swap_steps))} "
-    f"are its {', '.join(map(str, USUAL.swap_steps))}; ldm demo --paper takes all {USUAL.steps}."
-)
+FEWER = "Past its swap a branch asks the network at a few of its steps only; ldm demo --paper asks at all of them."
 DRAWN = "Drawn phantoms: the model learned drawings, whose true counterfactuals are known."
 
 
@@ -71,9 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--paper",
         action="store_true",
-        help=f"{USUAL.steps} steps and {Traversal.bezier_points} points a curve, as in the paper, instead of "
-        f"{FAST.steps} (as `ldm traverse --fast`) and {pictures.POINTS}: "
-        f"{USUAL.evaluations / FAST.evaluations:.1f} times the evaluations",
+        help="ask the network at every step of every branch, not as `ldm traverse --fast`, "
+        f"{evaluations(fast=False) / evaluations(fast=True):.1f} times as often, and draw "
+        f"{Traversal.bezier_points} points a curve instead of {pictures.POINTS}",
     )
 
 
@@ -103,15 +100,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def plan_of(part: Part, seeds: tuple[int, ...], paper: bool) -> Traversal:
-    """How one domain is traversed: as the paper has it, or in fewer steps to fewer points of a curve."""
-    how, points = (USUAL, Traversal.bezier_points) if paper else (FAST, pictures.POINTS)
+    """How one domain is traversed: as the paper has it, or with fewer questions and fewer points of a curve."""
     return Traversal(
         neutral=part.cell.neutral,
         styles=part.cell.styles,
         seeds=seeds,
         guidance=GUIDANCE,
-        bezier_points=points,
-        **how.options(),
+        bezier_points=Traversal.bezier_points if paper else pictures.POINTS,
+        fast=not paper,
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ldm.pipeline import StableDiffusion
-from ldm.traversal.fewer_steps import FAST, USUAL
+from ldm.traversal.following import evaluations
 from ldm.traversal.plan import SWAP_STEPS, Traversal, parse_integers
 from ldm.traversal.real_images import ImageStart, open_images
 from ldm.traversal.round_trip import FITS
@@ -28,8 +28,6 @@ from ldm_tools.options import (
 )
 from ldm_tools.pixels import add_pixels, pixels
 
-# What --fast chooses, and what stands there where neither it nor the user says anything.
-CHOSEN = {"sampler": "ddim", "steps": USUAL.steps, "swap_steps": ",".join(map(str, SWAP_STEPS)), "spacing": None}
 FIDELITY = (
     "On drawings and an earlier model of real skin the swap directions keep a cosine of .98 to .99 to those of 50 "
     "steps (50 seeds), while CFRT on real skin moves by up to .16; see ldm/samplers/README.md"
@@ -47,13 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--style", action="append", required=True, metavar="NAME=PROMPT", help="repeat for each style")
     parser.add_argument(
         "--swap-steps",
-        help=f"numbers of neutral steps before the swap; early swaps edit strongly (default {CHOSEN['swap_steps']})",
+        default=",".join(map(str, SWAP_STEPS)),
+        help="numbers of neutral steps before the swap; early swaps edit strongly (default %(default)s)",
     )
     parser.add_argument(
         "--fast",
         action="store_true",
-        help=f"{FAST.steps} steps of {FAST.sampler} instead of {USUAL.steps}, the nine swaps at the same noise levels: "
-        f" {FAST.evaluations} evaluations a seed and attribute, not {USUAL.evaluations}. {FIDELITY}",
+        help="past its swap a branch asks the network at a few steps only, and else follows the neutral path: "
+        f"{evaluations(fast=True)} evaluations a seed and attribute, not {evaluations(fast=False)}. {FIDELITY}",
     )
     parser.add_argument(
         "--indexing",
@@ -89,28 +88,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_adapters(parser)
     add_sampling(parser)
     parser.set_defaults(negative=None)  # empty, or with --image the neutral prompt
-    parser.set_defaults(**dict.fromkeys(CHOSEN))  # so that what is typed beside --fast is seen
-
-
-def choose_steps(args: argparse.Namespace) -> None:
-    """Sampler, spacing, steps and swaps: as typed, or else as usual or as --fast has them.
-
-    Raises ValueError for what --fast would override, or was not measured with.
-    """
-    if args.fast:
-        typed = [name for name in CHOSEN if getattr(args, name) is not None]
-        typed += [name for name in ("end", "eta", "image") if getattr(args, name)]
-        typed += ["indexing"] if args.indexing != "steps" else []
-        if typed:
-            option = "--" + typed[0].replace("_", "-")
-            raise ValueError(
-                f"--fast: it chooses sampler, spacing, steps and swaps itself; leave out {option}, or --fast"
-            )
-    swaps = ",".join(map(str, FAST.swap_steps))
-    fast = {"sampler": FAST.sampler, "steps": FAST.steps, "swap_steps": swaps, "spacing": FAST.spacing}
-    for name, usual in (fast if args.fast else CHOSEN).items():
-        if getattr(args, name) is None:
-            setattr(args, name, usual)
 
 
 def refuse_equal_prompts(sd: StableDiffusion, plan: Traversal) -> None:
@@ -127,7 +104,6 @@ def refuse_equal_prompts(sd: StableDiffusion, plan: Traversal) -> None:
 def run(args: argparse.Namespace) -> None:
     """Raises ValueError for options that do not fit."""
     styles = named_prompts(args.style)
-    choose_steps(args)
     if args.image and args.seeds != "0":
         raise ValueError(
             f"--seeds: got {args.seeds!r} beside --image, expected one or the other: an image has its own start"
@@ -153,6 +129,7 @@ def run(args: argparse.Namespace) -> None:
         indexing=args.indexing,
         bezier_points=args.bezier_points,
         keep=tuple(args.keep.split(",")) if args.keep else (),
+        fast=args.fast,
     )
     sd = ready_for(args, load_model(args), [plan.neutral, *styles.values(), plan.negative])
     refuse_equal_prompts(sd, plan)

@@ -44,4 +44,5 @@ def _plan_of(record: Mapping[str, Any]) -> Traversal:
         swap_steps=tuple(record["swap_steps"]),
         indexing=record["indexing"],
         bezier_points=record["bezier_points"],
+        fast=record.get("fast") is True,
     )

@@ -1,4 +1,4 @@
-"""`ldm bench traverse --fast`: what `ldm traverse --fast` keeps of the 50 steps that it stands for.
+"""`ldm bench traverse --fast`: what `ldm traverse --fast` keeps of the trajectories.
 
 ldm bench traverse --fast --seeds 100-149 --out out/bench/fast
 """
@@ -22,7 +22,7 @@ from ldm.study import shipped
 from ldm.study.evaluation.instruments import Instruments
 from ldm.study.metrics import perceptual
 from ldm.study.report.results import MAIN_READING
-from ldm.traversal.fewer_steps import FAST, USUAL
+from ldm.traversal.following import evaluations
 from ldm.traversal.plan import parse_integers
 from ldm_tools.options import load_model
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fast.add_argument(
         "--fast",
         action="store_true",
-        help="instead: the same seeds by --fast and by 50 steps, at --guidance; cosines of the swap directions, and "
+        help="instead: the same seeds with --fast and without, at --guidance; cosines of the swap directions, and "
         "CFRT. A line a seed in fast.jsonl, from which a run that was cut off goes on; at the end fast.json",
     )
     fast.add_argument("--seeds", help="such as 0-7 (default 100-149)")
@@ -74,8 +74,6 @@ def run(args: argparse.Namespace) -> None:
         name = comparison.cell.name
         cells[name] = fast_traversal.summarise(comparison, [file[{"cell": name, "seed": seed}] for seed in seeds])
     result = {
-        "fast": FAST.record(),
-        "usual": USUAL.record(),
         "goals": GOALS,
         "cells": cells,
         "environment": harness.environment(),
@@ -100,7 +98,7 @@ def comparisons_of(args: argparse.Namespace) -> list[Comparison]:
             models[model.weights] = load_model(argparse.Namespace(**{**vars(args), "weights": model.weights}))
         sd, judge = models[model.weights], model.classifiers[name]
         instruments = Instruments(sd, classifiers.load(judge, sd.device), judge, NO_LPIPS)
-        found.append(Comparison(shipped.CELLS[name], instruments, args.guidance, FAST))
+        found.append(Comparison(shipped.CELLS[name], instruments, args.guidance))
     return found
 
 
@@ -130,7 +128,7 @@ def table(cells: dict[str, Any]) -> str:
     """A line an attribute."""
     lines = [
         f"{'':14}{'':18}{'seeds':>6}{'cosine':>8}{'95 %':>16}{'least (s of 50)':>18}{'length':>8}"
-        f"{'CFRT 50':>9}{'fast':>6}{'difference':>24}"
+        f"{'CFRT':>9}{'fast':>6}{'difference':>24}"
     ]
     for cell, found in cells.items():
         for name, one in found["attributes"].items():
@@ -141,10 +139,10 @@ def table(cells: dict[str, Any]) -> str:
                 f"{least['value']:10.3f} ({least['swap_step']:2}){one['length']['value']:11.2f}"
                 f"{shares[0]:9.2f}{shares[1]:6.2f}{apart['value']:+8.2f} {_interval(apart['interval'], 2):>15}"
             )
-    fewer = USUAL.evaluations / FAST.evaluations
+    fast, usual = evaluations(fast=True), evaluations(fast=False)
     lines.append(
-        f"{FAST.evaluations} network evaluations a seed and attribute against {USUAL.evaluations}, {fewer:.1f} x fewer"
-        f"; CFRT in the reading {MAIN_READING}, the others in fast.json"
+        f"{fast} network evaluations a seed and attribute against {usual}, {usual / fast:.1f} x fewer; "
+        f"CFRT in the reading {MAIN_READING}, the others in fast.json"
     )
     return "\n".join(lines)
 

@@ -14,7 +14,6 @@ from ldm.study.evaluation import steps
 from ldm.study.evaluation.cells import cell_of_run
 from ldm.study.evaluation.judges import Judge
 from ldm.study.evaluation.run import Task
-from ldm.traversal.fewer_steps import stands_for
 from ldm.traversal.plan import SWAP_STEPS, Traversal, parse_integers
 from ldm.traversal.run_folder import read_record
 from ldm.traversal.sampling import latent_shape
@@ -30,7 +29,7 @@ def task_of_run(folder: Path, averaged: tuple[int, ...] | None) -> Task:
     """
     cell, plan = cell_of_run(folder)
     if averaged is None:
-        averaged = stands_for(read_record(folder), steps.AVERAGED) or steps.early(plan.swap_steps, plan.steps)
+        averaged = steps.early(plan.swap_steps, plan.steps)
         if averaged != steps.AVERAGED:
             shown = ", ".join(map(str, averaged))
             log.info("%s: CFRT averages swap steps %s of its %d (--swap-steps names others)", folder, shown, plan.steps)
