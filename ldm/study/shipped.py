@@ -23,6 +23,7 @@ class Shipped:
     cells: Mapping[str, Cell]
     classifiers: Mapping[str, Path]  # of each cell
     note: str
+    guidance: float  # at which the prompts show most often what they ask for: see the cards in weights/
 
 
 def _real(cell: Cell) -> Cell:
@@ -36,12 +37,14 @@ PHANTOM = Shipped(
     cells=prompts.CELLS,
     classifiers={"chest": PHANTOM_CLASSIFIERS["chest"], **dict.fromkeys(_SKIN, PHANTOM_CLASSIFIERS["skin"])},
     note="Phantoms are drawings, and so is all that the model of phantoms draws: nothing in them is a patient.",
+    guidance=prompts.GUIDANCE,
 )
 REAL = Shipped(
     weights=WEIGHTS / "real.safetensors",
     cells={f"real_{name}": _real(prompts.CELLS[name]) for name in _SKIN},
     classifiers=dict.fromkeys((f"real_{name}" for name in _SKIN), WEIGHTS / "real_skin_classifier.safetensors"),
     note=CREDIT,
+    guidance=5.0,
 )
 MODELS = (PHANTOM, REAL)
 CELLS = {name: cell for model in MODELS for name, cell in model.cells.items()}

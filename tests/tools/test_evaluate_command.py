@@ -177,6 +177,12 @@ def test_fewer_steps_have_the_same_shares_of_swaps():
     assert half.averaged == (4, 8)
 
 
+def test_every_cell_is_sampled_at_its_models_guidance_unless_told():
+    own = {task.cell.name: task.plan.guidance for task in tasks.sampled_tasks(parsed(), None)}
+    assert own == {name: shipped.model_of(name).guidance for name in shipped.CELLS}
+    assert {task.plan.guidance for task in tasks.sampled_tasks(parsed("--guidance", "2"), None)} == {2.0}
+
+
 @pytest.mark.parametrize(
     ("swap_steps", "averaged"), [((5, 10, 15, 40), (5, 10, 15)), ((2, 6, 8), (2, 6)), ((9, 12), (9,))]
 )

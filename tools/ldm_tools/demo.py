@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import ldm
-from ldm import pipeline
 from ldm.files import write_json
-from ldm.phantom.prompts import DOMAINS, GUIDANCE, Cell
+from ldm.phantom.prompts import DOMAINS, Cell
+from ldm.pipeline import StableDiffusion
 from ldm.study import classifier, shipped
 from ldm.study.evaluation import pictures
 from ldm.study.evaluation.instruments import Instruments
@@ -42,17 +42,20 @@ class Part:
     weights: Path
     classifier: Path
     note: str
+    guidance: float
 
 
 def parts() -> list[Part]:
     """Real skin, then what the phantoms have."""
-    nevus = shipped.REAL.cells["real_nevus"]
-    real = Part("real_skin", nevus, shipped.REAL.weights, shipped.REAL.classifiers[nevus.name], shipped.REAL.note)
-    drawn = [
-        Part(name, cell, pipeline.PHANTOM_WEIGHTS, classifier.PHANTOM_CLASSIFIERS[name], DRAWN)
-        for name, cell in DOMAINS.items()
+    real, drawn = shipped.REAL, shipped.PHANTOM
+    nevus = real.cells["real_nevus"]
+    return [
+        Part("real_skin", nevus, real.weights, real.classifiers[nevus.name], real.note, real.guidance),
+        *(
+            Part(name, cell, drawn.weights, classifier.PHANTOM_CLASSIFIERS[name], DRAWN, drawn.guidance)
+            for name, cell in DOMAINS.items()
+        ),
     ]
-    return [real, *drawn]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +108,7 @@ def plan_of(part: Part, seeds: tuple[int, ...], paper: bool) -> Traversal:
         neutral=part.cell.neutral,
         styles=part.cell.styles,
         seeds=seeds,
-        guidance=GUIDANCE,
+        guidance=part.guidance,
         bezier_points=Traversal.bezier_points if paper else pictures.POINTS,
         fast=not paper,
     )
@@ -132,7 +135,7 @@ def write_totals(out: Path, records: Mapping[str, dict[str, Any]], began: float)
     )
 
 
-def page(sd: pipeline.StableDiffusion, part: Part, plan: Traversal, run: Path) -> explorer.Domain:
+def page(sd: StableDiffusion, part: Part, plan: Traversal, run: Path) -> explorer.Domain:
     """One domain of the explorer: every seed, what the classifier sees along its curves, and the map of the latents."""
     instruments = Instruments(sd, classifier.load(part.classifier), part.classifier, load_lpips())
     shown = [pictures.read(run, plan, seed) for seed in plan.seeds]

@@ -38,6 +38,7 @@ def assemble(
 ) -> Json:
     """metrics.json: how it was made, the classifiers, and every cell."""
     first = places[tasks[0].cell.name].instruments
+    scales = {task.cell.name: task.plan.guidance for task in tasks}
     return {
         "command": command,
         "model": {
@@ -51,9 +52,10 @@ def assemble(
         "sampling": {
             key: value
             for key, value in settings_of(first, tasks[0].plan).items()
-            if key in ("steps", "guidance", "negative", "eta", "swap_steps", "indexing", "latent_size")
+            if key in ("steps", "negative", "eta", "swap_steps", "indexing", "latent_size")
         }
         | {
+            "guidance": tasks[0].plan.guidance if len(set(scales.values())) == 1 else scales,
             "averaged": list(tasks[0].averaged),
             "interpolation_frames": [FRAMES[0], FRAMES[-1]],
             "truth_guidance": tasks[0].truth_guidance,

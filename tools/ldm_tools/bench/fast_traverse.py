@@ -98,7 +98,8 @@ def comparisons_of(args: argparse.Namespace) -> list[Comparison]:
             models[model.weights] = load_model(argparse.Namespace(**{**vars(args), "weights": model.weights}))
         sd, judge = models[model.weights], model.classifiers[name]
         instruments = Instruments(sd, classifiers.load(judge, sd.device), judge, NO_LPIPS)
-        found.append(Comparison(shipped.CELLS[name], instruments, args.guidance))
+        guidance = model.guidance if args.guidance is None else args.guidance
+        found.append(Comparison(shipped.CELLS[name], instruments, guidance))
     return found
 
 

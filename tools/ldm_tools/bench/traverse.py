@@ -5,6 +5,7 @@ import json
 
 from ldm.bench import harness, traversal
 from ldm.phantom.prompts import CELLS
+from ldm.study import shipped
 from ldm.traversal.plan import SWAP_STEPS, Traversal
 from ldm_tools.bench import fast_traverse
 from ldm_tools.options import add_model, load_model
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Prompts are the phantom chest's, whatever the weights: what is timed does not depend on them."
     )
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps; swaps scale along (default %(default)s)")
-    parser.add_argument("--guidance", type=float, default=3.0, help="scale (default %(default)s)")
+    parser.add_argument("--guidance", type=float, help="scale (default 3; with --fast each shipped model's own)")
     parser.add_argument("--rounds", type=int, default=3, help="of the timing (default %(default)s)")
     parser.add_argument("--max-batch", type=int, help="most rows in one U-Net call, to bound memory")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         seeds=(0,),
         steps=args.steps,
         swap_steps=tuple(s * args.steps // 50 for s in SWAP_STEPS),
-        guidance=args.guidance,
+        guidance=shipped.PHANTOM.guidance if args.guidance is None else args.guidance,
         bezier_points=0,
     )
     sd = load_model(args)

@@ -14,7 +14,7 @@ SAMPLED = {
     "seeds": "0-15",
     "steps": 50,
     "sampled_swap_steps": None,
-    "guidance": 3.0,  # of the shipped models: see the cards in weights/
+    "guidance": None,
     "negative": "",
     "prompt_weights": False,
     "baseline_seeds": None,
@@ -95,7 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     phantoms.add_argument(
         "--sampled-swap-steps", help="the swaps (default 5,10..45; of fewer than 46 steps the same shares of them)"
     )
-    phantoms.add_argument("--guidance", type=float, help=f"guidance scale (default {SAMPLED['guidance']})")
+    scales = " and ".join(f"{model.guidance:g} for {', '.join(model.cells)}" for model in shipped.MODELS)
+    phantoms.add_argument("--guidance", type=float, help=f"guidance scale (default {scales})")
     phantoms.add_argument("--negative", help="the prompt that guidance pushes away from (default: empty)")
     phantoms.add_argument(
         "--prompt-weights", action="store_true", help="read brackets in it as weights, as `ldm generate` does"

@@ -58,7 +58,7 @@ def sampled_tasks(args: argparse.Namespace, averaged: tuple[int, ...] | None) ->
             plan=Traversal(
                 seeds=seeds,
                 steps=args.steps,
-                guidance=args.guidance,
+                guidance=shipped.model_of(name).guidance if args.guidance is None else args.guidance,
                 negative=args.negative,
                 neutral=cells[name].neutral,
                 styles=cells[name].styles,
