@@ -81,6 +81,7 @@ def _attribute(rng: np.random.Generator, key: str, title: str) -> dict[str, Any]
             "row_interval": [[c - 0.02, c + 0.02] for c in cosines[-1]],
         },
         "path": _path(rng),
+        "strength_correlation": {"value": 0.61, "interval": [0.55, 0.67]},
         "baselines": {name: _report(rng, rng.uniform(0.4, 0.9), 0.7 * edit, n=8) for name in BASELINES},
         "truth": {
             "n": 100,

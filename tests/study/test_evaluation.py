@@ -214,6 +214,8 @@ def test_styles_that_no_classifier_knows_have_all_but_cfrt(instruments, finished
     assert "unavailable" in some[first]["swaps"]
     assert some[second]["swaps"]["cfrt"]["own_head_signed"]["n"] == len(task.plan.seeds)
     assert some[second]["ssim"] == nobody["attributes"][second]["ssim"]
+    assert "strength_correlation" not in some[first]
+    assert -1 <= some[second]["strength_correlation"]["value"] <= 1
 
 
 def test_a_single_head_has_no_cfrt(instruments):

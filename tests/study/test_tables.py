@@ -297,14 +297,15 @@ def test_table_path_puts_trajectories_between_a_line_and_a_walk(results):
     table = table_path(results)
     path = results["cells"]["nv"]["attributes"]["ink"]["path"]
     assert len(table.rows) == 10 + 2
-    *row, no_line = table.rows[9]
+    *row, no_line, strength = table.rows[9]
     assert row[:3] == ["Nevus", "Ink", 200]
     measures = ("arc_over_chord", "total_turning", "line_residual", "first_direction")
     assert row[3:] == [Estimate(path[measure]["value"], *path[measure]["interval"]) for measure in measures]
     departs = path["first_direction"]["departs"]
     assert no_line == Estimate(departs["value"], *departs["interval"])
-    assert table.rows[10] == ("Straight line", None, None, 1.0, 0.0, 0.0, 1.0, None)
-    assert table.rows[11] == ("Random walk", None, None, *(path[measure]["walk"] for measure in measures), None)
+    assert strength == Estimate(0.61, 0.55, 0.67)
+    assert table.rows[10] == ("Straight line", None, None, 1.0, 0.0, 0.0, 1.0, None, None)
+    assert table.rows[11] == ("Random walk", None, None, *(path[measure]["walk"] for measure in measures), None, None)
     assert "No line: share of seeds whose first direction holds less than 95 %." in table.note
 
 

@@ -98,6 +98,7 @@ def summarise(
                 "row_interval": cosines["row"]["interval"],
             },
             "path": directions.non_linearity(geometries, 1 + len(swap_steps)),
+            **_strength(votes, name, measured["probabilities.swaps"][:, a], swap_steps),
         }
     return {
         "title": cell.title,
@@ -160,14 +161,12 @@ def summarise_truth(
     ceiling = votes.cfrt(original, measured["probabilities.truth"][:, :, None])
     reports = {}
     for a, name in enumerate(votes.styles):
-        k = votes.columns[votes.heads.index(votes.judges[name])]
         curves = {
             "skill": measured["skill"],
             "leakage": measured["leakage"],
             "retrieval": measured["retrieved"],
             "oracle": measured["oracle"],
         }
-        strengths = ground_truth.edit_strength_correlations(measured["probabilities.swaps"][:, a, :, k], swap_steps)
         reports[name] = {
             "n": len(neutral),
             "swaps": swaps[name],
@@ -194,9 +193,19 @@ def summarise_truth(
                 "retrieval": stats.share(measured["floor.retrieved"][:, a])["value"],
                 "oracle": stats.share(measured["floor.oracle"])["value"],
             },
-            "strength_correlation": stats.mean(strengths),
+            **_strength(votes, name, measured["probabilities.swaps"][:, a], swap_steps),
         }
     return reports
+
+
+def _strength(votes: Votes, style: str, probabilities: NDArray[np.float64], swap_steps: Sequence[int]) -> Json:
+    """How an attribute's probability, out of (n, S, K), rises as swaps come earlier; nothing where none was judged."""
+    if style not in votes.judges or len(swap_steps) < 2:
+        return {}
+    k = votes.columns[votes.heads.index(votes.judges[style])]
+    return {
+        "strength_correlation": stats.mean(ground_truth.edit_strength_correlations(probabilities[..., k], swap_steps))
+    }
 
 
 def _means(values: NDArray[np.float64]) -> list[float | None]:

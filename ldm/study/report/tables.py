@@ -189,10 +189,11 @@ def table_path(results: Results) -> Table:
     for a in shown:
         along = find(a.scores, "path", "first_direction")
         estimates = [estimate(find(a.scores, "path", measure)) for measure in measures]
-        rows.append((a.images, a.title, number(find(along, "n")), *estimates, estimate(find(along, "departs"))))
+        estimates += [estimate(find(along, "departs")), estimate(find(a.scores, "strength_correlation"))]
+        rows.append((a.images, a.title, number(find(along, "n")), *estimates))
     for label, reference in (("Straight line", "straight"), ("Random walk", "walk")) if shown else ():
         known = [number(find(shown[0].scores, "path", measure, reference)) for measure in measures]
-        rows.append((label, None, None, *known, None))
+        rows.append((label, None, None, *known, None, None))
     limit = number(find(shown[0].scores, "path", "first_direction", "departs", "below")) if shown else None
     note = (
         "Paths from neutral over late swaps to early ones, in the latents; means over n seeds with 95 % intervals. "
@@ -203,12 +204,10 @@ def table_path(results: Results) -> Table:
         "turning as it is and mostly brings the rest nearer to a line."
     )
     no_line = f" No line: share of seeds whose first direction holds less than {100 * limit:.0f} %." if limit else ""
-    columns = (
-        *("Images", "Attribute", "n", "Arc / chord", "Turning\n(rad)", "Residual", "First\ndirection", "No line"),
-    )
-    return Table(
-        "Paths of the trajectories, beside a straight line and a random walk", columns, tuple(rows), note + no_line
-    )
+    strength = " Strength: Spearman correlation of the attribute's probability with how early it was swapped in."
+    names = ("Arc / chord", "Turning\n(rad)", "Residual", "First\ndirection", "No line", "Strength")
+    title = "Paths of the trajectories, beside a straight line and a random walk"
+    return Table(title, ("Images", "Attribute", "n", *names), tuple(rows), note + no_line + strength)
 
 
 def table_truth(results: Results) -> Table:
