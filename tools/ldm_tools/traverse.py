@@ -28,10 +28,7 @@ from ldm_tools.options import (
 )
 from ldm_tools.pixels import add_pixels, pixels
 
-FIDELITY = (
-    "On drawings and an earlier model of real skin the swap directions keep a cosine of .98 to .99 to those of 50 "
-    "steps (50 seeds), while CFRT on real skin moves by up to .16; see ldm/samplers/README.md"
-)
+FIDELITY = "What it keeps of the trajectories was measured: see ldm/samplers/README.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
