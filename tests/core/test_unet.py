@@ -17,21 +17,6 @@ from ldm.unet import UNet, timestep_embedding
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
-@pytest.fixture(scope="module")
-def unet() -> UNet:
-    return small("unet")
-
-
-@pytest.fixture(scope="module")
-def x() -> Tensor:
-    return noise("small.latent", (2, 4, 16, 16))
-
-
-@pytest.fixture(scope="module")
-def context() -> Tensor:
-    return noise("small.context", (2, 77, 64))
-
-
 # ---- reference vectors -----------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from networks import SMALL, small
+from networks import SMALL
 from reference import noise
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,16 +43,6 @@ class WithMeanAttention(BasicTransformerBlock):
 class HalfResnet(ResnetBlock):
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         return 0.5 * super().forward(x, time)
-
-
-@pytest.fixture(scope="module")
-def unet() -> UNet:
-    return small("unet")
-
-
-@pytest.fixture(scope="module")
-def inputs() -> tuple[Tensor, int, Tensor]:
-    return noise("small.latent", (2, 4, 16, 16)), 500, noise("small.context", (2, 77, 64))
 
 
 def differs(unet: UNet, other: UNet, inputs: tuple[Tensor, int, Tensor]) -> float:

@@ -7,7 +7,6 @@ import torch
 from ldm_tools.examples import cross_attention_lora, deep_cache, free_u, linear_attention, measure
 from networks import SMALL, small
 from reference import noise
-from torch import Tensor
 from torch.nn import functional as F
 
 import ldm
@@ -18,16 +17,6 @@ from ldm.guidance import guided
 from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion
 from ldm.traversal.round_trip import relative_error
 from ldm.unet import UNet
-
-
-@pytest.fixture(scope="module")
-def unet() -> UNet:
-    return small("unet")
-
-
-@pytest.fixture(scope="module")
-def inputs() -> tuple[Tensor, int, Tensor]:
-    return noise("small.latent", (2, 4, 16, 16)), 500, noise("small.context", (2, 77, 64))
 
 
 @pytest.fixture
