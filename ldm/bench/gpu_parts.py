@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm import checkpoint, fast, pipeline
 from ldm.bench.harness import synchronise, time_in_turn
-from ldm.bench.networks import AGREEMENT, count_gflop
+from ldm.bench.networks import AGREEMENT, count_gflop, longest
 from ldm.clip import CLIPTextEncoder
 from ldm.config import CONTEXT_TOKENS, PHANTOM, SD15
 from ldm.fast.cuda_graph import CudaCapture
@@ -87,7 +87,7 @@ def step(dry: bool) -> Iterator[Row]:
 
 
 def _step_of(network: UNet, dtype: torch.dtype, rows: int, dry: bool) -> Iterator[Row]:
-    """A row for each way that says whether it is right, then one for each that is, with its times."""
+    """A row for each way that says whether it is right, then one for each that is, with its times; then its kernels."""
     generator, side = torch.Generator().manual_seed(0), network.config.sample_size
     shapes = (4, side, side), (CONTEXT_TOKENS, network.config.context_width)
     inputs = [torch.randn(rows, *shape, generator=generator).to(network.conv_in.weight.device) for shape in shapes]
@@ -118,6 +118,21 @@ def _step_of(network: UNet, dtype: torch.dtype, rows: int, dry: bool) -> Iterato
             **{"way": name, **case, "median_ms": timing.median_ms, "p20_ms": timing.p20_ms, "p80_ms": timing.p80_ms},
             **{"times_faster_than_first": timing.ratio, "tflops": gflop / timing.median_ms},
         }
+    for name in PROFILED:
+        if name in right:
+            yield from _where_time_goes(name, right[name], case, x_t.device.type)
+
+
+PROFILED = ("torch channels_last", "kernels")  # a graph's replay is the same kernels
+
+
+def _where_time_goes(name: str, call: Callable[[], Tensor], case: Row, device: str) -> Iterator[Row]:
+    """A row for each of the kernels that took most of one call. A profiler that fails costs this alone."""
+    try:
+        for row in longest(call, device):
+            yield {"way": name, **case, **row}
+    except (RuntimeError, ValueError) as failed:
+        yield {"way": name, **case, "no_profile": " ".join(str(failed).split())[:200]}
 
 
 Build = Callable[[Tensor, Tensor], Callable[[], Tensor]]

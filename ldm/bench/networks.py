@@ -114,6 +114,31 @@ def by_operation(call: Call) -> dict[str, float]:
     return {kind: taken / whole for kind, taken in sorted(totals.items(), key=lambda item: -item[1])}
 
 
+def longest(call: Call, device: str, most: int = 20) -> list[Json]:
+    """The kernels that one call spends most time in on its device, those first: name, launches, us, share of all.
+
+    Raises:  ValueError: the profiler has seen none on that device.
+    """
+    activities = [ProfilerActivity.CPU] if device == "cpu" else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    synchronise()
+    with profile(activities=activities) as profiler:
+        call()
+        synchronise()
+    taken = [
+        (event.self_cpu_time_total if device == "cpu" else event.self_device_time_total, event)
+        for event in profiler.key_averages()
+        if event.device_type.name == device.upper()
+    ]
+    whole = sum(us for us, _ in taken)
+    if not whole:
+        raise ValueError(f"profiler: it saw no kernels on {device}, expected some; may this user read its counters?")
+    taken.sort(key=lambda found: -found[0])
+    return [
+        {"kernel": event.key[:90], "launches": event.count, "us": round(us, 1), "share": us / whole}
+        for us, event in taken[:most]
+    ]
+
+
 def by_block(blocks: Mapping[str, nn.Module], call: Call) -> dict[str, float]:
     """The share of one call's time that some parts of a network take, and "rest"; each waits for the GPU to be done.
 

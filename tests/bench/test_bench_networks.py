@@ -1,6 +1,7 @@
 """`ldm bench unet, vae, traverse, load`: what is counted and compared. No time itself is asserted."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,6 +61,48 @@ def test_operations_and_blocks_share_all_of_the_time():
     assert blocks.keys() == {"first", "last", "rest"}
     assert sum(blocks.values()) == pytest.approx(1)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network)  # nothing is left behind
+
+
+def test_the_longest_operations_come_first():
+    network, x = nn.Sequential(nn.Conv2d(3, 64, 3), nn.SiLU()), torch.zeros(2, 3, 32, 32)
+    rows = networks.longest(lambda: network(x), "cpu", most=3)
+    assert len(rows) == 3
+    assert [row["us"] for row in rows] == sorted((row["us"] for row in rows), reverse=True)
+    assert 0 < sum(row["share"] for row in rows) <= 1
+    everything = networks.longest(lambda: network(x), "cpu", most=1000)
+    assert sum(row["share"] for row in everything) == pytest.approx(1)
+    assert {"aten::silu"} <= {row["kernel"] for row in everything}
+
+
+class Profiler:
+    """What torch's says of a GPU: an operation of the CPU, which waits for its kernels, and the kernels."""
+
+    def __init__(self, kernels):
+        cpu, cuda = SimpleNamespace(name="CPU"), SimpleNamespace(name="CUDA")
+        self.events = [SimpleNamespace(key="aten::mm", count=3, device_type=cpu, self_device_time_total=9.0)]
+        self.events += [
+            SimpleNamespace(key=name, count=1, device_type=cuda, self_device_time_total=us) for name, us in kernels
+        ]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        pass
+
+    def key_averages(self):
+        return self.events
+
+
+def test_of_a_gpu_its_kernels_are_listed_and_not_what_launches_them(monkeypatch):
+    monkeypatch.setattr(networks, "profile", lambda activities: Profiler([("short", 1.0), ("long", 3.0)]))
+    assert networks.longest(lambda: torch.zeros(1), "cuda") == [
+        {"kernel": "long", "launches": 1, "us": 3.0, "share": 0.75},
+        {"kernel": "short", "launches": 1, "us": 1.0, "share": 0.25},
+    ]
+    monkeypatch.setattr(networks, "profile", lambda activities: Profiler([]))
+    with pytest.raises(ValueError, match="profiler: it saw no kernels on cuda"):
+        networks.longest(lambda: torch.zeros(1), "cuda")
 
 
 def test_parts_are_timed_when_a_gpu_is_done_with_them(monkeypatch):
