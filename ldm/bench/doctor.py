@@ -32,6 +32,7 @@ from ldm.fast.first_use import Use
 from ldm.fast.ops import Ops
 from ldm.pipeline import PHANTOM_WEIGHTS, StableDiffusion, load
 from ldm.samplers import initial_noise
+from ldm.study.evaluation.workers import without_the_script
 from ldm.traversal.batches import images_a_call, rows_a_call
 from ldm.traversal.round_trip import relative_error
 
@@ -178,7 +179,7 @@ def check(device: str, dtype: torch.dtype, backend: fast.Backend, interpret: boo
     process = multiprocessing.get_context("spawn").Process(
         target=_check_into, args=(there, device, dtype, backend, interpret), daemon=True
     )
-    with _interpreter(interpret):
+    with _interpreter(interpret), without_the_script():
         process.start()
     there.close()
     try:

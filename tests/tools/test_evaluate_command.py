@@ -2,13 +2,16 @@
 
 import argparse
 import json
+import logging
 from pathlib import Path
 
 import pytest
+from ldm_tools import processes
 from ldm_tools.cli import main
-from ldm_tools.evaluate import options, tasks
+from ldm_tools.evaluate import command, options, tasks
 
 from ldm.phantom.prompts import Cell
+from ldm.pipeline import PHANTOM_WEIGHTS
 from ldm.study import shipped
 from ldm.study.classifier import PHANTOM_CLASSIFIERS
 from ldm.study.evaluation.judges import Judge, choose
@@ -162,6 +165,28 @@ def parsed(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     options.add_arguments(parser)
     return argparse.Namespace(**options.SAMPLED | vars(parser.parse_args(words)))
+
+
+@pytest.mark.parametrize(
+    ("words", "shared"),
+    [
+        (["--seeds", "0", "--processes", "2"], 1),  # a second one would load the models for nothing
+        (["--seeds", "0-2", "--processes", "8"], 3),
+        (["--seeds", "0-2", "--processes", "2"], 2),
+        (["--seeds", "0", "--truth-seeds", "3", "--processes", "8"], 3),
+        (["--seeds", "0-6"], 1),
+        (["--seeds", "0-7"], 2),
+        (["--seeds", "0-399"], 4),
+    ],
+)
+def test_no_more_processes_than_have_something_to_do(words, shared, monkeypatch, caplog):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(processes, "of_this_machine", lambda: 4)
+    args = parsed(*words, "--cells", "chest", "--device", "cpu")
+    caplog.set_level(logging.INFO)
+    found = command.processes_for(args, tasks.sampled_tasks(args, None), {PHANTOM_WEIGHTS})
+    assert found == shared
+    assert ("would have nothing to do" in caplog.text) == (args.processes is not None and shared < args.processes)
 
 
 def test_fewer_steps_have_the_same_shares_of_swaps():

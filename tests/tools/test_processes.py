@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from functools import partial
 from threading import Thread
 
@@ -89,3 +91,21 @@ def test_one_process_starts_none():
     with processes.beside(["evaluate"], 1):
         assert not processes.are_shared()
         assert processes.worker().world == 1
+
+
+UNGUARDED = {
+    "evaluate": "from ldm_tools import processes\nwith processes.beside(['evaluate', '--help'], 2):\n    pass\n",
+    "doctor": "from ldm_tools.cli import main\nmain(['doctor', '--device', 'cpu'])\n",
+}
+
+
+@pytest.mark.parametrize("starts", UNGUARDED)
+def test_a_script_is_not_run_again_by_what_it_starts(starts, tmp_path):
+    """Not even without `if __name__ == "__main__"`."""
+    script = tmp_path / "script.py"
+    script.write_text(f"print('the script', flush=True)\n{UNGUARDED[starts]}print('its end')\n")
+    ran = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines().count("the script") == 1
+    assert ran.stdout.splitlines()[-1] == "its end"
+    assert "BROKEN" not in ran.stdout + ran.stderr

@@ -17,7 +17,7 @@ from threading import RLock, Thread
 
 from tqdm import tqdm
 
-from ldm.study.evaluation.workers import Worker
+from ldm.study.evaluation.workers import Worker, without_the_script
 
 _here: Worker | None = None  # which of the processes this is, where `beside` has started others
 
@@ -57,7 +57,7 @@ def beside(words: Sequence[str], processes: int) -> Iterator[None]:
         ]
         _here = Worker(0, processes, partial(_gather, [ours for ours, _ in lines]))
         try:
-            with _without_interrupts():
+            with _without_interrupts(), without_the_script():
                 for other, (_, theirs) in zip(others, lines, strict=True):
                     other.start()
                     theirs.close()  # so that ours ends where that process does

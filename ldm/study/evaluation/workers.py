@@ -4,13 +4,30 @@ Every seed is measured by itself and written to its own file, so how many proces
 """
 
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from types import ModuleType
 
 from torch import distributed
 
 PATIENCE = timedelta(hours=24)  # of a process that is done with its share, for the others
+
+
+@contextmanager
+def without_the_script() -> Iterator[None]:
+    """Processes that are spawned here do not import the script that this one runs, which may call a command again.
+
+    Python lets them import it, as what they are to do may be defined there; nothing of this package is.
+    """
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 @dataclass(frozen=True)

@@ -121,15 +121,17 @@ def measure(
 
 
 def processes_for(args: argparse.Namespace, tasks: Sequence[Task], weights: set[Path]) -> int:
-    """How many processes share the seeds, this one included."""
+    """How many processes share the seeds, this one included: no more than there are seeds of one cell."""
     if processes.are_shared():
         return 1
+    seeds = max(max(len(task.plan.seeds), task.truth_seeds) for task in tasks)
     if args.processes is not None:
-        return args.processes
+        if args.processes > seeds:
+            log.info("--processes: %d for %d seeds of a cell, the others would have nothing to do", seeds, seeds)
+        return min(args.processes, seeds)
     files = [file for path in weights for file in ([path] if path.is_file() else path.rglob("*.safetensors"))]
     if options.device_of(args).type != "cpu" or sum(file.stat().st_size for file in files) > SMALL:
         return 1
-    seeds = max(len(task.plan.seeds) for task in tasks)
     return max(1, min(processes.of_this_machine() // args.threads, seeds // SEEDS_A_PROCESS, MOST_PROCESSES))
 
 
