@@ -30,14 +30,13 @@ from torch import Tensor
 
 from ldm.bench.against import Peer, beside
 from ldm.bench.rows import RowFile
-from ldm.bench.sampler_statistics import directions, errors_by_seed, fitted_orders, mean_error
+from ldm.bench.sampler_statistics import SWAP_NEAR, directions, errors_by_seed, fitted_orders, mean_error
 from ldm.samplers import SAMPLERS, EpsFn, Sampler, Step, initial_noise, step_noise
 from ldm.samplers.driver import final_level
 from ldm.samplers.noise import SeedNoise
 from ldm.schedule import EVEN_SPACINGS, SPACINGS, Schedule, told_at
 
 SHAPE = (4, 8, 8)
-SWAP_NEAR = 600  # the timestep that swaps are made near to
 BUDGETS = (10, 20, 40, 80)  # evaluations of a run
 SHIFT = 0.5  # by which the other prompt moves the mixture
 
@@ -184,11 +183,6 @@ class KeptNoise:
         return self.drawn(step, draw)
 
 
-def steps_for(sampler: Sampler, budget: int) -> int:
-    """How many steps a number of evaluations is good for; at least one."""
-    return max(1, (budget - sampler.starting) // sampler.evaluations)
-
-
 def run(flow: KnownFlow, sampler: Sampler, timesteps: Sequence[float]) -> tuple[list[Step], list[Step], float]:
     """The neutral run, the steps after the swap, and how often the neutral one asked for eps, the mean over seeds."""
     counted, steps, noise = [0], len(timesteps), flow.noise
@@ -212,7 +206,7 @@ def measure(flow: KnownFlow, sampler: str, spacing: str, budget: int) -> dict[st
     method, row = SAMPLERS[sampler], {"sampler": sampler, "spacing": spacing, "budget": budget}
     began = time.perf_counter()
     try:
-        timesteps = flow.timesteps(spacing, steps_for(method, budget))
+        timesteps = flow.timesteps(spacing, method.steps_within(budget))
         neutral, swapped, evaluations = run(flow, method, timesteps)
     except ValueError as error:
         return {**row, "refused": str(error)}
@@ -273,7 +267,7 @@ Visited = tuple[str, int, str | tuple[float, ...]]
 
 def _visited(flow: KnownFlow, sampler: str, spacing: str, budget: int) -> Visited:
     try:
-        timesteps = flow.timesteps(spacing, steps_for(SAMPLERS[sampler], budget))
+        timesteps = flow.timesteps(spacing, SAMPLERS[sampler].steps_within(budget))
         return sampler, budget, (*timesteps, *map(told_at, timesteps))
     except ValueError:
         return sampler, budget, spacing
@@ -301,7 +295,7 @@ def paths(
     """Where the first points of the plane go: sampler, spacing, path of each point, (x, y) after every step."""
     for name, spacing in question.pairs():
         try:
-            timesteps = flow.timesteps(spacing, steps_for(SAMPLERS[name], budget))
+            timesteps = flow.timesteps(spacing, SAMPLERS[name].steps_within(budget))
             neutral, _, _ = run(flow, SAMPLERS[name], timesteps)
         except ValueError:
             continue

@@ -20,7 +20,7 @@ class RowFile:
         """Opens a file, making it where there is none.
 
         Args:    settings: all that rows depend on, as JSON values.  names: the fields that tell rows apart.
-        Raises:  ValueError: the file holds rows of other settings.
+        Raises:  ValueError: the file holds rows of other settings, or something else; it is left as it is.
         """
         self.path, self.names = path, tuple(names)
         self.rows: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -57,12 +57,22 @@ class RowFile:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    """Raises ValueError for a file that this has not begun."""
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(texts, start=1):
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
-            break  # cut short; what may follow it is measured again, too
+            if lines and number == len(texts):
+                break  # cut short: measured again
+            line = None
+        if not isinstance(line, dict):
+            raise ValueError(
+                f"{path}: line {number} is no JSON object, so not all of it is rows of this comparison; give another "
+                "--out, or move it away"
+            )
+        lines.append(line)
     return lines
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ldm.bench.sampler_statistics import best_spacing
-from ldm.bench.samplers import Bench, Comparison, steps_for
+from ldm.bench.samplers import Bench, Comparison
 from ldm.samplers import SAMPLERS
 from ldm.schedule import SPACINGS
 from ldm.study.evaluation.instruments import Instruments
@@ -21,7 +21,10 @@ from ldm.study.metrics.cfrt import cfrt
 def flip_cases(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, int]]:
     """What CFRT is measured of: the published ddim, leading, 50 steps, and every sampler at the smallest budget."""
     budget, guidance = min(comparison.budgets), comparison.guidances[-1]
-    best = [(name, best_spacing(rows, name, budget, guidance), steps_for(name, budget)) for name in comparison.samplers]
+    best = [
+        (name, best_spacing(rows, name, budget, guidance), SAMPLERS[name].steps_within(budget))
+        for name in comparison.samplers
+    ]
     return [("ddim", "leading", 50), *best]
 
 

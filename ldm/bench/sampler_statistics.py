@@ -17,6 +17,7 @@ from torch import Tensor
 Row = Mapping[str, Any]
 Floats = NDArray[np.float64]
 RESAMPLES = 400  # of the seeds, for intervals
+SWAP_NEAR = 600  # the timestep that swaps are made near to
 WITHIN = 0.01  # "the cheapest within 1 %"
 
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ldm.bench.against import Eps, Peer, beside
 from ldm.bench.rows import RowFile
-from ldm.bench.sampler_statistics import directions, errors_by_seed, mean_error
+from ldm.bench.sampler_statistics import SWAP_NEAR, directions, errors_by_seed, mean_error
 from ldm.conditioning import constant
 from ldm.files import complete
 from ldm.images import from_uint8
@@ -48,7 +48,6 @@ from ldm.traversal.prompt_tree import Branch, TreeResult, traverse_tree
 # What a default run has time for. Any other that is registered may be asked for.
 COMPARED = ("ddim", "heun", "dpm_solver_pp_2m", "unipc")
 COMPARED_SPACINGS = ("leading", "karras", "align_your_steps")
-SWAP_NEAR = 600  # the timestep that swaps are made near to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +171,7 @@ def swaps(comparison: Comparison, schedule: Schedule) -> dict[str, float]:
     """Every level that a run swaps at, by name."""
     levels = {spacing: swap_timestep(spacing, schedule) for spacing in comparison.spacings}
     for sampler, spacing, budget in comparison.runs():
-        t = swap_timestep(spacing, schedule, SPACINGS[spacing](steps_for(sampler, budget), schedule))
+        t = swap_timestep(spacing, schedule, SPACINGS[spacing](SAMPLERS[sampler].steps_within(budget), schedule))
         levels |= {_level_name(t): t} if t != levels[spacing] else {}
     return levels
 
@@ -243,7 +242,7 @@ class Yardstick:
 def measure(yardstick: Yardstick, sampler: str, spacing: str, budget: int) -> dict[str, Any]:
     """One run against the reference; see the head of this file. `refused` says why where the two do not fit."""
     bench = yardstick.bench
-    schedule, steps = bench.sd.schedule, steps_for(sampler, budget)
+    schedule, steps = bench.sd.schedule, SAMPLERS[sampler].steps_within(budget)
     style = next(iter(bench.comparison.styles))
     began = time.perf_counter()
     try:
@@ -330,11 +329,6 @@ def kept_reference(bench: Bench, guidance: float, path: Path) -> dict[str, Tenso
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def steps_for(sampler: str, budget: int) -> int:
-    """How many steps a number of evaluations is good for; plms takes one evaluation more than it has steps."""
-    return max(1, budget // SAMPLERS[sampler].evaluations)
 
 
 # ---- what it will cost -----------------------------------------------------------------------------

@@ -103,9 +103,11 @@ def examine(checkpoint: Checkpoint, blocks: UNetBlocks = STANDARD_BLOCKS) -> Exa
             configs[part] = settings.infer_config(part, shapes, checkpoint.hidden.get(part))
             networks[part] = build(configs[part], blocks)
         except (ValueError, ZeroDivisionError) as error:
+            what = f"{PART_NAMES[part]}{_channels(configs.get(part))}"
             raise CheckpointError(
-                f"{checkpoint.path}: no {PART_NAMES[part]} has these shapes ({error}); numbers of heads and of groups "
-                "do not show in them, and are SD1.5's unless config.json or our own metadata tells them"
+                f"{checkpoint.path}: {checkpoint.describe()}, but no {what} has these shapes ({error}); numbers of "
+                "heads and of groups do not show in them, and are SD1.5's unless config.json or our own metadata tells "
+                "them: expected a file that has them, such as the whole model"
             ) from error
         expected[part] = {name: tuple(tensor.shape) for name, tensor in networks[part].state_dict().items()}
     report = explain(checkpoint, expected)
@@ -113,6 +115,11 @@ def examine(checkpoint: Checkpoint, blocks: UNetBlocks = STANDARD_BLOCKS) -> Exa
         if report.ok and part in configs:
             config_json.require_agreement(path, configs[part])
     return Examined(checkpoint, configs, networks, report)
+
+
+def _channels(config: PartConfig | None) -> str:
+    """ " of 16 latent channels", the first that one wants to know of an autoencoder or U-Net."""
+    return f" of {config.latent_channels} latent channels" if isinstance(config, VAEConfig | UNetConfig) else ""
 
 
 def load_parts(

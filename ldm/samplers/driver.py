@@ -225,6 +225,10 @@ class Sampler:
         """Of a run that takes this many steps; at least, where they vary."""
         return self.evaluations * steps + (self.starting if steps else 0)
 
+    def steps_within(self, evaluations: int) -> int:
+        """How many steps so many evaluations are good for; at least one."""
+        return max(1, (evaluations - self.starting) // self.evaluations)
+
     def _checked_eta(self, eta: float | None, noise: Noise | None) -> float:
         if eta and self.eta is None:
             raise ValueError(f"eta: {self.name} has none, expected 0, got {eta}")

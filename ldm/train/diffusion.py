@@ -20,14 +20,6 @@ from ldm.unet import UNet
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # eps = network(x_t, t, context)
 
 
-def diffusion_loss(unet: UNet, x_0: Tensor, context: Tensor, schedule: Schedule, generator: torch.Generator) -> Tensor:
-    """The mean squared error of the predicted noise, at times and with noise that are drawn here.
-
-    Args:    x_0: (B, C, h, w) scaled latents.  context: (B, L, D).  generator: on the CPU, whatever the device.
-    """
-    return noise_error(unet, x_0, *draw_noise(x_0, schedule, generator), context, schedule)
-
-
 def draw_noise(x_0: Tensor, schedule: Schedule, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """eps (B, C, h, w) and the times t (B,) of a batch.
 

@@ -141,6 +141,27 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
         RowFile(tmp_path / "b.jsonl", {"seeds": [1]}, names)
 
 
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("my notes\n", 1),
+        ('{"seeds": [0]', 1),  # no first line is ever cut short: it is there whole or not at all
+        ("[1, 2]\n", 1),
+        ('{"seeds": [0]}\nnotes\n{"sampler": "ddim"}\n', 2),
+        ('{"seeds": [0]}\n7\n', 2),
+        (b"\x89PNG\r\n\x1a\n\x00\xff", 1),
+    ],
+)
+def test_a_file_that_holds_something_else_is_left_as_it_is(tmp_path, content, line):
+    path, content = tmp_path / "mine.jsonl", content if isinstance(content, bytes) else content.encode()
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"mine.jsonl: line {line} is no JSON object.*give another --out"):
+        RowFile(path, {"seeds": (0,)}, ("sampler",))
+    assert path.read_bytes() == content
+    path.write_bytes(b"")  # nothing to lose
+    assert not RowFile(path, {"seeds": (0,)}, ("sampler",)).rows
+
+
 def test_a_power_law_has_its_order():
     seeds = np.random.default_rng(1).uniform(1, 2, 6)
     order, low, high = fitted_order([10, 20, 40], [list(seeds * n**-2.5) for n in (10, 20, 40)])

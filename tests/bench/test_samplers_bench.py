@@ -25,7 +25,6 @@ from ldm.bench.samplers import (
     fork_step,
     reference,
     reference_timesteps,
-    steps_for,
     swap_timestep,
     swaps,
 )
@@ -111,13 +110,20 @@ def test_errors_fall_with_the_order_of_the_method_also_after_a_swap(tmp_path):
 def test_all_runs_of_a_spacing_visit_the_level_of_its_swap(spacing, budget):
     swap = swap_timestep(spacing, SCHEDULE)
     assert 450 < swap < 800  # log_snr has no level closer than 757, laplace none than 491
-    for sampler in (name for name in SAMPLERS if SAMPLERS[name].evaluations <= 2):
-        timesteps = SPACINGS[spacing](steps_for(sampler, budget), SCHEDULE)
+    for sampler in (of for of in SAMPLERS.values() if of.evaluations <= 2 and not of.starting):
+        timesteps = SPACINGS[spacing](sampler.steps_within(budget), SCHEDULE)
         assert timesteps[fork_step(timesteps, swap)] == pytest.approx(swap, abs=0.5)
     odd = SPACINGS[spacing](7, SCHEDULE)  # these have a level of their own, which the reference swaps at, too
     assert min(abs(t - swap_timestep(spacing, SCHEDULE, odd)) for t in odd) <= 0.5
     with pytest.raises(ValueError, match="timesteps: none of 7 is the swap's"):
         fork_step(SPACINGS["trailing"](7, SCHEDULE), 599)
+
+
+def test_a_sampler_that_begins_with_more_evaluations_takes_fewer_steps(tmp_path):
+    bench = bench_of(samplers=("ddim", "plms"), spacings=("leading",), guidances=(1.0,), budgets=(10,))
+    rows, _ = rows_of(bench, tmp_path)
+    assert {row["sampler"]: (row["steps"], row["evaluations"]) for row in rows} == {"ddim": (10, 10), "plms": (9, 10)}
+    assert all(row["swap_cosine"] > 0 for row in rows)
 
 
 def test_the_reference_visits_the_swaps_and_no_neighbour_too_close():

@@ -10,6 +10,7 @@ from tiny_checkpoints import CONFIGS, write_folder
 from ldm.checkpoint import CheckpointError, examine, identify, infer_config, load_parts, save
 from ldm.checkpoint.loading import build
 from ldm.config import PHANTOM, SD15
+from ldm.pipeline import PHANTOM_WEIGHTS
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 
@@ -64,6 +65,20 @@ def test_shapes_that_no_network_has_are_refused(tmp_path, name):
     ) as error:
         examine(identify(path))
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("channels", [4, 16])
+def test_an_autoencoder_alone_is_called_so(tmp_path, channels):
+    """As `ldm train-small` keeps it while it works: without the metadata of a whole model."""
+    path = tmp_path / "autoencoder.safetensors"
+    save_file(AutoencoderKL(replace(PHANTOM.vae, latent_channels=channels)).state_dict(), path)
+    told = (
+        f"diffusers-layout file, but no autoencoder of {channels} latent channels has .*: expected .* the whole model"
+    )
+    with pytest.raises(CheckpointError, match=told):
+        load_parts(path, base=PHANTOM_WEIGHTS)
+    with pytest.raises(CheckpointError, match="holds autoencoder, but no text encoder and U-Net: give a whole model"):
+        load_parts(path)
 
 
 @pytest.mark.parametrize(

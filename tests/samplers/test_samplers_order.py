@@ -247,6 +247,15 @@ def test_the_facts_of_the_samplers():
     }
 
 
+@pytest.mark.parametrize("name", [name for name, sampler in SAMPLERS.items() if not sampler.varies])
+def test_as_many_steps_are_taken_as_evaluations_are_good_for(name):
+    sampler = SAMPLERS[name]
+    for evaluations in range(sampler.evaluations_of(1), 42):
+        steps = sampler.steps_within(evaluations)
+        assert sampler.evaluations_of(steps) <= evaluations < sampler.evaluations_of(steps + 1)
+    assert sampler.steps_within(1) == 1
+
+
 def midpoint(now, then, x_t, eps, run):
     """A method of one's own: the slope halfway in sigma."""
     halfway = run.level_at(-math.log((now.sigma + then.sigma) / 2))
