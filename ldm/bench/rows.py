@@ -77,10 +77,23 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _check(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    differing = [name for name in sorted({*stored, *wanted}) if stored.get(name) != wanted.get(name)]
-    if differing:
-        name = differing[0]
+    if differing := _differing(stored, wanted):
         raise ValueError(
-            f"{path}: holds rows of other settings ({name} was {stored.get(name)}, is {wanted.get(name)}); give the "
-            "same options, or another --out"
+            f"{path}: holds rows of other settings ({differing[0]}); give the same options, or another --out"
         )
+
+
+def _differing(stored: Mapping[str, Any], wanted: Mapping[str, Any], within: str = "") -> list[str]:
+    """The innermost settings that differ, such as "cells.chest.fast.guidance was 1.0, is 3.0"; None is as if absent."""
+    found = []
+    for name in sorted({*stored, *wanted}):
+        was, now = stored.get(name), wanted.get(name)
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            found += _differing(was, now, f"{within}{name}.")
+        elif was != now:
+            found.append(f"{within}{name} was {_said(was)}, is {_said(now)}")
+    return found
+
+
+def _said(value: object) -> str:
+    return f"{{{', '.join(value)}}}" if isinstance(value, Mapping) else str(value)

@@ -14,7 +14,19 @@ Nothing here switches gradients off: wrap the loop in `torch.no_grad()` to sampl
 """
 
 from ldm.samplers import adaptive, multistep, one_step, stochastic
-from ldm.samplers.driver import EpsFn, History, Level, Noise, Run, Sampler, Step, StepFn, final_level, noise_levels
+from ldm.samplers.driver import (
+    EpsFn,
+    History,
+    Level,
+    Noise,
+    Run,
+    Sampler,
+    Step,
+    StepFn,
+    final_level,
+    noise_levels,
+    visited_levels,
+)
 from ldm.samplers.noise import initial_noise, step_noise
 
 ddim = Sampler("ddim", one_step.ddim, order=1, eta=0.0, from_pure_noise=True)
@@ -97,4 +109,5 @@ __all__ = [
     "restart",
     "step_noise",
     "unipc",
+    "visited_levels",
 ]

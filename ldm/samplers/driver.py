@@ -267,7 +267,12 @@ def noise_levels(
     told = [_whole(told_at(t)) for t in ts]
     if told != list(ts):
         _check_told(eps_fn, told, len(schedule))
-    visited = [Level(t_told, schedule.alphas_cumprod_at(t)) for t_told, t in zip(told, ts, strict=True)]
+    return visited_levels(schedule, ts)
+
+
+def visited_levels(schedule: Schedule, timesteps: Sequence[float]) -> list[Level]:
+    """The same, of timesteps that are known to be in order."""
+    visited = [Level(_whole(told_at(t)), schedule.alphas_cumprod_at(t)) for t in timesteps]
     return [*visited, final_level(schedule)]
 
 

@@ -61,21 +61,30 @@ def follow_tree(
     questions = {branch.name: asked(branch.at, steps) for branch, _ in walk(tree)} | {tree.name: range(steps)}
     paths, differences = Paths(x_T, keep), Differences(levels)
     for index in range(steps):
+        if index == steps - 1:  # where, on a GPU, `sample` looks as well, and would blame this step for earlier ones
+            check_finite(paths.latents)
         paths.fork_all(tree, index)
         asking = [name for name in paths.latents if index in questions[name]]
         x_t, _ = paths.batch(asking)
         contexts = constant(paths.contexts(asking), steps)
         step = next(sample(contexts, [*seeds] * len(asking), x_T=x_t, start=index, history=()))
         paths.move(asking, step)
-        differences.see(index, dict(zip(asking, step.x0_pred.split(len(x_T)), strict=True)))
-        for name in paths.latents.keys() - set(asking):
-            paths.move([name], differences.step(name, index, paths.latents[name]))
+        root, *branches = step.x0_pred.split(len(x_T))
+        differences.see(index, root, dict(zip(asking[1:], branches, strict=True)))
+        for name, latents in paths.latents.items():
+            if name not in asking:
+                paths.move([name], differences.step(name, index, latents))
         if progress is not None:
             progress(len(x_t))
     paths.fork_all(tree, steps)
-    if bad := [name for name, latents in paths.latents.items() if not is_finite(latents)]:
-        raise NotFinite(f"{bad[0]}: got NaN or Inf in its latents; leave out --fast to see at which step")
+    check_finite(paths.latents)
     return paths.result(tree)
+
+
+def check_finite(latents: Mapping[str, Tensor]) -> None:
+    """Raises NotFinite naming the first branch whose latents hold NaN or Inf."""
+    if bad := [name for name, tensor in latents.items() if not is_finite(tensor)]:
+        raise NotFinite(f"{bad[0]}: got NaN or Inf in its latents; leave out --fast to see at which step")
 
 
 class Differences:
@@ -83,17 +92,17 @@ class Differences:
 
     def __init__(self, levels: Sequence[Level]) -> None:
         self.levels = levels
-        self._root: Tensor  # x0_pred of this step, (B, C, H, W)
+        self._root: Tensor  # its x0_pred at this step, (B, C, H, W)
         self._seen: dict[str, list[tuple[float, Tensor]]] = {}  # branch -> (alpha, D) of its last two questions
 
-    def see(self, index: int, x0_pred: Mapping[str, Tensor]) -> None:
-        """What the network said at a step, by branch, the root first: each (B, C, H, W)."""
-        (_, self._root), *branches = x0_pred.items()
-        for name, x0 in branches:
-            self._seen[name] = [*self._seen.get(name, [])[-1:], (self.levels[index].alpha, x0 - self._root)]
+    def see(self, index: int, root: Tensor, branches: Mapping[str, Tensor]) -> None:
+        """The x0_pred of a step, the root's and those of branches that asked: each (B, C, H, W)."""
+        self._root = root
+        for name, x0 in branches.items():
+            self._seen[name] = [*self._seen.get(name, [])[-1:], (self.levels[index].alpha, x0 - root)]
 
     def step(self, name: str, index: int, x_t: Tensor) -> Step:
-        """A step without a question, x_t (B, C, H, W)."""
+        """A step without a question, from x_t (B, C, H, W); the root's own of this index has been seen."""
         now, then = self.levels[index], self.levels[index + 1]
         x0 = self._root + self._supposed(name, now.alpha)
         eps = (x_t - now.alpha * x0) / now.std

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ldm.pipeline import StableDiffusion
-from ldm.samplers import Level, final_level, initial_noise
-from ldm.schedule import SPACINGS, told_at
+from ldm.samplers import Level, initial_noise, visited_levels
+from ldm.schedule import SPACINGS
 from ldm.traversal.batches import rows_a_call
 from ldm.traversal.following import follow_tree, followed_rows
 from ldm.traversal.plan import Sampling, Traversal
@@ -83,8 +83,7 @@ def follows(plan: Sampling) -> bool:
 def _levels(sd: StableDiffusion, plan: Sampling) -> list[Level]:
     """The S + 1 noise levels that the plan visits."""
     schedule = sd.schedule if plan.end is None else sd.schedule.ending_at(plan.end)
-    visited = [Level(told_at(t), schedule.alphas_cumprod_at(t)) for t in SPACINGS[plan.spacing](plan.steps, schedule)]
-    return [*visited, final_level(schedule)]
+    return visited_levels(schedule, SPACINGS[plan.spacing](plan.steps, schedule))
 
 
 def swap_name(style: str, swap_step: int) -> str:

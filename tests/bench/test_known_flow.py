@@ -162,6 +162,18 @@ def test_a_file_that_holds_something_else_is_left_as_it_is(tmp_path, content, li
     assert not RowFile(path, {"seeds": (0,)}, ("sampler",)).rows
 
 
+def test_of_settings_within_settings_the_one_that_differs_is_named(tmp_path):
+    def opened(**skin: object) -> RowFile:
+        return RowFile(tmp_path / "rows.jsonl", {"cells": {"skin": {"prompts": {"a": "b"}, **skin}}}, ("seed",))
+
+    opened(guidance=1.0, lpips=None)
+    opened(guidance=1.0)
+    with pytest.raises(ValueError, match=r"settings \(cells\.skin\.guidance was 1\.0, is 3\.0\); give"):
+        opened(guidance=3.0)
+    with pytest.raises(ValueError, match=r"\(cells\.skin\.usual was None, is {steps, eta}\)"):
+        opened(guidance=1.0, usual={"steps": 50, "eta": 0})
+
+
 def test_a_power_law_has_its_order():
     seeds = np.random.default_rng(1).uniform(1, 2, 6)
     order, low, high = fitted_order([10, 20, 40], [list(seeds * n**-2.5) for n in (10, 20, 40)])

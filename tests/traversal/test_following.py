@@ -12,7 +12,7 @@ from small_networks import ToyUNet, sampling_model, toy_context
 from tiny_model import write_tiny_model
 from torch import Tensor
 
-from ldm.finite import NotFinite
+from ldm.finite import NotFinite, Watch
 from ldm.samplers import initial_noise, noise_levels
 from ldm.schedule import Schedule
 from ldm.traversal.following import asked, evaluations, follow_tree, followed_rows
@@ -120,6 +120,23 @@ def test_a_branch_that_is_not_finite_is_said_at_the_end(monkeypatch):
 
     with pytest.raises(NotFinite, match="effusion/s05: got NaN or Inf"):
         both(Bad(), swaps(NEUTRAL, {"effusion": EFFUSION}, (5,), 10), 10)
+
+
+def test_a_neutral_path_that_is_not_finite_is_not_blamed_on_the_last_step(monkeypatch):
+    class LastOnly(Watch):
+        """As on a GPU: judged at a run's last step, by what this run saw."""
+
+        def __call__(self, index: int, x0_pred: Tensor, last: bool) -> None:
+            if last:
+                super().__call__(index, x0_pred, last)
+
+    class BadAtFirst(ToyUNet):
+        def __call__(self, x_t, t, context):
+            return super().__call__(x_t, t, context) + (torch.nan if t > 800 else 0)
+
+    monkeypatch.setattr("ldm.pipeline.Watch", LastOnly)
+    with pytest.raises(NotFinite, match="neutral: got NaN or Inf in its latents; leave out --fast"):
+        both(BadAtFirst(), swaps(NEUTRAL, {"effusion": EFFUSION}, (5,), 10), 10)
 
 
 @pytest.fixture(scope="module")
