@@ -28,8 +28,6 @@ from ldm_tools.options import (
 )
 from ldm_tools.pixels import add_pixels, pixels
 
-FIDELITY = "What it keeps of the trajectories was measured: see ldm/samplers/README.md"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command to `parser`."""
@@ -49,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fast",
         action="store_true",
         help="past its swap a branch asks the network at a few steps only, and else follows the neutral path: "
-        f"{evaluations(fast=True)} evaluations a seed and attribute, not {evaluations(fast=False)}. {FIDELITY}",
+        f"{evaluations(fast=True)} evaluations a seed and attribute, not {evaluations(fast=False)}. Of ddim without "
+        "--eta only. What it keeps of the trajectories was measured: see ldm/samplers/README.md",
     )
     parser.add_argument(
         "--indexing",

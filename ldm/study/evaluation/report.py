@@ -118,7 +118,8 @@ def _origins(tasks: Sequence[Task]) -> list[str]:
 
 
 def _lacking(metrics: Json) -> list[str]:
-    """What the page of a folder must say: where its curves come from, and what could not be judged."""
+    """What the page of a folder must say: how it was traversed, whence its curves, and what could not be judged."""
+    fast = [f"{cell['title']}: by ldm traverse --fast." for cell in metrics["cells"].values() if cell.get("fast")]
     curves = [f"Curve of {cell['title']}: drawn anew through the swaps." for cell in metrics["cells"].values()]
     unjudged = [
         f"{scores['title']}: {scores['swaps']['unavailable']}."
@@ -126,7 +127,7 @@ def _lacking(metrics: Json) -> list[str]:
         for scores in cell["attributes"].values()
         if "unavailable" in scores["swaps"]
     ]
-    return curves + unjudged
+    return fast + curves + unjudged
 
 
 def _decoded(place: Workplace, task: Task, count: int) -> list[pictures.Shown]:

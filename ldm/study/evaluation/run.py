@@ -164,6 +164,8 @@ def evaluate_cell(place: Workplace, task: Task) -> Json | None:
     result: Json = summary.summarise(task.cell, votes, plan.swap_steps, task.averaged, measured, instruments.lpips)
     if task.run:
         result["redrawn"] = f"{CURVE_POINTS} points, where the folder's own curve has {plan.bezier_points}"
+    if plan.fast:
+        result["fast"] = True
     if task.baseline_seeds:
         for name, reports in _baselines(place, task, votes, trajectories, measured).items():
             result["attributes"][name]["baselines"] = reports

@@ -107,7 +107,7 @@ def table_2(results: Results) -> Table:
         f"CFRT as own_head_signed, mean of {_samples(results)}. LPIPS and SSIM to the neutral image, mean of all swap "
         "steps and of the same frames. 95 % intervals; interp.: samples interpolated along the Bezier curve."
     )
-    sentences = [note, *_redrawn(results), NOT_COMPARABLE, *_unavailable(results)]
+    sentences = [note, *_redrawn(results), *_fast(results), NOT_COMPARABLE, *_unavailable(results)]
     columns = ("Data set", "Class", "Attribute", *measures, *paper)
     return Table("Classification flip rate along a trajectory (CFRT)", columns, tuple(rows), " ".join(sentences))
 
@@ -337,6 +337,12 @@ def _redrawn(results: Results) -> list[str]:
         if find(results, "cells", cell, "redrawn")
     ]
     return _sentence("The curve is drawn anew through the swaps", drawn)
+
+
+def _fast(results: Results) -> list[str]:
+    """Which trajectories are near those of the paper's way and not them."""
+    titles = [title for cell, title in cells(results).items() if find(results, "cells", cell, "fast")]
+    return _sentence("Traversed with fewer questions, by ldm traverse --fast", titles)
 
 
 def _unavailable(results: Results) -> list[str]:
