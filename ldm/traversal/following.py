@@ -1,11 +1,12 @@
 """`ldm traverse --fast`: branches that follow the neutral path, and ask the network at a few of their steps only.
 
 A branch differs from the neutral path by little, and its x_0 by something that changes slowly. Let D_i be what the
-network said of that difference at step i, and a_i the alpha there. Between two questions
+network said of that difference at step i; alpha and std are a `Level`'s, those of the next one alpha' and std'. Between
+two questions
 
-    D_t = D_j + (a_t - a_j) / (a_j - a_i) (D_j - D_i)           i, j the last two questions; after the first D_t = D_i
-    x0_t = x0_neutral,t + D_t                                   the neutral path asks at every step
-    x_prev = alpha' x0_t + std' (x_t - alpha x0_t) / std        DDIM's step
+    D_t = D_j + (alpha_t - alpha_j) / (alpha_j - alpha_i) (D_j - D_i)     i, j the last two; after the first D_t = D_i
+    x0_t = x0_neutral,t + D_t                                             the neutral path asks at every step
+    x_prev = alpha' x0_t + std' (x_t - alpha x0_t) / std                  DDIM's step
 
 What it keeps of the trajectories is measured by `ldm bench traverse --fast`, and told in ldm/samplers/README.md.
 """
@@ -24,7 +25,7 @@ from ldm.traversal.prompt_tree import Branch, Paths, Sample, TreeResult, check_a
 
 
 def asked(at: int, steps: int) -> tuple[int, ...]:
-    """The steps at which a branch asks that forks after `at`: three and a sixth of its own, evenly spread."""
+    """The steps at which a branch asks that forks after `at`: three and a sixth of its own, evenly spread; few: all."""
     own = steps - at
     questions = min(own, 3 + own // 6)
     return tuple(at + own * k // questions for k in range(questions))
@@ -109,6 +110,6 @@ class Differences:
         return Step(index, now.t, x_t, eps, x0, then.alpha * x0 + then.std * eps, evaluations=0)
 
     def _supposed(self, name: str, alpha: float) -> Tensor:
-        """D at a noise level, on the line through the last two."""
+        """D at a noise level, on the line through the last two; the last, where they are one."""
         (alpha_i, first), (alpha_j, last) = self._seen[name][0], self._seen[name][-1]
         return last if alpha_i == alpha_j else last + (alpha - alpha_j) / (alpha_j - alpha_i) * (last - first)

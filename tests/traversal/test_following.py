@@ -187,6 +187,7 @@ def test_evaluate_takes_such_a_run_as_any_other(weights: Path, tmp_path: Path) -
     assert main(["evaluate", str(run), "--weights", str(weights), *out]) == 0
     metrics = json.loads((tmp_path / "scores" / "metrics.json").read_text())
     assert metrics["sampling"]["averaged"] == [5, 10, 15]
+    assert (metrics["sampling"]["sampler"], metrics["sampling"]["spacing"]) == ("ddim", "leading")
     assert metrics["cells"]["run"]["fast"] is True
     assert "run: by ldm traverse --fast." in (tmp_path / "scores" / "index.html").read_text()
     assert "by ldm traverse --fast: run." in (tmp_path / "scores" / "tables" / "table_2.md").read_text()

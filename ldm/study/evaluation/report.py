@@ -52,7 +52,7 @@ def assemble(
         "sampling": {
             key: value
             for key, value in settings_of(first, tasks[0].plan).items()
-            if key in ("steps", "negative", "eta", "swap_steps", "indexing", "latent_size")
+            if key in ("steps", "negative", "sampler", "spacing", "end", "eta", "swap_steps", "indexing", "latent_size")
         }
         | {
             "guidance": tasks[0].plan.guidance if len(set(scales.values())) == 1 else scales,

@@ -111,7 +111,7 @@ def duration(missing: Sequence[Comparison]) -> str:
         if sd not in speeds:
             speeds[sd] = seconds_a_row(comparison)
         seconds += comparison.rows_a_seed * speeds[sd]
-    return f"about {seconds / 60:.0f} minutes at this moment's speed; run it again to go on after a stop"
+    return f"about {seconds / 60:.1f} minutes at this moment's speed; run it again to go on after a stop"
 
 
 def seconds_a_row(comparison: Comparison) -> float:
