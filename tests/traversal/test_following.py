@@ -1,6 +1,7 @@
 """`ldm traverse --fast`: where a branch asks the network, what it supposes in between, and what a run says of it."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,12 +13,16 @@ from small_networks import ToyUNet, sampling_model, toy_context
 from tiny_model import write_tiny_model
 from torch import Tensor
 
+import ldm
 from ldm.finite import NotFinite, Watch
+from ldm.pipeline import StableDiffusion
 from ldm.samplers import initial_noise, noise_levels
-from ldm.schedule import Schedule
+from ldm.samplers.own import stored_spacing
+from ldm.schedule import SPACINGS, Schedule
 from ldm.traversal.following import asked, evaluations, follow_tree, followed_rows
 from ldm.traversal.plan import Traversal
 from ldm.traversal.prompt_tree import Branch, swaps, traverse_tree
+from ldm.traversal.sampling import prompt_tree, sample
 from ldm.traversal.store import load_latents
 
 SCHEDULE, SHAPE = Schedule.sd15(), (4, 8, 8)
@@ -165,6 +170,35 @@ def test_a_run_says_it_and_keeps_the_neutral_path(weights: Path, tmp_path: Path,
         exact = name.endswith(("neutral", "x_T", "s19", "s20"))
         of_largest = 1e-5 if exact else 0.2  # batches round differently; a network of random weights is no smooth one
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=of_largest * float(other[name].abs().max()))
+
+
+def from_pure_noise(sd: StableDiffusion) -> StableDiffusion:
+    """Its first alpha is 0, so it predicts v."""
+    sd.unet.prediction = "v"
+    return replace(sd, schedule=Schedule.of(replace(sd.diffusion, prediction="v", zero_terminal_snr=True)))
+
+
+@pytest.mark.parametrize(
+    ("change", "spacing", "end"),
+    [(from_pure_noise, "trailing", None), (lambda sd: sd, "told", None), (lambda sd: sd, "linspace", "zero")],
+)
+def test_steps_without_a_question_are_on_the_levels_of_the_plan(weights: Path, monkeypatch, change, spacing, end):
+    """What the kept x_0 and eps say of x_t, by the schedule and the timesteps alone."""
+    timesteps = [981 - 48 * i for i in range(20)]
+    told = {"steps": 20, "timesteps": timesteps, "told": [t - 6 for t in timesteps]}
+    monkeypatch.setitem(SPACINGS, "told", stored_spacing("told", told))
+    styles, keep = {"effusion": "a chest with effusion"}, ("x_t", "x0_pred", "eps")
+    plan = Traversal(neutral="a chest", styles=styles, seeds=(0,), steps=20, swap_steps=(0, 3), guidance=2.0, fast=True)
+    plan, sd = replace(plan, spacing=spacing, end=end, keep=keep), change(ldm.load(weights))
+    result = sample(sd, plan, prompt_tree(sd, plan), plan.seeds)
+    schedule = sd.schedule.ending_at(end) if end else sd.schedule
+    bars = [schedule.alphas_cumprod_at(t) for t in SPACINGS[spacing](20, schedule)] + [schedule.final_alpha_cumprod]
+    for name in ("neutral", "effusion/s00", "effusion/s03"):
+        after, x0, eps = (result.path(name, quantity) for quantity in keep)
+        for index, (before, x_prev) in enumerate(zip([result.x_T, *after], after, strict=False)):
+            for bar, latents in ((bars[index], before), (bars[index + 1], x_prev)):
+                implied = bar**0.5 * x0[index] + (1 - bar) ** 0.5 * eps[index]
+                torch.testing.assert_close(implied, latents, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("typed", "got"), [(["--sampler", "unipc"], "sampler 'unipc'"), (["--eta", "0.5"], "eta 0.5")])
