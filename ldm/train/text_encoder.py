@@ -56,7 +56,7 @@ class ContrastiveModel(nn.Module):
         """
         hidden = self.clip(ids)
         end = (ids == ids[0, -1]).int().argmax(dim=1)
-        texts = F.normalize(self.text_projection(hidden[torch.arange(len(ids)), end]), dim=-1)
+        texts = F.normalize(self.text_projection(hidden[torch.arange(len(ids), device=ids.device), end]), dim=-1)
         images = F.normalize(self.image_tower(latents), dim=-1)
         return self.log_scale.clamp(max=np.log(100.0)).exp() * images @ texts.T
 
@@ -67,11 +67,12 @@ def contrastive_loss(model: ContrastiveModel, latents: Tensor, captions: Tensor,
     A caption that a batch holds several times needs no special care: its copies have equal logits, so the loss is the
     same as if every matching pair were a target  [compare Yang et al. 2022, "UniCL", eq. 3-5].
 
-    Args:    latents: (B, 4, h, w).  captions: (B,) caption numbers.
+    Args:    latents: (B, 4, h, w), where the model is.  captions: (B,) caption numbers.
     """
     present, place = captions.unique(return_inverse=True)
-    logits = model(latents, tokens.ids[present])[:, place]  # (B, B): image i, caption of image j
-    own = torch.arange(len(logits))
+    ids = tokens.ids[present].to(latents.device)
+    logits = model(latents, ids)[:, place.to(latents.device)]  # (B, B): image i, caption of image j
+    own = torch.arange(len(logits), device=latents.device)
     return 0.5 * (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))
 
 

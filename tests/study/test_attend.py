@@ -7,7 +7,7 @@ import pytest
 import torch
 from ldm_tools import attend
 from ldm_tools.cli import main
-from on_another_device import elsewhere
+from pretended_gpu import pretended_gpu
 
 import ldm
 from ldm.phantom.prompts import ATTRIBUTE_WORDS, DOMAINS
@@ -95,9 +95,11 @@ def test_overlap_by_hand():
 
 def test_maps_on_a_gpu_are_brought_back():
     maps, masks = torch.rand(2, 3, 4, 4), np.arange(3 * 64).reshape(3, 8, 8) % 5 == 0
-    with pytest.raises(TypeError, match="elsewhere"):
-        elsewhere(maps).numpy()
-    assert np.array_equal(overlap(elsewhere(maps), masks), overlap(maps, masks))
+    with pretended_gpu():
+        there = maps.to("cuda")
+        with pytest.raises(TypeError, match="on cuda to numpy"):
+            there.numpy()
+        assert np.array_equal(overlap(there, masks), overlap(maps, masks))
     looks = Looks(("down_blocks.0.attentions.0.transformer_blocks.0.attn2",), (elsewhere(maps[None]),))
     said = [Word(f"w{i}", (i,)) for i in range(3)]
     patients = MaskedImages(torch.zeros(2, 3, 8, 8), masks[:2])
