@@ -100,11 +100,11 @@ def test_maps_on_a_gpu_are_brought_back():
         with pytest.raises(TypeError, match="on cuda to numpy"):
             there.numpy()
         assert np.array_equal(overlap(there, masks), overlap(maps, masks))
-    looks = Looks(("down_blocks.0.attentions.0.transformer_blocks.0.attn2",), (elsewhere(maps[None]),))
-    said = [Word(f"w{i}", (i,)) for i in range(3)]
-    patients = MaskedImages(torch.zeros(2, 3, 8, 8), masks[:2])
-    assert attend.every_word(looks, said, patients).keys() == {"0: w0", "1: w1", "2: w2"}
-    assert isinstance(attend.plain(looks.maps[0][0, 0, 0]), np.ndarray)
+        looks = Looks(("down_blocks.0.attentions.0.transformer_blocks.0.attn2",), (there[None],))
+        said = [Word(f"w{i}", (i,)) for i in range(3)]
+        patients = MaskedImages(torch.zeros(2, 3, 8, 8), masks[:2])
+        assert attend.every_word(looks, said, patients).keys() == {"0: w0", "1: w1", "2: w2"}
+        assert isinstance(attend.plain(looks.maps[0][0, 0, 0]), np.ndarray)
 
 
 def test_what_a_map_could_score():
