@@ -32,6 +32,24 @@ def test_another_checkout_is_timed_with_the_same_weights(bench, capsys):
     assert all(sys.modules[name] is module for name, module in modules.items())  # ours are back
 
 
+def test_a_checkout_of_before_anything_was_installed_is_plain(bench, capsys, tmp_path):
+    (tmp_path / "ldm").mkdir()
+    for name in ("__init__", "blocks", "config", "unet"):
+        source = "" if name == "__init__" else (ROOT / "ldm" / f"{name}.py").read_text()
+        (tmp_path / "ldm" / f"{name}.py").write_text(source)
+    assert not bench("--against", "previous", "--checkout", str(tmp_path), "--json")
+    result = json.loads(capsys.readouterr().out)
+    assert all(way["error"] < 1e-6 for way in result["ways"].values())
+
+
+def test_a_checkout_whose_network_is_another_is_one_line(bench, capsys, tmp_path):
+    (tmp_path / "ldm").mkdir()
+    for name, source in {"__init__": "", "unet": "class UNet: ...", "config": "SD15 = None"}.items():
+        (tmp_path / "ldm" / f"{name}.py").write_text(source)
+    assert bench("--against", "previous", "--checkout", str(tmp_path)) == 2
+    assert "is not made as this one's: " in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_the_table_reads(bench, capsys):
     bench("--against", "previous", "--checkout", str(ROOT))
     out = capsys.readouterr().out

@@ -165,12 +165,17 @@ def _diffusers(network: UNet, args: argparse.Namespace) -> tuple[EpsFn, str]:
 def _previous(network: UNet, args: argparse.Namespace) -> tuple[EpsFn, str]:
     if not (args.checkout / "ldm" / "unet.py").exists():
         raise ValueError(f"--checkout: {args.checkout} has no ldm/unet.py, expected a checkout of this project")
-    with _modules_of(args.checkout):
-        unet, config, speed = (importlib.import_module(f"ldm.{name}") for name in ("unet", "config", "fast"))
-        theirs = unet.UNet(config.UNetConfig(**asdict(network.config)))
-        theirs.load_state_dict(network.state_dict())
-        theirs = theirs.to(network.conv_in.weight.dtype).eval()
-        speed.install(theirs, kernels="torch")
+    try:
+        with _modules_of(args.checkout):
+            unet, config = (importlib.import_module(f"ldm.{name}") for name in ("unet", "config"))
+            theirs = unet.UNet(config.UNetConfig(**asdict(network.config)))
+            theirs.load_state_dict(network.state_dict())
+            theirs = theirs.to(network.conv_in.weight.dtype).eval()
+            if (args.checkout / "ldm" / "fast").exists():  # before it was there, nothing was installed on a CPU
+                importlib.import_module("ldm.fast").install(theirs, kernels="torch")
+    except (ImportError, AttributeError, TypeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"--checkout: the U-Net of {args.checkout} is not made as this one's: {reason}") from None
     return theirs, str(args.checkout)
 
 
