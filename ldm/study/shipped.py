@@ -44,7 +44,7 @@ REAL = Shipped(
     cells={f"real_{name}": _real(prompts.CELLS[name]) for name in _SKIN},
     classifiers=dict.fromkeys((f"real_{name}" for name in _SKIN), WEIGHTS / "real_skin_classifier.safetensors"),
     note=CREDIT,
-    guidance=7.5,
+    guidance=5.0,
 )
 MODELS = (PHANTOM, REAL)
 CELLS = {name: cell for model in MODELS for name, cell in model.cells.items()}
