@@ -65,7 +65,7 @@ PAPER_TABLE_2: dict[str, dict[str, tuple[str, str | None]]] = {
 }
 NOT_COMPARABLE = (
     "The paper's columns are its printed values, on CheXpert and ISIC 2019 with SD1.5; ours are of the model evaluated "
-    "here, and the shipped one knows drawn phantoms only. The two are not comparable as scores."
+    "here, and the shipped ones are small, of drawn phantoms or of real skin. The two are not comparable as scores."
 )
 
 FLOORS = (
