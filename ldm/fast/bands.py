@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.blocks import ResnetBlock, Upsample
+from ldm.fast import winograd
 from ldm.fast.watching import transformed, untouched
 
 LARGE = 1 << 23  # numbers in one map, C * H * W: from here on it pays
@@ -143,6 +144,8 @@ def _conv_rows(conv: nn.Conv2d, h: Tensor, above: bool, below: bool) -> Tensor:
     """A 3 x 3 convolution of rows that have their neighbours; above, below: but for the map's edge, where zeros are."""
     if above or below:
         h = F.pad(h, (0, 0, int(above), int(below)))
+    if winograd.may_serve(conv) and winograd.work(conv, h) >= winograd.WORK >> 4:  # of the whole map it is far more
+        return winograd.convolution(h, conv.weight, conv.bias, padding=(0, 1))
     return F.conv2d(h, conv.weight, conv.bias, padding=(0, 1))
 
 

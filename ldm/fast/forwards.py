@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ldm.blocks import GEGLU, Attention, BasicTransformerBlock, FeedForward, ResnetBlock, Upsample
 from ldm.clip import SelfAttention
-from ldm.fast import bands
+from ldm.fast import bands, onednn, winograd
 from ldm.fast.ops import Ops
 from ldm.fast.projections import project
 from ldm.fast.watching import intercepted, ordinary, untouched, watched
@@ -112,6 +112,18 @@ def _in_bands(layer: nn.Module, x: Tensor, own: bool) -> Tensor | None:
     return bands.resnet(layer, x, own) if isinstance(layer, ResnetBlock) and standard and ours else None
 
 
+def convolution(ops: Ops, layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, K, H', W')."""
+    if winograd.serves(layer, x):
+        return winograd.convolution(x, layer.weight, layer.bias)
+    return type(layer).forward(layer, x)
+
+
+def linear(ops: Ops, layer: nn.Linear, x: Tensor) -> Tensor:
+    """(..., C) -> (..., K)."""
+    return onednn.linear(x, layer.weight, layer.bias) if onednn.serves(layer, x) else type(layer).forward(layer, x)
+
+
 @dataclass(frozen=True)
 class Replacement:
     """What is installed instead of a forward, and what is gained: by a kernel, by torch alone, by torch on a CPU.
@@ -123,6 +135,7 @@ class Replacement:
     by_kernel: str
     in_torch: str = ""
     on_cpu: str = ""
+    may_serve: Callable[[nn.Module], bool] = lambda module: True
 
 
 FORWARDS: dict[Callable[..., Any], Replacement] = {
@@ -134,4 +147,8 @@ FORWARDS: dict[Callable[..., Any], Replacement] = {
     FeedForward.forward: Replacement(feed_forward, "", on_cpu="large ones an image at a time"),
     BasicTransformerBlock.forward: Replacement(transformer_block, "residual and layer norm in one kernel"),
     Decoder.forward: Replacement(decoder, "", on_cpu="large maps in bands of rows"),
+    nn.Conv2d.forward: Replacement(
+        convolution, "", on_cpu="large maps by Winograd's algorithm", may_serve=winograd.may_serve
+    ),
+    nn.Linear.forward: Replacement(linear, "", on_cpu="large products by oneDNN", may_serve=onednn.may_serve),
 }

@@ -174,6 +174,10 @@ def _by_openvino(network: UNet, cuda_graph: bool) -> Installed:
 
 def _replaceable(network: nn.Module) -> Iterator[nn.Module]:
     """The modules with a standard forward; the norms of a resnet are part of its own."""
-    standard = [m for m in network.modules() if type(m).forward in FORWARDS and "forward" not in vars(m)]
+    standard = [
+        m
+        for m in network.modules()
+        if type(m).forward in FORWARDS and "forward" not in vars(m) and FORWARDS[type(m).forward].may_serve(m)
+    ]
     inside = {norm for m in standard if isinstance(m, ResnetBlock) for norm in (m.norm1, m.norm2)}
     return (module for module in standard if module not in inside)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.blocks import Attention
-from ldm.fast.watching import transformed, watched
+from ldm.fast.watching import own_or_ours, transformed, watched
 
 
 @torch.no_grad()
@@ -68,12 +68,9 @@ def _as_one_matrix(layers: tuple[nn.Linear, ...]) -> Tensor | None:
 
 
 def _linear(layers: tuple[nn.Module, ...]) -> TypeGuard[tuple[nn.Linear, ...]]:
-    """Whether they are torch's own, with nothing put in their place: no `forward` of their own, no other weights."""
+    """Whether they are torch's own, with nothing put in their place: no `forward` but ours, no other weights."""
     return all(
-        type(layer) is nn.Linear
-        and type(layer.weight) is nn.Parameter
-        and layer.bias is None
-        and "forward" not in vars(layer)
+        type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and layer.bias is None and own_or_ours(layer)
         for layer in layers
     )
 

@@ -7,8 +7,8 @@ KNOWN = ("torch.", "ldm.")  # whose modules keep nothing from one call to the ne
 
 
 def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module computes what its kind does, and nobody hangs on it or replaced its forward."""
-    return type(module).forward is kind.forward and not watched(module) and "forward" not in vars(module)
+    """Whether a module computes what its kind does, and nobody hangs on it or replaced its forward, ours apart."""
+    return type(module).forward is kind.forward and not watched(module) and own_or_ours(module)
 
 
 def watched(module: nn.Module) -> bool:
@@ -33,9 +33,13 @@ def intercepted() -> bool:
 
 def ordinary(module: nn.Module) -> bool:
     """Whether nobody watches a module or replaced its forward, ours apart, and it is torch's or of ldm."""
+    return own_or_ours(module) and not watched(module) and known(module)
+
+
+def own_or_ours(module: nn.Module) -> bool:
+    """Whether a module's forward is that of its class, or what `ldm.fast` installed for it."""
     forward = vars(module).get("forward")
-    ours = forward is None or getattr(getattr(forward, "func", None), "__module__", "") == "ldm.fast.forwards"
-    return ours and not watched(module) and known(module)
+    return forward is None or getattr(getattr(forward, "func", None), "__module__", "") == "ldm.fast.forwards"
 
 
 def known(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 from ldm import fast, probe
 from ldm.blocks import ResnetBlock
 from ldm.config import SD15
+from ldm.fast import onednn
 from ldm.fast.installing import Installed
 from ldm.unet import UNet, UNetBlocks
 
@@ -62,7 +63,9 @@ def test_the_report_counts_what_was_replaced_in_a_line_each():
         "   1 x UNet: one CUDA graph for each shape",
     ]
     assert sum(installed.replaced.values()) == 39
+    with_onednn = ["   1 x Linear: large products by oneDNN"] if onednn.there() else []
     assert str(fast.install(unet())).splitlines() == [
+        *with_onednn,
         "   8 x ResnetBlock: SiLU in place",
         "   4 x FeedForward: large ones an image at a time",
         "   4 x GEGLU: gate in place",
@@ -106,9 +109,11 @@ def test_installed_again_the_last_call_says_what_holds():
     assert fast.install(network, kernels="triton").replaced.keys() < first.replaced.keys()
     in_place = {"ResnetBlock: SiLU in place": 8, "GEGLU: gate in place": 4}
     in_parts = {"FeedForward: large ones an image at a time": 4}
+    by_onednn = {"Linear: large products by oneDNN": 1} if onednn.there() else {}
     assert fast.install(network).replaced == {
         **in_place,
         **in_parts,
+        **by_onednn,
         "UNet: rows of a large batch on threads of their own": 1,
     }
     assert same(laid(network), before)

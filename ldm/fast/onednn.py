@@ -1,0 +1,40 @@
+"""Large matrix products in float32 on a CPU by oneDNN, which comes with torch; torch itself takes MKL for them.
+
+Letters: C channels, K channels of the result.
+"""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from ldm.fast.watching import intercepted
+
+WEIGHTS = 1 << 16  # C K: no smaller layer is replaced
+WORK = 1 << 28  # multiplications, an image: from here on
+
+
+def may_serve(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer is one that oneDNN is faster at with many rows."""
+    return isinstance(layer, nn.Linear) and layer.weight.numel() >= WEIGHTS and there()
+
+
+def there() -> bool:
+    """Whether this torch has it."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def serves(layer: nn.Linear, x: Tensor) -> bool:
+    """Whether rows x are such; by one image's, so that it does not depend on the batch."""
+    weight, bias = layer.weight, layer.bias
+    mine = x.ndim == 3 and x.device.type == weight.device.type == "cpu" and x.shape[2] == weight.shape[1]
+    single = x.dtype == weight.dtype == torch.float32 and (bias is None or bias.dtype == torch.float32)
+    return mine and single and len(x) > 0 and x.shape[1] * weight.numel() >= WORK and not intercepted()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., C) times weight (K, C), plus bias (K,) -> (..., K)."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out

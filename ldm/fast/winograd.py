@@ -1,0 +1,154 @@
+"""Convolutions of 3 x 3 on a CPU with a quarter of the multiplications: Winograd's algorithm, F(4 x 4, 3 x 3).
+
+4 x 4 results need 6 x 6 numbers d of a map and the 3 x 3 weights g. Between transforms that hardly multiply, what is
+left are 36 products for 144 (Lavin and Gray 2016, arXiv 1509.09308, equation 8):
+
+    y = A^T [ (G g G^T) * (B^T d B) ] A
+
+Summed over the channels of many tiles at once, they are 36 matrix products. G, B and A come from interpolation at
+0, 1, -1, 1/2, -2 and infinity, where float32 loses less than at 0, +-1, +-2 (README).
+
+Letters: B images, C channels, K channels of the result, H, W height and width, T tiles of 4 x 4.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm.fast.watching import intercepted
+
+WORK = 1 << 30  # multiplications of the plain convolution, an image: from here on it pays
+FEWEST_TILES = 64  # in an image; with fewer, transforming the weights is most of the work
+FEWEST_CHANNELS = 128  # on either side; with fewer, transforming the map is
+TILES = 512  # at a time
+CHANNELS = 64  # of a map, transformed at a time
+WEIGHTS = 1 << 22  # numbers of transformed weights held at a time
+
+
+@dataclass(frozen=True)
+class Transforms:
+    """The matrices for tiles of size x size results, from n = size + 2 numbers each way; rows and columns in one."""
+
+    size: int
+    filter: Tensor  # (n^2, 9)
+    input: Tensor  # (n^2, n^2)
+    results: Tensor  # (size^2, n^2)
+
+    @classmethod
+    def of(cls, *, g: list[list[float]], b_t: list[list[float]], a_t: list[list[float]]) -> Transforms:
+        """From G, B^T and A^T."""
+        matrices = (torch.tensor(rows, dtype=torch.float32) for rows in (g, b_t, a_t))
+        return cls(len(a_t), *(torch.kron(matrix, matrix) for matrix in matrices))
+
+    def tiles(self, height: int, width: int) -> tuple[int, int]:
+        """How many it takes, down and across."""
+        return -(-height // self.size), -(-width // self.size)
+
+
+OF_4 = Transforms.of(
+    a_t=[[1, 1, 1, 1, 1, 0], [0, 1, -1, 1 / 2, -2, 0], [0, 1, 1, 1 / 4, 4, 0], [0, 1, -1, 1 / 8, -8, 1]],
+    g=[
+        [1, 0, 0],
+        [1 / 3, 1 / 3, 1 / 3],
+        [-1 / 3, 1 / 3, -1 / 3],
+        [-16 / 15, -8 / 15, -4 / 15],
+        [1 / 15, -2 / 15, 4 / 15],
+        [0, 0, 1],
+    ],
+    b_t=[
+        [1, -3 / 2, -2, 3 / 2, 1, 0],
+        [0, -1, 1 / 2, 5 / 2, 1, 0],
+        [0, 1, -5 / 2, 1 / 2, 1, 0],
+        [0, -2, -1, 2, 1, 0],
+        [0, 1 / 2, -1, -1 / 2, 1, 0],
+        [0, 1, -3 / 2, -2, 3 / 2, 1],
+    ],
+)
+OF_2 = Transforms.of(
+    a_t=[[1, 1, 1, 0], [0, 1, -1, 1]],
+    g=[[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, 1]],
+    b_t=[[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, -1, 0, 1]],
+)
+
+
+def may_serve(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether a layer is a convolution that some maps are fast with."""
+    return (
+        isinstance(conv, nn.Conv2d)
+        and (conv.kernel_size, conv.stride, conv.dilation) == ((3, 3), (1, 1), (1, 1))
+        and (conv.padding, conv.padding_mode, conv.groups) == ((1, 1), "zeros", 1)
+        and min(conv.in_channels, conv.out_channels) >= FEWEST_CHANNELS
+    )
+
+
+def serves(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether a map is one to do it with; by one image's size, so that it does not depend on the batch."""
+    weight, bias = conv.weight, conv.bias
+    mine = x.ndim == 4 and x.device.type == "cpu" and x.is_contiguous() and x.shape[1] == weight.shape[1]
+    single = x.dtype == weight.dtype == torch.float32 and (bias is None or bias.dtype == torch.float32)
+    if not (mine and single and len(x) > 0) or intercepted():
+        return False
+    return work(conv, x) >= WORK and _transforms(x.shape[2], x.shape[3]) is not None
+
+
+def work(conv: nn.Conv2d, x: Tensor) -> int:
+    """Multiplications of the plain convolution, of one image of x (B, C, H, W)."""
+    return 9 * conv.out_channels * x[0].numel()
+
+
+def _transforms(height: int, width: int) -> Transforms | None:
+    """The larger tiles that a map of such results has enough of."""
+    return next((of for of in (OF_4, OF_2) if math.prod(of.tiles(height, width)) >= FEWEST_TILES), None)
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int] = (1, 1)) -> Tensor:
+    """What F.conv2d gives for weights of 3 x 3, but for rounding.
+
+    Args:    x: (B, C, H, W), float32.  weight: (K, C, 3, 3).  bias: (K,).
+             padding: rows and columns of zeros around x, 0 or 1 of each.
+    Returns: (B, K, H + 2 padding - 2, W + 2 padding - 2).
+    """
+    height, width = (size + 2 * zeros - 2 for size, zeros in zip(x.shape[2:], padding, strict=True))
+    of = _transforms(height, width) or OF_2
+    down, across = of.tiles(height, width)
+    right, below = of.size * across - width, of.size * down - height
+    x = F.pad(x, (padding[1], padding[1] + right, padding[0], padding[0] + below))
+    out = x.new_empty(len(x), len(weight), height, width)
+    images, rows = max(1, TILES // (down * across)), max(1, TILES // across)
+    for first in range(0, len(x), images):
+        for top in range(0, of.size * down, of.size * rows):
+            here = x[first : first + images, :, top : top + of.size * rows + 2]
+            _convolve(of, here, weight, bias, out[first : first + images, :, top : top + of.size * rows])
+    return out
+
+
+def _convolve(of: Transforms, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Some tiles of some images into out, which may end within the last tiles; x has a row and a column more around."""
+    size, squared = of.size, len(of.input)
+    count, channels, down, across = len(x), x.shape[1], (x.shape[2] - 2) // size, (x.shape[3] - 2) // size
+    fits = out.shape[2:] == (size * down, size * across)
+    whole = out if fits else x.new_empty(count, len(weight), size * down, size * across)
+
+    tiles = x.new_empty(squared, channels, count * down * across)
+    for start in range(0, channels, CHANNELS):
+        d = x[:, start : start + CHANNELS].unfold(2, size + 2, size).unfold(3, size + 2, size)
+        d = d.permute(4, 5, 1, 0, 2, 3).reshape(squared, -1)  # (n^2, C T)
+        tiles[:, start : start + CHANNELS] = (of.input @ d).view(squared, -1, tiles.shape[2])
+
+    step = max(32, WEIGHTS // (squared * channels) // 32 * 32)
+    for start in range(0, len(weight), step):
+        part = slice(start, start + step)
+        g = of.filter @ weight[part].reshape(-1, 9).T  # (n^2, K C)
+        y = of.results @ (g.view(squared, -1, channels) @ tiles).view(squared, -1)
+        if bias is not None:
+            y.view(size**2, -1, tiles.shape[2]).add_(bias[part, None])
+        y = y.view(size, size, -1, count, down, across).permute(3, 2, 4, 0, 5, 1)  # (B, K, down, size, across, size)
+        whole[:, part].unflatten(3, (across, size)).unflatten(2, (down, size)).copy_(y)
+    if not fits:
+        out.copy_(whole[:, :, : out.shape[2], : out.shape[3]])

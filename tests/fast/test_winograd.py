@@ -1,0 +1,212 @@
+"""Winograd's algorithm gives the convolution: exactly in exact numbers, and in float32 to what float32 can hold."""
+
+import copy
+from fractions import Fraction
+
+import pytest
+import torch
+from networks import small
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from ldm import fast, probe
+from ldm.fast import bands, winograd
+from ldm.fast.winograd import OF_2, OF_4, Transforms
+
+ROUNDINGS = (
+    40 * 2**-24
+)  # of float32; seen are 24 at most with tiles of 4, for 5 channels to 2,560, and 4 with tiles of 2
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def error(found, expected):
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def for_all(monkeypatch):
+    """Small convolutions count as large."""
+    for name in ("WORK", "FEWEST_TILES", "FEWEST_CHANNELS"):
+        monkeypatch.setattr(winograd, name, 0)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Shapes of the maps of every call."""
+    seen, plain = [], winograd.convolution
+    monkeypatch.setattr(
+        winograd, "convolution", lambda x, *args, **kwargs: (seen.append(x.shape), plain(x, *args, **kwargs))[1]
+    )
+    return seen
+
+
+@pytest.mark.parametrize("of", [OF_2, OF_4])
+def test_in_exact_numbers_it_is_the_convolution(of):
+    """Of thirds and fifteenths, which no float holds: as the nearest fractions of small denominators."""
+
+    def exact(matrix):
+        return [[Fraction(float(x)).limit_denominator(1000) for x in row] for row in matrix]
+
+    def times(matrix, vector):
+        return [sum((a * b for a, b in zip(row, vector, strict=True)), Fraction()) for row in matrix]
+
+    n = of.size + 2
+    d = [[Fraction((7 * i * i + 3 * j + 5 * i * j) % 11 - 5) for j in range(n)] for i in range(n)]
+    g = [[Fraction(i - 2 * j + i * j) for j in range(3)] for i in range(3)]
+    products = [
+        a * b
+        for a, b in zip(
+            times(exact(of.filter), [x for row in g for x in row]),
+            times(exact(of.input), [x for row in d for x in row]),
+            strict=True,
+        )
+    ]
+    convolved = [
+        sum(d[i + k][j + m] * g[k][m] for k in range(3) for m in range(3))
+        for i in range(of.size)
+        for j in range(of.size)
+    ]
+    assert times(exact(of.results), products) == convolved
+
+
+@pytest.mark.parametrize("padding", [(1, 1), (0, 1), (1, 0), (0, 0)])
+@pytest.mark.parametrize(
+    ("count", "channels", "height", "width"),
+    [(3, 70, 33, 47), (1, 5, 3, 3), (2, 64, 16, 16), (9, 8, 35, 32), (1, 9, 40, 290)],
+)
+def test_any_shape_gives_what_torch_gives(count, channels, height, width, padding):
+    x, weight, bias = randn(count, channels, height, width), randn(40, channels, 3, 3, seed=1), randn(40, seed=2)
+    found = winograd.convolution(x, weight, bias, padding)
+    expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=padding)
+    assert found.shape == expected.shape
+    assert error(found, expected) < ROUNDINGS
+    without = winograd.convolution(x, weight, None, padding)
+    torch.testing.assert_close(without + bias.view(-1, 1, 1), found, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("mean", [3.0, 30.0, 300.0, 3000.0])
+def test_maps_with_a_large_mean_lose_what_float32_loses(mean):
+    x, weight = randn(1, 32, 32, 32) + mean, randn(16, 32, 3, 3, seed=1)
+    expected = F.conv2d(x.double(), weight.double(), padding=1)
+    assert error(winograd.convolution(x, weight, None), expected) < ROUNDINGS
+
+
+def test_a_row_does_not_depend_on_its_batch(for_all):
+    x, weight = randn(9, 16, 24, 24), randn(48, 16, 3, 3, seed=1)
+    together = winograd.convolution(x, weight, None)
+    assert error(torch.cat([winograd.convolution(row, weight, None) for row in x.split(1)]), together) < 1e-6
+    conv = nn.Conv2d(16, 48, 3, padding=1)
+    assert winograd.serves(conv, x) == winograd.serves(conv, x[:1])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"kernel_size": 1, "padding": 0},
+        {"kernel_size": 5, "padding": 2},
+        {"stride": 2},
+        {"dilation": 2},
+        {"groups": 2},
+        {"padding": 0},
+        {"padding": "same"},
+        {"padding_mode": "circular"},
+    ],
+)
+def test_other_convolutions_stay(other, for_all):
+    assert winograd.may_serve(nn.Conv2d(8, 8, **{"kernel_size": 3, "padding": 1}))
+    assert not winograd.may_serve(nn.Conv2d(8, 8, **{"kernel_size": 3, "padding": 1, **other}))
+
+
+def test_other_maps_go_as_they_are(for_all):
+    conv, x = nn.Conv2d(8, 8, 3, padding=1), randn(1, 8, 16, 16)
+    assert winograd.serves(conv, x)
+    for other in (x.double(), x.bfloat16(), x.to(memory_format=torch.channels_last), x[0], x[:0], x[:, :4]):
+        assert not winograd.serves(conv, other), other.shape
+    assert not winograd.serves(conv.double(), x)
+    with torch.enable_grad():
+        assert not winograd.serves(conv.float(), x)
+    with torch.autocast("cpu"):
+        assert not winograd.serves(conv, x)
+
+
+def test_only_large_maps_are_served():
+    """SD1.5's levels at 512 px, the shipped models' at 128 px."""
+    widths = {64: 320, 32: 640, 16: 1280}
+    assert all(
+        winograd.serves(nn.Conv2d(c, c, 3, padding=1, device="meta"), randn(1, 1, 1, 1).expand(1, c, s, s).contiguous())
+        for s, c in widths.items()
+    )
+    assert not winograd.serves(nn.Conv2d(1280, 1280, 3, padding=1, device="meta"), randn(1, 1280, 8, 8))
+    assert not winograd.serves(nn.Conv2d(128, 128, 3, padding=1), randn(1, 128, 16, 16))
+
+
+def test_a_network_computes_shows_and_gives_back_the_same(for_all, runs):
+    plain, network = small("unet"), copy.deepcopy(small("unet"))
+    call = randn(2, 4, 16, 16), torch.tensor(7.0), randn(2, 5, plain.config.context_width)
+    installed = fast.install(network)
+    assert sum("Conv2d: large maps by Winograd's algorithm" in line for line in installed.replaced) == 1
+    places = [place for place in probe.places(plain) if "resnets" in place]
+    with probe.capture(plain, *places) as expected, probe.capture(network, *places) as found:
+        assert error(network(*call), plain(*call)) < 1e-5
+    assert runs
+    for place, (activation,) in expected.runs.items():
+        assert error(found[place], activation) < 1e-5, place
+    installed.undo()
+    assert torch.equal(network(*call), plain(*call))
+
+
+def test_whoever_counts_operations_sees_convolutions(for_all, runs):
+    network = copy.deepcopy(small("unet"))
+    call = randn(1, 4, 16, 16), torch.tensor(7.0), randn(1, 5, network.config.context_width)
+    with FlopCounterMode(display=False) as plain:
+        network(*call)
+    fast.install(network)
+    with FlopCounterMode(display=False) as counted:
+        network(*call)
+    assert counted.get_total_flops() == plain.get_total_flops()
+    assert not runs
+
+
+def test_weights_that_change_are_seen_at_once(for_all):
+    conv = nn.Conv2d(8, 8, 3, padding=1)
+    holder = nn.Sequential(conv)
+    fast.install(holder)
+    x = randn(1, 8, 8, 8)
+    before = holder(x)
+    conv.weight.mul_(2)
+    conv.bias.mul_(2)
+    assert torch.equal(holder(x), 2 * before)
+
+
+def test_gradients_are_those_of_the_plain_network(for_all, runs):
+    conv, x = nn.Conv2d(8, 8, 3, padding=1), randn(1, 8, 8, 8)
+    with torch.enable_grad():
+        expected = torch.autograd.grad(conv(x).square().sum(), conv.weight)
+        fast.install(holder := nn.Sequential(conv))
+        found = torch.autograd.grad(holder(x).square().sum(), conv.weight)
+    assert torch.equal(expected[0], found[0])
+    assert not runs
+
+
+def test_a_decoder_in_bands_is_the_decoder(for_all, runs, monkeypatch):
+    monkeypatch.setattr(bands, "LARGE", 1)
+    monkeypatch.setattr(bands, "BAND", 10 * 32 * 64)
+    plain, banded, z = small("vae"), copy.deepcopy(small("vae")), randn(2, 4, 10, 9)
+    fast.install(banded)
+    assert error(banded.decode(z), plain.decode(z)) < 1e-5
+    assert len(runs) > 20
+
+
+def test_transforms_say_how_many_tiles_it_takes():
+    assert Transforms.tiles(OF_4, 64, 66) == (16, 17)
+    assert OF_2.tiles(15, 16) == (8, 8)
