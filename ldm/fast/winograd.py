@@ -117,14 +117,17 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[i
     height, width = (size + 2 * zeros - 2 for size, zeros in zip(x.shape[2:], padding, strict=True))
     of = _transforms(height, width) or OF_2
     down, across = of.tiles(height, width)
-    right, below = of.size * across - width, of.size * down - height
-    x = F.pad(x, (padding[1], padding[1] + right, padding[0], padding[0] + below))
+    columns = padding[1], padding[1] + of.size * across - width
     out = x.new_empty(len(x), len(weight), height, width)
     images, rows = max(1, TILES // (down * across)), max(1, TILES // across)
     for first in range(0, len(x), images):
-        for top in range(0, of.size * down, of.size * rows):
-            here = x[first : first + images, :, top : top + of.size * rows + 2]
-            _convolve(of, here, weight, bias, out[first : first + images, :, top : top + of.size * rows])
+        these = slice(first, first + images)
+        for start in range(0, down, rows):
+            stop = min(start + rows, down)
+            top, bottom = of.size * start - padding[0], of.size * stop - padding[0] + 2  # of x, which may end before
+            here = x[these, :, max(0, top) : bottom]
+            here = F.pad(here, (*columns, max(0, -top), max(0, bottom - x.shape[2])))
+            _convolve(of, here, weight, bias, out[these, :, of.size * start : of.size * stop])
     return out
 
 
@@ -136,19 +139,17 @@ def _convolve(of: Transforms, x: Tensor, weight: Tensor, bias: Tensor | None, ou
     whole = out if fits else x.new_empty(count, len(weight), size * down, size * across)
 
     tiles = x.new_empty(squared, channels, count * down * across)
-    for start in range(0, channels, CHANNELS):
-        d = x[:, start : start + CHANNELS].unfold(2, size + 2, size).unfold(3, size + 2, size)
-        d = d.permute(4, 5, 1, 0, 2, 3).reshape(squared, -1)  # (n^2, C T)
-        tiles[:, start : start + CHANNELS] = (of.input @ d).view(squared, -1, tiles.shape[2])
+    flat = tiles.view(squared, -1)
+    for these, there in zip(x.split(CHANNELS, dim=1), flat.split(CHANNELS * tiles.shape[2], dim=1), strict=True):
+        d = these.unfold(2, size + 2, size).unfold(3, size + 2, size).permute(4, 5, 1, 0, 2, 3)
+        torch.mm(of.input, d.reshape(squared, -1), out=there)
 
     step = max(32, WEIGHTS // (squared * channels) // 32 * 32)
-    for start in range(0, len(weight), step):
-        part = slice(start, start + step)
-        g = of.filter @ weight[part].reshape(-1, 9).T  # (n^2, K C)
-        y = of.results @ (g.view(squared, -1, channels) @ tiles).view(squared, -1)
-        if bias is not None:
-            y.view(size**2, -1, tiles.shape[2]).add_(bias[part, None])
-        y = y.view(size, size, -1, count, down, across).permute(3, 2, 4, 0, 5, 1)  # (B, K, down, size, across, size)
-        whole[:, part].unflatten(3, (across, size)).unflatten(2, (down, size)).copy_(y)
+    by_tiles = whole.unflatten(3, (across, size)).unflatten(2, (down, size))  # (B, K, down, size, across, size)
+    added = x.new_zeros(len(weight)) if bias is None else bias
+    for g, b, there in zip(weight.split(step), added.split(step), by_tiles.split(step, dim=1), strict=True):
+        products = (of.filter @ g.reshape(-1, 9).T).view(squared, -1, channels) @ tiles  # (n^2, K, T)
+        y = (of.results @ products.view(squared, -1)).view(size, size, -1, count, down, across)
+        torch.add(y.permute(3, 2, 4, 0, 5, 1), b.view(-1, 1, 1, 1, 1), out=there)
     if not fits:
         out.copy_(whole[:, :, : out.shape[2], : out.shape[3]])
