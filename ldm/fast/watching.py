@@ -24,7 +24,8 @@ def transformed() -> bool:
 
 def intercepted() -> bool:
     """Whether gradients are asked for, or something looks at each operation: then it is to see the plain ones."""
-    asked = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or transformed()
+    dual = torch.autograd.forward_ad._current_level >= 0  # derivatives forward, which no_grad does not end
+    asked = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or transformed() or dual
     modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
     recorded = torch.jit.is_tracing() or torch.autograd._profiler_enabled()
     hooked = nn.modules.module._has_any_global_hook()  # of every module there is

@@ -7,11 +7,12 @@ import pytest
 import torch
 from networks import small
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm import fast, probe
-from ldm.fast import bands, winograd
+from ldm.fast import bands, onednn, winograd
 from ldm.fast.winograd import OF_2, OF_4, Transforms
 
 ROUNDINGS = (
@@ -196,6 +197,25 @@ def test_gradients_are_those_of_the_plain_network(for_all, runs):
         found = torch.autograd.grad(holder(x).square().sum(), conv.weight)
     assert torch.equal(expected[0], found[0])
     assert not runs
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Conv2d(8, 8, 3, padding=1), (1, 8, 8, 8)), (nn.Linear(8, 8), (1, 4, 8))]
+)
+def test_derivatives_forward_are_those_of_the_plain_layer(layer, shape, for_all, monkeypatch):
+    for name in ("WORK", "WEIGHTS"):
+        monkeypatch.setattr(onednn, name, 0)
+    x, tangent = randn(*shape), randn(*shape, seed=1)
+
+    def derivative(network):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(network(forward_ad.make_dual(x, tangent))).tangent
+
+    expected = derivative(layer)
+    fast.install(holder := nn.Sequential(layer))
+    assert "forward" in vars(layer) or not onednn.there()
+    assert torch.equal(derivative(holder), expected)
+    assert torch.equal(torch.func.jvp(holder, (x,), (tangent,))[1], expected)
 
 
 def test_a_decoder_in_bands_is_the_decoder(for_all, runs, monkeypatch):
