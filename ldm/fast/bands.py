@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ldm.blocks import ResnetBlock, Upsample
 from ldm.fast import winograd
-from ldm.fast.watching import transformed, untouched
+from ldm.fast.watching import convolves, transformed, untouched
 
 LARGE = 1 << 23  # numbers in one map, C * H * W: from here on it pays
 BAND = 1 << 20  # numbers in a band
@@ -144,7 +144,7 @@ def _conv_rows(conv: nn.Conv2d, h: Tensor, above: bool, below: bool) -> Tensor:
     """A 3 x 3 convolution of rows that have their neighbours; above, below: but for the map's edge, where zeros are."""
     if above or below:
         h = F.pad(h, (0, 0, int(above), int(below)))
-    if winograd.may_serve(conv) and winograd.work(conv, h) >= winograd.WORK >> 4:  # of the whole map it is far more
+    if winograd.able(conv, h) and winograd.work(conv, h) >= winograd.WORK >> 4:  # of the whole map it is far more
         return winograd.convolution(h, conv.weight, conv.bias, padding=(0, 1))
     return F.conv2d(h, conv.weight, conv.bias, padding=(0, 1))
 
@@ -155,9 +155,4 @@ def _norm(module: nn.Module) -> TypeGuard[nn.GroupNorm]:
 
 def _conv(module: nn.Module, size: int = 3) -> TypeGuard[nn.Conv2d]:
     """Whether it is a plain convolution that keeps the size of a map."""
-    return (
-        isinstance(module, nn.Conv2d)
-        and untouched(module, nn.Conv2d)
-        and (module.kernel_size, module.stride, module.dilation) == ((size, size), (1, 1), (1, 1))
-        and (module.padding, module.padding_mode, module.groups) == ((size // 2, size // 2), "zeros", 1)
-    )
+    return convolves(module, size) and untouched(module, nn.Conv2d)

@@ -10,7 +10,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ldm.fast.watching import intercepted
+from ldm.fast.watching import intercepted, parametrized, plain
 
 WEIGHTS = 1 << 16  # C K: no smaller layer is replaced
 WORK = 1 << 28  # multiplications, an image: from here on
@@ -18,7 +18,7 @@ WORK = 1 << 28  # multiplications, an image: from here on
 
 def may_serve(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a layer is one that oneDNN is faster at with many rows."""
-    return isinstance(layer, nn.Linear) and layer.weight.numel() >= WEIGHTS and there()
+    return isinstance(layer, nn.Linear) and layer.in_features * layer.out_features >= WEIGHTS and there()
 
 
 def there() -> bool:
@@ -28,10 +28,13 @@ def there() -> bool:
 
 def serves(layer: nn.Linear, x: Tensor) -> bool:
     """Whether rows x are such; by one image's, so that it does not depend on the batch."""
+    if intercepted() or parametrized(layer) or not torch.backends.mkldnn.enabled:
+        return False
     weight, bias = layer.weight, layer.bias
     mine = x.ndim == 3 and x.device.type == weight.device.type == "cpu" and x.shape[2] == weight.shape[1]
     single = x.dtype == weight.dtype == torch.float32 and (bias is None or bias.dtype == torch.float32)
-    return mine and single and len(x) > 0 and x.shape[1] * weight.numel() >= WORK and not intercepted()
+    large = mine and single and len(x) > 0 and x.shape[1] * weight.numel() >= WORK
+    return large and plain(x, weight, bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,7 +1,10 @@
 """Whether a step may span a module: only where nobody hangs on it or replaced what it computes."""
 
+from typing import TypeGuard
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 KNOWN = ("torch.", "ldm.")  # whose modules keep nothing from one call to the next
 
@@ -12,9 +15,9 @@ def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def watched(module: nn.Module) -> bool:
-    """Whether somebody hangs on a module."""
+    """Whether somebody hangs on a module, or on every module there is."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+    return any(hooks) or bool(nn.modules.module._has_any_global_hook())
 
 
 def transformed() -> bool:
@@ -24,12 +27,34 @@ def transformed() -> bool:
 
 def intercepted() -> bool:
     """Whether gradients are asked for, or something looks at each operation: then it is to see the plain ones."""
+    if transformed():  # first: a compiler cannot read what follows
+        return True
     dual = torch.autograd.forward_ad._current_level >= 0  # derivatives forward, which no_grad does not end
-    asked = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or transformed() or dual
+    asked = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or dual
     modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
     recorded = torch.jit.is_tracing() or torch.autograd._profiler_enabled()
     hooked = nn.modules.module._has_any_global_hook()  # of every module there is
     return asked or recorded or hooked or bool(modes)
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether each is torch's own kind, a number for each place: others say themselves what an operation does."""
+    return all(x is None or (type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided) for x in tensors)
+
+
+def parametrized(module: nn.Module) -> bool:
+    """Whether a module's weights are computed as they are read: once a call, as some draw or count."""
+    return parametrize.is_parametrized(module)
+
+
+def convolves(module: nn.Module, size: int) -> TypeGuard[nn.Conv2d]:
+    """Whether a module, as it is set now, is a plain convolution of size x size that keeps the size of a map."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and (module.kernel_size, module.stride, module.dilation) == ((size, size), (1, 1), (1, 1))
+        and (module.padding, module.padding_mode, module.groups) == ((size // 2, size // 2), "zeros", 1)
+        and getattr(module._conv_forward, "__func__", None) is nn.Conv2d._conv_forward  # some replace it, not forward
+    )
 
 
 def ordinary(module: nn.Module) -> bool:

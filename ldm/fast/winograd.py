@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.fast.watching import intercepted
+from ldm.fast.watching import convolves, intercepted, parametrized, plain
 
 WORK = 1 << 30  # multiplications of the plain convolution, an image: from here on it pays
 FEWEST_TILES = 64  # in an image; with fewer, transforming the weights is most of the work
@@ -79,22 +79,29 @@ OF_2 = Transforms.of(
 
 def may_serve(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether a layer is a convolution that some maps are fast with."""
-    return (
-        isinstance(conv, nn.Conv2d)
-        and (conv.kernel_size, conv.stride, conv.dilation) == ((3, 3), (1, 1), (1, 1))
-        and (conv.padding, conv.padding_mode, conv.groups) == ((1, 1), "zeros", 1)
-        and min(conv.in_channels, conv.out_channels) >= FEWEST_CHANNELS
-    )
+    return convolves(conv, 3) and min(conv.in_channels, conv.out_channels) >= FEWEST_CHANNELS
 
 
 def serves(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether a map is one to do it with; by one image's size, so that it does not depend on the batch."""
-    weight, bias = conv.weight, conv.bias
-    mine = x.ndim == 4 and x.device.type == "cpu" and x.is_contiguous() and x.shape[1] == weight.shape[1]
-    single = x.dtype == weight.dtype == torch.float32 and (bias is None or bias.dtype == torch.float32)
-    if not (mine and single and len(x) > 0) or intercepted():
+    if not (able(conv, x) and x.is_contiguous() and len(x) > 0):
         return False
     return work(conv, x) >= WORK and _transforms(x.shape[2], x.shape[3]) is not None
+
+
+def able(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether it gives what the layer, as it is set now, gives of x, whatever its size."""
+    if intercepted() or not may_serve(conv) or parametrized(conv):
+        return False
+    weight, bias = conv.weight, conv.bias
+    single = x.dtype == weight.dtype == torch.float32 and (bias is None or bias.dtype == torch.float32)
+    mine = single and x.ndim == 4 and x.device.type == "cpu" and weight.shape[1:] == (x.shape[1], 3, 3)
+    return mine and plain(x, weight, bias) and exact()
+
+
+def exact() -> bool:
+    """Whether matrix products are of float32: of products that torch may round to fewer bits, too much is lost."""
+    return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
 
 
 def work(conv: nn.Conv2d, x: Tensor) -> int:

@@ -55,6 +55,21 @@ def test_the_decoder_in_bands_is_the_decoder(size, batch, monkeypatch):
     assert torch.equal(banded.decode(z), expected)
 
 
+def test_who_hangs_on_every_module_sees_all():
+    plain, banded, z = small("vae"), copy.deepcopy(small("vae")), randn(1, 4, 4, 4)
+    fast.install(banded)
+    seen = []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        plain.decode(z)
+        expected = seen.copy()
+        seen.clear()
+        banded.decode(z)
+    finally:
+        hook.remove()
+    assert seen == expected
+
+
 @pytest.mark.parametrize(("channels", "out_channels"), [(16, 16), (32, 16), (16, 32), (24, 16)])
 @pytest.mark.parametrize("own", [False, True])
 def test_a_resnet_in_bands_writes_only_to_what_is_its_own(channels, out_channels, own):

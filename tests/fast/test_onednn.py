@@ -55,6 +55,18 @@ def test_other_rows_go_as_they_are(served):
         holder.float()(x.double())
 
 
+def test_without_onednn_or_with_sparse_weights_layers_stay(served):
+    layer, x = nn.Linear(48, 72), torch.randn(2, 100, 48)
+    fast.install(holder := nn.Sequential(layer))
+    with torch.backends.mkldnn.flags(enabled=False):
+        holder(x)
+    expected = holder(x)
+    served.clear()
+    layer.weight = nn.Parameter(layer.weight.to_sparse_csr())
+    torch.testing.assert_close(holder(x), expected)
+    assert not served
+
+
 def test_small_layers_are_not_replaced_and_few_rows_not_served():
     assert not onednn.may_serve(nn.Linear(64, 64))
     layer = nn.Linear(320, 320)

@@ -6,12 +6,14 @@ from fractions import Fraction
 import pytest
 import torch
 from networks import small
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm import fast, probe
+from ldm.blocks import ResnetBlock
 from ldm.fast import bands, onednn, winograd
 from ldm.fast.winograd import OF_2, OF_4, Transforms
 
@@ -216,6 +218,146 @@ def test_derivatives_forward_are_those_of_the_plain_layer(layer, shape, for_all,
     assert "forward" in vars(layer) or not onednn.there()
     assert torch.equal(derivative(holder), expected)
     assert torch.equal(torch.func.jvp(holder, (x,), (tangent,))[1], expected)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("padding_mode", "circular"), ("stride", (2, 2)), ("dilation", (2, 2)), ("padding", (0, 0)), ("groups", 2)],
+)
+def test_a_layer_that_was_set_otherwise_since_computes_as_it_is_set(setting, value, for_all):
+    """Maps that join at their edges are had by setting padding_mode of a network that is loaded."""
+    conv, x = nn.Conv2d(8, 8, 3, padding=1), randn(1, 8, 8, 8)
+    fast.install(holder := nn.Sequential(conv))
+    setattr(conv, setting, value)
+    if setting == "groups":
+        conv.weight = nn.Parameter(conv.weight[:, :4])
+    assert torch.equal(holder(x), nn.Conv2d.forward(conv, x))
+
+
+class Halved(nn.Conv2d):
+    """A convolution with another idea of what nn.Conv2d.forward calls."""
+
+    def _conv_forward(self, x, weight, bias):
+        return F.conv2d(x, weight / 2, bias, padding=1)
+
+
+@pytest.mark.parametrize("by", ["class", "instance"])
+def test_a_convolution_of_ones_own_stays(by, for_all, monkeypatch):
+    torch.manual_seed(0)
+    made = ResnetBlock(8, 8, groups=4, eps=1e-6)
+    own = Halved(8, 8, 3, padding=1)
+    if by == "class":
+        made.conv1 = own
+    else:
+        made.conv1._conv_forward = own._conv_forward
+    x, holder = randn(1, 8, 8, 8), nn.Sequential(copy.deepcopy(made))
+    fast.install(holder)
+    assert error(holder(x), made(x)) < 1e-5
+    assert bands.resnet(made, x) is None
+
+
+class Quantized(Tensor):
+    """Weights in a byte each, as quantization libraries have them: what they are is said where a layer is called."""
+
+    @staticmethod
+    def __new__(cls, weight):
+        made = Tensor._make_wrapper_subclass(cls, weight.shape, dtype=torch.float32)
+        made.scale = weight.abs().max() / 127
+        made.bytes = (weight / made.scale).round().to(torch.int8)
+        return made
+
+    def __init__(self, weight):
+        """All is done."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (F.conv2d, F.linear):
+            return function(*(x.bytes * x.scale if isinstance(x, cls) else x for x in args), **(kwargs or {}))
+        return super().__torch_function__(function, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        assert function is torch.ops.aten.detach.default, function
+        return args[0]
+
+
+LAYERS = [(nn.Conv2d(8, 8, 3, padding=1), (2, 8, 8, 8)), (nn.Linear(8, 8), (2, 4, 8))]
+
+
+@pytest.fixture
+def both_for_all(for_all, monkeypatch):
+    """Small products count as large, too."""
+    for name in ("WORK", "WEIGHTS"):
+        monkeypatch.setattr(onednn, name, 0)
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS)
+def test_weights_of_another_kind_are_read_by_the_layer(layer, shape, both_for_all):
+    plain, x = copy.deepcopy(layer), randn(*shape)
+    fast.install(holder := nn.Sequential(copy.deepcopy(layer)))
+    for each in (plain, holder[0]):
+        each.weight = nn.Parameter(Quantized(each.weight.detach()), requires_grad=False)
+    assert torch.equal(holder(x), plain(x))
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS)
+def test_weights_that_are_computed_are_computed_once_a_call(layer, shape, both_for_all):
+    class Counted(nn.Module):
+        def forward(self, weight):
+            count.append(1)
+            return weight
+
+    count, holder = [], nn.Sequential(copy.deepcopy(layer))
+    parametrize.register_parametrization(holder[0], "weight", Counted())
+    fast.install(holder)
+    count.clear()
+    assert torch.equal(holder(randn(*shape)), layer(randn(*shape)))
+    assert len(count) == 1
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS)
+def test_compilers_read_plain_layers(layer, shape, both_for_all, recwarn):
+    """Whole, of any batch, and without a warning."""
+    x = randn(*shape)
+    fast.install(holder := nn.Sequential(copy.deepcopy(layer)))
+    graphs = []
+    compiled = torch.compile(holder, fullgraph=True, dynamic=True, backend=lambda *args: graphs.append(1) or args[0])
+    for batch in (2, 3, 5):
+        rows = randn(batch, *shape[1:])
+        assert torch.equal(compiled(rows), layer(rows))
+    assert len(graphs) == 1
+    batch = {0: torch.export.Dim("batch", min=2, max=64)}
+    exported = torch.export.export(holder, (x,), dynamic_shapes=(batch,), strict=False)
+    calls = [node.target for node in exported.graph.nodes if node.op == "call_function"]
+    assert calls == [torch.ops.aten.conv2d.default if x.ndim == 4 else torch.ops.aten.linear.default]
+    traced = torch.jit.trace(holder, x)
+    assert torch.equal(traced(x[:1]), layer(x[:1]))
+    assert not [warning for warning in recwarn if issubclass(warning.category, torch.jit.TracerWarning)]
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_products_that_may_be_rounded_to_fewer_bits_are_not_used(precision, for_all):
+    """Some processors do it, where it was allowed; convolutions stay in float32."""
+    conv, x = nn.Conv2d(8, 8, 3, padding=1), randn(1, 8, 8, 8)
+    assert winograd.serves(conv, x)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert not winograd.serves(conv, x)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert winograd.serves(conv, x)
+
+
+def test_a_decoder_in_bands_counts_its_operations_as_convolutions(for_all, runs, monkeypatch):
+    monkeypatch.setattr(bands, "LARGE", 1)
+    network, z, totals = copy.deepcopy(small("vae")), randn(1, 4, 8, 8), []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counted:
+            network.decode(z)
+        totals.append(counted.get_total_flops())
+        fast.install(network)
+    assert totals[0] == totals[1]
+    assert not runs
 
 
 def test_a_decoder_in_bands_is_the_decoder(for_all, runs, monkeypatch):
