@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import product
 from typing import TypeGuard
 
 import torch
@@ -124,18 +125,27 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[i
     height, width = (size + 2 * zeros - 2 for size, zeros in zip(x.shape[2:], padding, strict=True))
     of = _transforms(height, width) or OF_2
     down, across = of.tiles(height, width)
-    columns = padding[1], padding[1] + of.size * across - width
     out = x.new_empty(len(x), len(weight), height, width)
     images, rows = max(1, TILES // (down * across)), max(1, TILES // across)
-    for first in range(0, len(x), images):
-        these = slice(first, first + images)
-        for start in range(0, down, rows):
-            stop = min(start + rows, down)
-            top, bottom = of.size * start - padding[0], of.size * stop - padding[0] + 2  # of x, which may end before
-            here = x[these, :, max(0, top) : bottom]
-            here = F.pad(here, (*columns, max(0, -top), max(0, bottom - x.shape[2])))
-            _convolve(of, here, weight, bias, out[these, :, of.size * start : of.size * stop])
+    columns = -(-across // -(-across // TILES))  # as many in each part of a row
+    for first, top, left in product(range(0, len(x), images), range(0, down, rows), range(0, across, columns)):
+        these, bottom, right = slice(first, first + images), min(top + rows, down), min(left + columns, across)
+        here = _with_zeros(of, x[these], (top, bottom), (left, right), padding)
+        there = out[these, :, of.size * top : of.size * bottom, of.size * left : of.size * right]
+        _convolve(of, here, weight, bias, there)
     return out
+
+
+def _with_zeros(
+    of: Transforms, x: Tensor, down: tuple[int, int], across: tuple[int, int], padding: tuple[int, int]
+) -> Tensor:
+    """What tiles from the first to before the second, down and across, read of x; zeros where there is nothing."""
+    zeros: list[int] = []
+    for dim, (first, end), before in ((3, across, padding[1]), (2, down, padding[0])):  # F.pad begins with the last
+        start, stop = of.size * first - before, of.size * end - before + 2
+        zeros += max(0, -start), max(0, stop - x.shape[dim])
+        x = x.narrow(dim, max(0, start), min(stop, x.shape[dim]) - max(0, start))
+    return F.pad(x, zeros)
 
 
 def _convolve(of: Transforms, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

@@ -97,6 +97,21 @@ def test_any_shape_gives_what_torch_gives(count, channels, height, width, paddin
     torch.testing.assert_close(without + bias.view(-1, 1, 1), found, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(1, 4, 3, 2100), (9, 4, 16, 16), (1, 4, 2100, 1), (2, 4, 70, 66)])
+def test_no_more_tiles_are_held_than_planned(shape, monkeypatch):
+    """However wide a map is: a tile holds 36 numbers of each channel for the 16 that it stands for."""
+    held, plain = [], winograd._convolve
+
+    def watched(of, x, weight, bias, out):
+        held.append(len(x) * ((x.shape[2] - 2) // of.size) * ((x.shape[3] - 2) // of.size))
+        plain(of, x, weight, bias, out)
+
+    monkeypatch.setattr(winograd, "_convolve", watched)
+    x, weight = randn(*shape), randn(5, 4, 3, 3, seed=1)
+    assert error(winograd.convolution(x, weight, None), F.conv2d(x.double(), weight.double(), padding=1)) < ROUNDINGS
+    assert max(held) <= winograd.TILES
+
+
 @pytest.mark.parametrize("mean", [3.0, 30.0, 300.0, 3000.0])
 def test_maps_with_a_large_mean_lose_what_float32_loses(mean):
     x, weight = randn(1, 32, 32, 32) + mean, randn(16, 32, 3, 3, seed=1)
