@@ -146,7 +146,7 @@ def install(
         forwards.append((network, graphed))
         replaced[f"{type(network).__name__}: one CUDA graph for each shape"] = 1
     elif first.device.type == "cpu" and isinstance(network, UNet) and "forward" not in vars(network):
-        network.forward = SideBySide(network)  # type: ignore[assignment]
+        network.forward = SideBySide(network).__call__  # type: ignore[method-assign]  # a function: torch.export reads it
         forwards.append((network, network.forward))
         replaced[f"{type(network).__name__}: rows of a large batch on threads of their own"] = 1
     report = Installed(network, backend, dict(replaced), graphed, forwards, moved)

@@ -36,8 +36,10 @@ class SideBySide:
 
     def __call__(self, x_t: Tensor, t: float | Tensor, context: Tensor) -> Tensor:
         """eps (B, C, H, W), see `ldm.unet.UNet.forward`, which also says what it raises."""
+        if intercepted():  # first: a compiler cannot read what follows
+            return self._plain(x_t, t, context)
         threads, parts = torch.get_num_threads(), _parts(x_t, t, context)
-        if parts < 2 or intercepted() or not self._ordinary():
+        if parts < 2 or not self._ordinary():
             return self._plain(x_t, t, context)
         times = torch.as_tensor(t).expand(len(x_t))
         split = (y.tensor_split(parts) for y in (x_t, times, context))

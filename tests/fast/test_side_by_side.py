@@ -213,6 +213,17 @@ def test_a_trace_records_what_is_computed():
     torch.testing.assert_close(traced(*call(seed=1)), network(*call(seed=1)), **CLOSE)
 
 
+def test_compilers_read_the_plain_network():
+    plain, network = small("unet"), copy.deepcopy(small("unet"))
+    fast.install(network)
+    x_t, t, context = call(2)
+    expected = plain(x_t, t, context)
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x_t, t, context), expected)
+    exported = torch.export.export(network, (x_t, t, context), strict=False)
+    assert torch.equal(exported.module()(x_t, t, context), expected)
+
+
 def test_as_together_in_inference_mode(seen):
     network = unet()
     with torch.inference_mode():
