@@ -227,6 +227,18 @@ def test_evaluate_takes_such_a_run_as_any_other(weights: Path, tmp_path: Path) -
     assert "by ldm traverse --fast: run." in (tmp_path / "scores" / "tables" / "table_2.md").read_text()
 
 
+def test_what_runs_were_sampled_with_is_told_of_each_where_they_differ(weights: Path, tmp_path: Path) -> None:
+    runs = [tmp_path / name for name in ("one", "other")]
+    for run, options in zip(runs, ([], ["--steps", "20", "--swap-steps", "2,4,6"]), strict=True):
+        assert traverse(weights, run, "--seeds", "0", "--no-images", *options) == 0
+    out = ["--out", str(tmp_path / "scores"), "--shown-seeds", "1"]
+    assert main(["evaluate", *map(str, runs), "--weights", str(weights), *out]) == 0
+    sampling = json.loads((tmp_path / "scores" / "metrics.json").read_text())["sampling"]
+    assert sampling["steps"] == {"one": 50, "other": 20}
+    assert sampling["averaged"] == {"one": [5, 10, 15], "other": [2, 4, 6]}
+    assert sampling["sampler"] == "ddim"
+
+
 def test_the_demo_asks_seldom_unless_it_is_to_be_the_papers() -> None:
     for part in demo.parts():
         fewer, paper = demo.plan_of(part, (0,), paper=False), demo.plan_of(part, (0,), paper=True)

@@ -38,7 +38,6 @@ def assemble(
 ) -> Json:
     """metrics.json: how it was made, the classifiers, and every cell."""
     first = places[tasks[0].cell.name].instruments
-    scales = {task.cell.name: task.plan.guidance for task in tasks}
     return {
         "command": command,
         "model": {
@@ -49,17 +48,7 @@ def assemble(
             "python": platform.python_version(),
         },
         "models": {name: place.instruments.fingerprint["weights_sha256"] for name, place in places.items()},
-        "sampling": {
-            key: value
-            for key, value in settings_of(first, tasks[0].plan).items()
-            if key in ("steps", "negative", "sampler", "spacing", "end", "eta", "swap_steps", "indexing", "latent_size")
-        }
-        | {
-            "guidance": tasks[0].plan.guidance if len(set(scales.values())) == 1 else scales,
-            "averaged": list(tasks[0].averaged),
-            "interpolation_frames": [FRAMES[0], FRAMES[-1]],
-            "truth_guidance": tasks[0].truth_guidance,
-        },
+        "sampling": _sampling(tasks, places),
         "classifiers": dict(
             _classifier(place.instruments.classifier, place.instruments.classifier_file)
             for place in places.values()
@@ -68,6 +57,26 @@ def assemble(
         "datasets": dict(datasets),
         "cells": dict(cells),
     }
+
+
+def _sampling(tasks: Sequence[Task], places: Mapping[str, Workplace]) -> Json:
+    """How the cells were sampled; where they differ in something, a value a cell."""
+    keys = "steps", "negative", "sampler", "spacing", "end", "eta", "swap_steps", "indexing", "latent_size"
+    each: dict[str, Json] = {}
+    for task in tasks:
+        settings = settings_of(places[task.cell.name].instruments, task.plan)
+        each[task.cell.name] = {key: settings[key] for key in keys if key in settings} | {
+            "guidance": task.plan.guidance,
+            "averaged": list(task.averaged),
+            "interpolation_frames": [FRAMES[0], FRAMES[-1]],
+            "truth_guidance": task.truth_guidance,
+        }
+    sampling: Json = {}
+    for key in dict.fromkeys(key for settings in each.values() for key in settings):
+        of_cells = {cell: settings.get(key) for cell, settings in each.items()}
+        first = next(iter(of_cells.values()))
+        sampling[key] = first if all(value == first for value in of_cells.values()) else of_cells
+    return sampling
 
 
 def _classifier(trained: Classifier, file: Path) -> tuple[str, Json]:
