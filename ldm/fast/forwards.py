@@ -38,9 +38,9 @@ def _norm_silu(ops: Ops, norm: nn.Module, x: Tensor, time: Tensor | None = None)
     return F.silu(norm(x if time is None else x + time[:, :, None, None]))
 
 
-def group_norm(ops: Ops, norm: nn.GroupNorm, x: Tensor) -> Tensor:
+def group_norm(ops: Ops, norm: nn.GroupNorm, input: Tensor) -> Tensor:
     """(B, C, H, W) -> the same shape."""
-    return ops.group_norm(x, norm)
+    return ops.group_norm(input, norm)
 
 
 def attention(ops: Ops, block: Attention, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -112,16 +112,18 @@ def _in_bands(layer: nn.Module, x: Tensor, own: bool) -> Tensor | None:
     return bands.resnet(layer, x, own) if isinstance(layer, ResnetBlock) and standard and ours else None
 
 
-def convolution(ops: Ops, layer: nn.Conv2d, x: Tensor) -> Tensor:
+def convolution(ops: Ops, layer: nn.Conv2d, input: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, K, H', W')."""
-    if winograd.serves(layer, x):
-        return winograd.convolution(x, layer.weight, layer.bias)
-    return type(layer).forward(layer, x)
+    if winograd.serves(layer, input):
+        return winograd.convolution(input, layer.weight, layer.bias)
+    return type(layer).forward(layer, input)
 
 
-def linear(ops: Ops, layer: nn.Linear, x: Tensor) -> Tensor:
+def linear(ops: Ops, layer: nn.Linear, input: Tensor) -> Tensor:
     """(..., C) -> (..., K)."""
-    return onednn.linear(x, layer.weight, layer.bias) if onednn.serves(layer, x) else type(layer).forward(layer, x)
+    if onednn.serves(layer, input):
+        return onednn.linear(input, layer.weight, layer.bias)
+    return type(layer).forward(layer, input)
 
 
 @dataclass(frozen=True)

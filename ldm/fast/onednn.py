@@ -31,10 +31,8 @@ def serves(layer: nn.Linear, x: Tensor) -> bool:
     if intercepted() or parametrized(layer) or not torch.backends.mkldnn.enabled:
         return False
     weight, bias = layer.weight, layer.bias
-    mine = x.ndim == 3 and x.device.type == weight.device.type == "cpu" and x.shape[2] == weight.shape[1]
-    single = x.dtype == weight.dtype == torch.float32 and (bias is None or bias.dtype == torch.float32)
-    large = mine and single and len(x) > 0 and x.shape[1] * weight.numel() >= WORK
-    return large and plain(x, weight, bias)
+    mine = x.ndim == 3 and x.device.type == weight.device.type == "cpu" and x.shape[2:] == weight.shape[1:]
+    return mine and plain(x, weight, bias) and len(x) > 0 and x.shape[1] * weight.numel() >= WORK
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -37,9 +37,11 @@ def intercepted() -> bool:
     return asked or recorded or hooked or bool(modes)
 
 
-def plain(*tensors: Tensor | None) -> bool:
-    """Whether each is torch's own kind, a number for each place: others say themselves what an operation does."""
-    return all(x is None or (type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided) for x in tensors)
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether all are tensors of torch's own kind, dense, in float32: others say themselves what an operation does."""
+    all_of = (x, weight) if bias is None else (x, weight, bias)
+    own = all(type(y) in (Tensor, nn.Parameter) and y.layout == torch.strided for y in all_of)
+    return own and {y.dtype for y in all_of} == {torch.float32} and (bias is None or bias.shape == weight.shape[:1])
 
 
 def parametrized(module: nn.Module) -> bool:

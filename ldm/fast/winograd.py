@@ -94,10 +94,8 @@ def able(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether it gives what the layer, as it is set now, gives of x, whatever its size."""
     if intercepted() or not may_serve(conv) or parametrized(conv):
         return False
-    weight, bias = conv.weight, conv.bias
-    single = x.dtype == weight.dtype == torch.float32 and (bias is None or bias.dtype == torch.float32)
-    mine = single and x.ndim == 4 and x.device.type == "cpu" and weight.shape[1:] == (x.shape[1], 3, 3)
-    return mine and plain(x, weight, bias) and exact()
+    mine = x.ndim == 4 and x.device.type == "cpu" and conv.weight.shape[1:] == (x.shape[1], 3, 3)
+    return mine and plain(x, conv.weight, conv.bias) and exact()
 
 
 def exact() -> bool:
@@ -116,7 +114,7 @@ def _transforms(height: int, width: int) -> Transforms | None:
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int] = (1, 1)) -> Tensor:
-    """What F.conv2d gives for weights of 3 x 3, but for rounding.
+    """What F.conv2d gives for weights of 3 x 3, but for rounding; NaN and Inf spread over whole tiles, as NaN.
 
     Args:    x: (B, C, H, W), float32.  weight: (K, C, 3, 3).  bias: (K,).
              padding: rows and columns of zeros around x, 0 or 1 of each.

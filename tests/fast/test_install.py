@@ -1,6 +1,7 @@
 """What is installed into a network computes the same, shows the same, and can be taken out again."""
 
 import copy
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from ldm import fast, probe
 from ldm.blocks import ResnetBlock
 from ldm.config import SD15
 from ldm.fast import onednn
+from ldm.fast.forwards import FORWARDS
 from ldm.fast.installing import Installed
 from ldm.unet import UNet, UNetBlocks
 
@@ -217,3 +219,11 @@ def test_what_cannot_be_is_refused():
     network.mid_block.resnets[0].forward = lambda x, time: x
     with pytest.raises(ValueError, match=r"'mid_block.resnets.0': its forward was replaced since; put it back first"):
         installed.undo()
+
+
+@pytest.mark.parametrize("forward", FORWARDS, ids=lambda forward: forward.__qualname__)
+def test_arguments_keep_their_names(forward):
+    """As in layer(input=x)."""
+    theirs = list(inspect.signature(forward).parameters.values())[1:]  # after the module
+    ours = list(inspect.signature(FORWARDS[forward].forward).parameters.values())[2:]  # after Ops and the module
+    assert [(x.name, x.kind, x.default) for x in ours] == [(x.name, x.kind, x.default) for x in theirs]

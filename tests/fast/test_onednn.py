@@ -55,15 +55,18 @@ def test_other_rows_go_as_they_are(served):
         holder.float()(x.double())
 
 
-def test_without_onednn_or_with_sparse_weights_layers_stay(served):
+def test_layers_stay_without_onednn_with_sparse_weights_or_one_bias_for_all(served):
     layer, x = nn.Linear(48, 72), torch.randn(2, 100, 48)
     fast.install(holder := nn.Sequential(layer))
     with torch.backends.mkldnn.flags(enabled=False):
         holder(x)
     expected = holder(x)
     served.clear()
-    layer.weight = nn.Parameter(layer.weight.to_sparse_csr())
+    weight = layer.weight
+    layer.weight = nn.Parameter(weight.to_sparse_csr())
     torch.testing.assert_close(holder(x), expected)
+    layer.weight, layer.bias = weight, nn.Parameter(torch.ones(1))
+    torch.testing.assert_close(holder(x), F.linear(x, weight) + 1)
     assert not served
 
 
