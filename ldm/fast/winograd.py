@@ -100,7 +100,7 @@ def able(conv: nn.Conv2d, x: Tensor) -> bool:
 
 def exact() -> bool:
     """Whether matrix products are of float32: of products that torch may round to fewer bits, too much is lost."""
-    return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
+    return torch.backends.mkldnn.matmul.fp32_precision not in ("tf32", "bf16")  # type: ignore[attr-defined]
 
 
 def work(conv: nn.Conv2d, x: Tensor) -> int:
