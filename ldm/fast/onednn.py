@@ -10,7 +10,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ldm.fast.watching import intercepted, parametrized, plain
+from ldm.fast.watching import intercepted, parametrized, plain, traced
 
 WEIGHTS = 1 << 16  # C K: no smaller layer is replaced
 WORK = 1 << 28  # multiplications, an image: from here on
@@ -28,11 +28,13 @@ def there() -> bool:
 
 def serves(layer: nn.Linear, x: Tensor) -> bool:
     """Whether rows x are such; by one image's, so that it does not depend on the batch."""
+    if traced() or x.ndim != 3 or x.shape[1] * layer.in_features * layer.out_features < WORK:  # first, as in winograd
+        return False
     if intercepted() or parametrized(layer) or not torch.backends.mkldnn.enabled:
         return False
     weight, bias = layer.weight, layer.bias
-    mine = x.ndim == 3 and x.device.type == weight.device.type == "cpu" and x.shape[2:] == weight.shape[1:]
-    return mine and plain(x, weight, bias) and len(x) > 0 and x.shape[1] * weight.numel() >= WORK
+    mine = x.device.type == "cpu" and x.shape[2:] == weight.shape[1:] and len(x) > 0
+    return mine and plain(x, weight, bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

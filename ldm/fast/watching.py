@@ -25,14 +25,19 @@ def transformed() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
+def traced() -> bool:
+    """Whether sizes are not to be asked for: whoever compiles or traces would keep the answer."""
+    return transformed() or torch.jit.is_tracing()
+
+
 def intercepted() -> bool:
     """Whether gradients are asked for, or something looks at each operation: then it is to see the plain ones."""
-    if transformed():  # first: a compiler cannot read what follows
+    if traced():  # first: a compiler cannot read what follows
         return True
     dual = torch.autograd.forward_ad._current_level >= 0  # derivatives forward, which no_grad does not end
     asked = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or dual
     modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-    recorded = torch.jit.is_tracing() or torch.autograd._profiler_enabled()
+    recorded = torch.autograd._profiler_enabled()
     hooked = nn.modules.module._has_any_global_hook()  # of every module there is
     return asked or recorded or hooked or bool(modes)
 

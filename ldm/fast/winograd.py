@@ -8,7 +8,7 @@ left are 36 products for 144 (Lavin and Gray 2016, arXiv 1509.09308, equation 8)
 Summed over the channels of many tiles at once, they are 36 matrix products. G, B and A come from interpolation at
 0, 1, -1, 1/2, -2 and infinity, where float32 loses less than at 0, +-1, +-2 (README).
 
-Letters: B images, C channels, K channels of the result, H, W height and width, T tiles of 4 x 4.
+Letters: B images, C channels, K channels of the result, H, W height and width, T tiles.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.fast.watching import convolves, intercepted, parametrized, plain
+from ldm.fast.watching import convolves, intercepted, parametrized, plain, traced
 
 WORK = 1 << 30  # multiplications of the plain convolution, an image: from here on it pays
 FEWEST_TILES = 64  # in an image; with fewer, transforming the weights is most of the work
@@ -43,7 +43,7 @@ class Transforms:
 
     @classmethod
     def of(cls, *, g: list[list[float]], b_t: list[list[float]], a_t: list[list[float]]) -> Transforms:
-        """From G, B^T and A^T."""
+        """From G (n, 3), B^T (n, n) and A^T (size, n)."""
         matrices = (torch.tensor(rows, dtype=torch.float32) for rows in (g, b_t, a_t))
         return cls(len(a_t), *(torch.kron(matrix, matrix) for matrix in matrices))
 
@@ -85,13 +85,13 @@ def may_serve(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 def serves(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether a map is one to do it with; by one image's size, so that it does not depend on the batch."""
-    if not (able(conv, x) and x.is_contiguous() and len(x) > 0):
+    if traced() or x.ndim != 4 or work(conv, x) < WORK:  # first: small ones are called most, and dear to ask more of
         return False
-    return work(conv, x) >= WORK and _transforms(x.shape[2], x.shape[3]) is not None
+    return able(conv, x) and x.is_contiguous() and len(x) > 0 and _transforms(x.shape[2], x.shape[3]) is not None
 
 
 def able(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether it gives what the layer, as it is set now, gives of x, whatever its size."""
+    """Whether the algorithm gives what the layer, as it is set now, makes of x, large or small."""
     if intercepted() or not may_serve(conv) or parametrized(conv):
         return False
     mine = x.ndim == 4 and x.device.type == "cpu" and conv.weight.shape[1:] == (x.shape[1], 3, 3)
@@ -105,11 +105,11 @@ def exact() -> bool:
 
 def work(conv: nn.Conv2d, x: Tensor) -> int:
     """Multiplications of the plain convolution, of one image of x (B, C, H, W)."""
-    return 9 * conv.out_channels * x[0].numel()
+    return 9 * conv.out_channels * x.shape[1:].numel()
 
 
 def _transforms(height: int, width: int) -> Transforms | None:
-    """The larger tiles that a map of such results has enough of."""
+    """The largest tiles that a map of such results has enough of; None: it has too few of any."""
     return next((of for of in (OF_4, OF_2) if math.prod(of.tiles(height, width)) >= FEWEST_TILES), None)
 
 
