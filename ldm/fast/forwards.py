@@ -130,7 +130,7 @@ def linear(ops: Ops, layer: nn.Linear, input: Tensor) -> Tensor:
 class Replacement:
     """What is installed instead of a forward, and what is gained: by a kernel, by torch alone, by torch on a CPU.
 
-    A class with a forward of its own is in no table, and stays as it is.
+    A class with a forward of its own is in no table, and stays as it is; so does a module that never can be served.
     """
 
     forward: Callable[..., Any]

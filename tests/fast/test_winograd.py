@@ -21,6 +21,8 @@ ROUNDINGS = (
     40 * 2**-24
 )  # of float32; seen are 24 at most with tiles of 4, for 5 channels to 2,560, and 4 with tiles of 2
 
+IN_A_NETWORK = 1e-5  # relative: ROUNDINGS of each of its convolutions, one behind the other; seen are 8e-6
+
 
 def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -94,7 +96,7 @@ def test_any_shape_gives_what_torch_gives(count, channels, height, width, paddin
     assert found.shape == expected.shape
     assert error(found, expected) < ROUNDINGS
     without = winograd.convolution(x, weight, None, padding)
-    torch.testing.assert_close(without + bias.view(-1, 1, 1), found, rtol=0, atol=1e-4)
+    assert torch.equal(without + bias.view(-1, 1, 1), found)
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 3, 2100), (9, 4, 16, 16), (1, 4, 2100, 1), (2, 4, 70, 66)])
@@ -120,6 +122,7 @@ def test_maps_with_a_large_mean_lose_what_float32_loses(mean):
 
 
 def test_a_row_does_not_depend_on_its_batch(for_all):
+    """But for the last bits, where products of fewer columns round otherwise."""
     x, weight = randn(9, 16, 24, 24), randn(48, 16, 3, 3, seed=1)
     together = winograd.convolution(x, weight, None)
     assert error(torch.cat([winograd.convolution(row, weight, None) for row in x.split(1)]), together) < 1e-6
@@ -175,10 +178,10 @@ def test_a_network_computes_shows_and_gives_back_the_same(for_all, runs):
     assert sum("Conv2d: large maps by Winograd's algorithm" in line for line in installed.replaced) == 1
     places = [place for place in probe.places(plain) if "resnets" in place]
     with probe.capture(plain, *places) as expected, probe.capture(network, *places) as found:
-        assert error(network(*call), plain(*call)) < 1e-5
+        assert error(network(*call), plain(*call)) < IN_A_NETWORK
     assert runs
     for place, (activation,) in expected.runs.items():
-        assert error(found[place], activation) < 1e-5, place
+        assert error(found[place], activation) < IN_A_NETWORK, place
     installed.undo()
     assert torch.equal(network(*call), plain(*call))
 
@@ -267,7 +270,7 @@ def test_a_convolution_of_ones_own_stays(by, for_all, monkeypatch):
         made.conv1._conv_forward = own._conv_forward
     x, holder = randn(1, 8, 8, 8), nn.Sequential(copy.deepcopy(made))
     fast.install(holder)
-    assert error(holder(x), made(x)) < 1e-5
+    assert error(holder(x), made(x)) < IN_A_NETWORK
     assert bands.resnet(made, x) is None
 
 
@@ -380,7 +383,7 @@ def test_a_decoder_in_bands_is_the_decoder(for_all, runs, monkeypatch):
     monkeypatch.setattr(bands, "BAND", 10 * 32 * 64)
     plain, banded, z = small("vae"), copy.deepcopy(small("vae")), randn(2, 4, 10, 9)
     fast.install(banded)
-    assert error(banded.decode(z), plain.decode(z)) < 1e-5
+    assert error(banded.decode(z), plain.decode(z)) < IN_A_NETWORK
     assert len(runs) > 20
 
 
