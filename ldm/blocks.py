@@ -192,7 +192,7 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x: (B, C, H, W), context: (B, L, D) -> (B, C, H, W), the input added."""
         height = x.shape[2]
-        h = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
+        h = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c").contiguous()  # now, not again for each norm
         for block in self.transformer_blocks:
             h = block(h, context)
         return x + self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=height))

@@ -16,11 +16,14 @@ from torch.nn import functional as F
 
 from ldm.blocks import GEGLU, Attention, BasicTransformerBlock, FeedForward, ResnetBlock, Upsample
 from ldm.clip import SelfAttention
-from ldm.fast import bands, onednn, winograd
+from ldm.fast import bands, onednn, small_maps, winograd
 from ldm.fast.ops import Ops
 from ldm.fast.projections import project
-from ldm.fast.watching import intercepted, ordinary, untouched, watched
+from ldm.fast.watching import intercepted, ordinary, traced, untouched, watched
 from ldm.vae import Decoder, UpLevel
+
+LARGE = 1 << 22  # numbers in the hidden layer of one image's feed-forward: from here on it is made in parts
+HIDDEN = 3 << 21  # numbers in one: Linux clears what malloc asks for anew, from 2^23 each time
 
 
 def resnet(ops: Ops, block: ResnetBlock, x: Tensor, time: Tensor | None = None) -> Tensor:
@@ -64,12 +67,14 @@ def geglu(ops: Ops, block: GEGLU, x: Tensor) -> Tensor:
 
 
 def feed_forward(ops: Ops, block: FeedForward, x: Tensor) -> Tensor:
-    """(B, N, C) -> (B, N, C); where one image's hidden layer of N x 8C numbers is large, no two are held at a time."""
-    large = x.device.type == "cpu" and x.ndim == 3 and len(x) > 1 and 8 * x[0].numel() >= bands.LARGE
-    inside = (module for module in block.modules() if module is not block)
-    if not large or intercepted() or not all(map(ordinary, inside)):
+    """(B, N, C) -> (B, N, C); where one image's hidden layer of N x 8C numbers is large, HIDDEN at a time."""
+    if traced() or x.device.type != "cpu" or x.ndim != 3 or not len(x) or 8 * x[0].numel() < LARGE:
         return block.net(x)
-    return torch.cat([block.net(image) for image in x.split(1)])
+    inside = (module for module in block.modules() if module is not block)
+    if intercepted() or not all(map(ordinary, inside)):
+        return block.net(x)
+    rows = winograd.even(x.shape[1], HIDDEN // (8 * x.shape[2]) or 1)
+    return torch.cat([block.net(some) for image in x.split(1) for some in image.split(rows, dim=1)], dim=1).view_as(x)
 
 
 def transformer_block(ops: Ops, block: BasicTransformerBlock, x: Tensor, context: Tensor) -> Tensor:
@@ -116,6 +121,8 @@ def convolution(ops: Ops, layer: nn.Conv2d, input: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, K, H', W')."""
     if winograd.serves(layer, input):
         return winograd.convolution(input, layer.weight, layer.bias)
+    if small_maps.serves(layer, input):
+        return small_maps.convolution(input, layer.weight, layer.bias)
     return type(layer).forward(layer, input)
 
 
@@ -146,11 +153,11 @@ FORWARDS: dict[Callable[..., Any], Replacement] = {
     Attention.forward: Replacement(attention, "attention in one kernel"),
     SelfAttention.forward: Replacement(causal_attention, "causal attention in one kernel"),
     GEGLU.forward: Replacement(geglu, "gate and GELU in one kernel", "gate in place"),
-    FeedForward.forward: Replacement(feed_forward, "", on_cpu="large ones an image at a time"),
+    FeedForward.forward: Replacement(feed_forward, "", on_cpu="large ones in parts"),
     BasicTransformerBlock.forward: Replacement(transformer_block, "residual and layer norm in one kernel"),
     Decoder.forward: Replacement(decoder, "", on_cpu="large maps in bands of rows"),
     nn.Conv2d.forward: Replacement(
-        convolution, "", on_cpu="large maps by Winograd's algorithm", may_serve=winograd.may_serve
+        convolution, "", on_cpu="large maps by Winograd's algorithm, small ones by oneDNN", may_serve=winograd.may_serve
     ),
     nn.Linear.forward: Replacement(linear, "", on_cpu="large products by oneDNN", may_serve=onednn.may_serve),
 }

@@ -22,14 +22,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.fast import onednn
 from ldm.fast.watching import convolves, intercepted, parametrized, plain, traced
 
 WORK = 1 << 30  # multiplications of the plain convolution, an image: from here on it pays
 FEWEST_TILES = 64  # in an image; with fewer, transforming the weights is most of the work
 FEWEST_CHANNELS = 128  # on either side; with fewer, transforming the map is
-TILES = 512  # at a time
-CHANNELS = 64  # of a map, transformed at a time
+TILES = 512  # at a time, or as many as HELD allows
+HELD = 3 << 22  # numbers of transformed tiles at a time
+COLUMNS = 1 << 13  # of numbers, transformed at a time
 WEIGHTS = 1 << 22  # numbers of transformed weights held at a time
+FILTERS = 256  # at a time, where not all of them are held
+BY_ONEDNN = 1 << 17  # C K: products with as many weights are faster by it
 
 
 @dataclass(frozen=True)
@@ -124,14 +128,19 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[i
     of = _transforms(height, width) or OF_2
     down, across = of.tiles(height, width)
     out = x.new_empty(len(x), len(weight), height, width)
-    images, rows = max(1, TILES // (down * across)), max(1, TILES // across)
-    columns = -(-across // -(-across // TILES))  # as many in each part of a row
+    most = min(TILES, HELD // (len(of.input) * x.shape[1])) or 1
+    images, rows, columns = max(1, most // (down * across)), even(down, most // across or 1), even(across, most)
     for first, top, left in product(range(0, len(x), images), range(0, down, rows), range(0, across, columns)):
         these, bottom, right = slice(first, first + images), min(top + rows, down), min(left + columns, across)
         here = _with_zeros(of, x[these], (top, bottom), (left, right), padding)
         there = out[these, :, of.size * top : of.size * bottom, of.size * left : of.size * right]
         _convolve(of, here, weight, bias, there)
     return out
+
+
+def even(count: int, most: int) -> int:
+    """The size of parts of count, as few and as equal as can be, none larger than most."""
+    return -(-count // -(-count // most))
 
 
 def _with_zeros(
@@ -154,17 +163,35 @@ def _convolve(of: Transforms, x: Tensor, weight: Tensor, bias: Tensor | None, ou
     whole = out if fits else x.new_empty(count, len(weight), size * down, size * across)
 
     tiles = x.new_empty(squared, channels, count * down * across)
-    flat = tiles.view(squared, -1)
-    for these, there in zip(x.split(CHANNELS, dim=1), flat.split(CHANNELS * tiles.shape[2], dim=1), strict=True):
+    flat, some = tiles.view(squared, -1), COLUMNS // tiles.shape[2] or 1
+    for these, there in zip(x.split(some, dim=1), flat.split(some * tiles.shape[2], dim=1), strict=True):
         d = these.unfold(2, size + 2, size).unfold(3, size + 2, size).permute(4, 5, 1, 0, 2, 3)
         torch.mm(of.input, d.reshape(squared, -1), out=there)
 
-    step = max(32, WEIGHTS // (squared * channels) // 32 * 32)
+    step = len(weight) if squared * channels * len(weight) <= WEIGHTS else min(len(weight), FILTERS)
+    filters, products = x.new_empty(max(WEIGHTS, step * channels)), x.new_empty(squared * step * tiles.shape[2])
     by_tiles = whole.unflatten(3, (across, size)).unflatten(2, (down, size))  # (B, K, down, size, across, size)
     added = x.new_zeros(len(weight)) if bias is None else bias
     for g, b, there in zip(weight.split(step), added.split(step), by_tiles.split(step, dim=1), strict=True):
-        products = (of.filter @ g.reshape(-1, 9).T).view(squared, -1, channels) @ tiles  # (n^2, K, T)
-        y = (of.results @ products.view(squared, -1)).view(size, size, -1, count, down, across)
+        these = products[: squared * len(g) * tiles.shape[2]].view(squared, len(g), -1)
+        _multiply(of, g.reshape(-1, 9), tiles, filters, these)
+        y = (of.results @ these.view(squared, -1)).view(size, size, -1, count, down, across)
         torch.add(y.permute(3, 2, 4, 0, 5, 1), b.view(-1, 1, 1, 1, 1), out=there)
     if not fits:
         out.copy_(whole[:, :, : out.shape[2], : out.shape[3]])
+
+
+def _multiply(of: Transforms, g: Tensor, tiles: Tensor, filters: Tensor, out: Tensor) -> None:
+    """g (K C, 9), transformed into `filters` for as many positions at a time as fit, times tiles (n^2, C, T): into out
+    (n^2, K, T).
+    """
+    each = (part.split(len(filters) // len(g)) for part in (of.filter, tiles, out))
+    for rows, d, there in zip(*each, strict=True):
+        some = filters[: len(rows) * len(g)].view(len(rows), -1)
+        torch.mm(rows, g.T, out=some)
+        some = some.view(len(rows), -1, tiles.shape[1])
+        if len(g) < BY_ONEDNN or not onednn.there():
+            torch.bmm(some, d, out=there)
+            continue
+        for one, its_tiles, place in zip(some, d, there, strict=True):
+            place.copy_(onednn.linear(one, its_tiles.T, None))

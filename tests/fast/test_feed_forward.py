@@ -1,4 +1,4 @@
-"""Large feed-forwards an image at a time on a CPU: the same numbers, and only where nobody looks."""
+"""Large feed-forwards in parts on a CPU: the same numbers, and only where nobody looks."""
 
 import pytest
 import torch
@@ -7,13 +7,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm import fast
 from ldm.blocks import BasicTransformerBlock
-from ldm.fast import bands
+from ldm.fast import forwards
 from ldm.fast.ops import Ops
 
 
 @pytest.fixture
 def block(monkeypatch):
-    monkeypatch.setattr(bands, "LARGE", 8 * 6 * 16)
+    monkeypatch.setattr(forwards, "LARGE", 8 * 6 * 16)
+    monkeypatch.setattr(forwards, "HIDDEN", 8 * 4 * 16)
     torch.manual_seed(0)
     made = BasicTransformerBlock(16, 2, 8, 1e-5).eval().requires_grad_(False)
     fast.install(made)
@@ -22,30 +23,32 @@ def block(monkeypatch):
 
 @pytest.fixture
 def rows(monkeypatch):
-    """Images of every call of a GEGLU."""
+    """Images and positions of every call of a GEGLU."""
     seen, plain = [], Ops.geglu
-    monkeypatch.setattr(Ops, "geglu", lambda ops, x: (seen.append(len(x)), plain(ops, x))[1])
+    monkeypatch.setattr(Ops, "geglu", lambda ops, x: (seen.append(x.shape[:-1]), plain(ops, x))[1])
     return seen
 
 
 @torch.no_grad()
-def test_an_image_at_a_time_gives_the_same(block, rows):
-    x = torch.randn(3, 6, 16)
+@pytest.mark.parametrize(("positions", "parts"), [(6, [3, 3]), (8, [4, 4]), (9, [3, 3, 3]), (11, [4, 4, 3])])
+def test_parts_of_each_image_give_the_same(positions, parts, block, rows):
+    x = torch.randn(2, positions, 16)
     torch.testing.assert_close(block(x), block.net(x), rtol=1e-6, atol=1e-6)  # a product of fewer rows rounds otherwise
-    assert rows == [1, 1, 1, 3]
+    assert rows == [(1, part) for part in (*parts, *parts)] + [(2, positions)]
+    assert torch.equal(block(x[:1]), block(x)[:1])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("x", [torch.randn(3, 5, 16), torch.randn(1, 6, 16), torch.randn(6, 16)])
-def test_small_ones_and_single_images_go_as_they_are(block, rows, x):
-    block(x)
-    assert rows == [len(x)]
+@pytest.mark.parametrize("x", [torch.randn(3, 5, 16), torch.randn(0, 6, 16), torch.randn(3, 0, 16), torch.randn(6, 16)])
+def test_small_ones_go_as_they_are(block, rows, x):
+    assert block(x).shape == x.shape
+    assert rows == [x.shape[:-1]]
 
 
 def test_gradients_go_through_all_at_once(block, rows):
     x = torch.randn(3, 6, 16, requires_grad=True)
     block(x).sum().backward()
-    assert rows == [3]
+    assert rows == [(3, 6)]
     assert x.grad is not None
 
 
@@ -71,5 +74,5 @@ def test_whoever_looks_sees_the_whole_batch(block):
 def test_operations_are_counted_as_those_of_the_plain_block(block, rows):
     with FlopCounterMode(display=False) as counter:
         block(torch.randn(3, 6, 16))
-    assert rows == [3]
+    assert rows == [(3, 6)]
     assert counter.get_total_flops() == 2 * 3 * 6 * 16 * (128 + 64)

@@ -69,7 +69,7 @@ def test_the_report_counts_what_was_replaced_in_a_line_each():
     assert str(fast.install(unet())).splitlines() == [
         *with_onednn,
         "   8 x ResnetBlock: SiLU in place",
-        "   4 x FeedForward: large ones an image at a time",
+        "   4 x FeedForward: large ones in parts",
         "   4 x GEGLU: gate in place",
         "   1 x UNet: rows of a large batch on threads of their own",
     ]
@@ -110,7 +110,7 @@ def test_installed_again_the_last_call_says_what_holds():
     first = fast.install(network, kernels="triton", packed=True, channels_last=True)
     assert fast.install(network, kernels="triton").replaced.keys() < first.replaced.keys()
     in_place = {"ResnetBlock: SiLU in place": 8, "GEGLU: gate in place": 4}
-    in_parts = {"FeedForward: large ones an image at a time": 4}
+    in_parts = {"FeedForward: large ones in parts": 4}
     by_onednn = {"Linear: large products by oneDNN": 1} if onednn.there() else {}
     assert fast.install(network).replaced == {
         **in_place,

@@ -114,6 +114,25 @@ def test_no_more_tiles_are_held_than_planned(shape, monkeypatch):
     assert max(held) <= winograd.TILES
 
 
+@pytest.mark.parametrize("least", [0, 1 << 62])
+@pytest.mark.parametrize("filters", [7, 16, 40])
+def test_filters_and_positions_in_parts_give_what_torch_gives(least, filters, monkeypatch):
+    """By oneDNN or not, where the transformed filters are too many to be held at once."""
+    for name, value in (("WEIGHTS", 5 * filters * 9), ("FILTERS", filters), ("BY_ONEDNN", least)):
+        monkeypatch.setattr(winograd, name, value)
+    x, weight, bias = randn(2, 9, 35, 32), randn(40, 9, 3, 3, seed=1), randn(40, seed=2)
+    expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    assert error(winograd.convolution(x, weight, bias), expected) < ROUNDINGS
+
+
+@pytest.mark.parametrize("channels", [1, 100, 1000])
+def test_fewer_tiles_at_a_time_give_what_torch_gives(channels, monkeypatch):
+    """Where they have many channels."""
+    monkeypatch.setattr(winograd, "HELD", 36 * 16000)
+    x, weight = randn(3, channels, 35, 32), randn(4, channels, 3, 3, seed=1)
+    assert error(winograd.convolution(x, weight, None), F.conv2d(x.double(), weight.double(), padding=1)) < ROUNDINGS
+
+
 @pytest.mark.parametrize("mean", [3.0, 30.0, 300.0, 3000.0])
 def test_maps_with_a_large_mean_lose_what_float32_loses(mean):
     x, weight = randn(1, 32, 32, 32) + mean, randn(16, 32, 3, 3, seed=1)
