@@ -122,7 +122,7 @@ def convolution(ops: Ops, layer: nn.Conv2d, input: Tensor) -> Tensor:
     if winograd.serves(layer, input):
         return winograd.convolution(input, layer.weight, layer.bias)
     if small_maps.serves(layer, input):
-        return small_maps.convolution(input, layer.weight, layer.bias)
+        return small_maps.convolution(input, layer.weight, layer.bias, layer.stride[0])
     return type(layer).forward(layer, input)
 
 
@@ -157,7 +157,10 @@ FORWARDS: dict[Callable[..., Any], Replacement] = {
     BasicTransformerBlock.forward: Replacement(transformer_block, "residual and layer norm in one kernel"),
     Decoder.forward: Replacement(decoder, "", on_cpu="large maps in bands of rows"),
     nn.Conv2d.forward: Replacement(
-        convolution, "", on_cpu="large maps by Winograd's algorithm, small ones by oneDNN", may_serve=winograd.may_serve
+        convolution,
+        "",
+        on_cpu="large maps by Winograd's algorithm, small ones by oneDNN",
+        may_serve=lambda layer: winograd.may_serve(layer) or small_maps.may_serve(layer),
     ),
     nn.Linear.forward: Replacement(linear, "", on_cpu="large products by oneDNN", may_serve=onednn.may_serve),
 }

@@ -54,11 +54,11 @@ def parametrized(module: nn.Module) -> bool:
     return parametrize.is_parametrized(module)
 
 
-def convolves(module: nn.Module, size: int) -> TypeGuard[nn.Conv2d]:
-    """Whether a module, as it is set now, is a plain convolution of size x size that keeps the size of a map."""
+def convolves(module: nn.Module, size: int, stride: int = 1) -> TypeGuard[nn.Conv2d]:
+    """Whether a module, as it is set now, is a plain convolution of size x size with a border of half as many zeros."""
     return (
         isinstance(module, nn.Conv2d)
-        and (module.kernel_size, module.stride, module.dilation) == ((size, size), (1, 1), (1, 1))
+        and (module.kernel_size, module.stride, module.dilation) == ((size, size), (stride, stride), (1, 1))
         and (module.padding, module.padding_mode, module.groups) == ((size // 2, size // 2), "zeros", 1)
         and getattr(module._conv_forward, "__func__", None) is nn.Conv2d._conv_forward  # some replace it, not forward
     )

@@ -96,7 +96,12 @@ def serves(conv: nn.Conv2d, x: Tensor) -> bool:
 
 def able(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether the algorithm gives what the layer, as it is set now, makes of x, large or small."""
-    if intercepted() or not may_serve(conv) or parametrized(conv):
+    return not intercepted() and may_serve(conv) and undisturbed(conv, x)
+
+
+def undisturbed(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether a layer and a map (B, C, H, W) are of plain numbers in float32 on a CPU, and fit each other."""
+    if parametrized(conv):
         return False
     mine = x.ndim == 4 and x.device.type == "cpu" and conv.weight.shape[1:] == (x.shape[1], 3, 3)
     return mine and plain(x, conv.weight, conv.bias) and exact()

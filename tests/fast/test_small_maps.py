@@ -7,6 +7,7 @@ import torch
 from networks import small
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from ldm import fast
 from ldm.fast import onednn, small_maps, winograd
@@ -37,13 +38,21 @@ def error(found, expected):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(3, 128, 8, 8), (1, 5, 1, 64), (2, 16, 7, 3), (1, 8, 1, 1)])
-def test_it_is_the_convolution(shape, bias, runs):
+@pytest.mark.parametrize(
+    ("shape", "stride"),
+    [
+        ((3, 128, 8, 8), 1),
+        ((1, 5, 1, 64), 1),
+        ((2, 16, 7, 3), 1),
+        ((1, 8, 1, 1), 1),
+        ((2, 16, 16, 16), 2),
+        ((2, 5, 15, 8), 2),
+    ],
+)
+def test_it_is_the_convolution(shape, stride, bias, runs):
     torch.manual_seed(0)
-    layer, x = nn.Conv2d(shape[1], 40, 3, padding=1, bias=bias), torch.randn(shape)
-    expected = F.conv2d(
-        x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double(), padding=1
-    )
+    layer, x = nn.Conv2d(shape[1], 40, 3, stride, padding=1, bias=bias), torch.randn(shape)
+    expected = copy.deepcopy(layer).double()(x.double())
     fast.install(holder := nn.Sequential(layer))
     found = holder(x)
     assert runs == [shape]
@@ -63,20 +72,42 @@ def test_other_maps_and_whoever_looks_get_the_plain_layer(runs):
         assert holder(x).dtype == torch.bfloat16
     holder.double()(x.double())
     assert not runs
-    layer.float().padding_mode = "circular"
-    assert torch.equal(holder(x), nn.Conv2d.forward(layer, x))
+    layer.float()
+    for name, value in (("padding_mode", "circular"), ("stride", (2, 1)), ("dilation", (2, 2)), ("padding", (0, 0))):
+        as_it_was = getattr(layer, name)
+        setattr(layer, name, value)
+        assert torch.equal(holder(x), nn.Conv2d.forward(layer, x))
+        setattr(layer, name, as_it_was)
     assert not runs
 
 
 def test_those_of_sd15s_lowest_level_are_served_alone():
-    def served(channels, size):
-        conv = nn.Conv2d(channels, 1280, 3, padding=1, device="meta")
+    def served(channels, size, stride=1):
+        conv = nn.Conv2d(channels, 1280, 3, stride, padding=1)
         return small_maps.serves(conv, torch.zeros(1).expand(1, channels, size, size))
 
     assert served(1280, 8)
     assert served(2560, 8)
+    assert served(1280, 16, stride=2)
     assert not served(1280, 16)
+    assert not served(1280, 18, stride=2)
     assert not served(640, 8)
+
+
+def test_weights_that_are_computed_are_computed_once_a_call(runs):
+    class Counted(nn.Module):
+        def forward(self, weight):
+            count.append(1)
+            return weight
+
+    count, layer, x = [], nn.Conv2d(8, 8, 3, padding=1), torch.randn(1, 8, 8, 8)
+    holder = nn.Sequential(copy.deepcopy(layer))
+    parametrize.register_parametrization(holder[0], "weight", Counted())
+    fast.install(holder)
+    count.clear()
+    assert torch.equal(holder(x), layer(x))
+    assert len(count) == 1
+    assert not runs
 
 
 def test_a_network_computes_the_same(runs):
