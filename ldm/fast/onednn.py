@@ -26,11 +26,16 @@ def there() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def on() -> bool:
+    """Whether this torch has it, and nobody has switched it off."""
+    return there() and bool(torch.backends.mkldnn.enabled)
+
+
 def serves(layer: nn.Linear, x: Tensor) -> bool:
     """Whether rows x are such; by one image's, so that it does not depend on the batch."""
     if traced() or x.ndim != 3 or x.shape[1] * layer.in_features * layer.out_features < WORK:  # first, as in winograd
         return False
-    if intercepted() or parametrized(layer) or not torch.backends.mkldnn.enabled:
+    if intercepted() or parametrized(layer) or not on():
         return False
     weight, bias = layer.weight, layer.bias
     mine = x.device.type == "cpu" and x.shape[2:] == weight.shape[1:] and len(x) > 0

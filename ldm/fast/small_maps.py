@@ -35,9 +35,10 @@ def serves(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether a map is one to do it with; by one image's size, so that it does not depend on the batch."""
     if traced() or x.ndim != 4 or weights(conv) < WEIGHTS or len(x) == 0:  # first, as in winograd
         return False
-    if intercepted() or not may_serve(conv) or not torch.backends.mkldnn.enabled:
+    if intercepted() or not may_serve(conv) or not onednn.on():
         return False
-    return math.prod(size_of(x, conv.stride[0])) <= POSITIONS and winograd.undisturbed(conv, x)
+    small = 0 < math.prod(size_of(x, conv.stride[0])) <= POSITIONS
+    return small and x.is_contiguous() and winograd.undisturbed(conv, x)
 
 
 def size_of(x: Tensor, stride: int) -> tuple[int, int]:

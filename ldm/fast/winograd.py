@@ -195,7 +195,7 @@ def _multiply(of: Transforms, g: Tensor, tiles: Tensor, filters: Tensor, out: Te
         some = filters[: len(rows) * len(g)].view(len(rows), -1)
         torch.mm(rows, g.T, out=some)
         some = some.view(len(rows), -1, tiles.shape[1])
-        if len(g) < BY_ONEDNN or not onednn.there():
+        if len(g) < BY_ONEDNN or not onednn.on():
             torch.bmm(some, d, out=there)
             continue
         for one, its_tiles, place in zip(some, d, there, strict=True):

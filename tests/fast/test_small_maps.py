@@ -64,7 +64,7 @@ def test_it_is_the_convolution(shape, stride, bias, runs):
 def test_other_maps_and_whoever_looks_get_the_plain_layer(runs):
     layer, x = nn.Conv2d(8, 8, 3, padding=1), torch.randn(2, 8, 8, 8)
     fast.install(holder := nn.Sequential(layer))
-    for other in (x[0], x[:0], torch.randn(2, 8, 5, 13)):
+    for other in (x[0], x[:0], torch.randn(2, 8, 5, 13), x.to(memory_format=torch.channels_last)):
         assert torch.equal(holder(other), F.conv2d(other, layer.weight, layer.bias, padding=1))
     with torch.enable_grad():
         assert holder(x).requires_grad
@@ -84,7 +84,7 @@ def test_other_maps_and_whoever_looks_get_the_plain_layer(runs):
 def test_those_of_sd15s_lowest_level_are_served_alone():
     def served(channels, size, stride=1):
         conv = nn.Conv2d(channels, 1280, 3, stride, padding=1)
-        return small_maps.serves(conv, torch.zeros(1).expand(1, channels, size, size))
+        return small_maps.serves(conv, torch.zeros(1, channels, size, size))
 
     assert served(1280, 8)
     assert served(2560, 8)

@@ -125,6 +125,15 @@ def test_filters_and_positions_in_parts_give_what_torch_gives(least, filters, mo
     assert error(winograd.convolution(x, weight, bias), expected) < ROUNDINGS
 
 
+def test_onednn_that_was_switched_off_is_not_used(monkeypatch):
+    monkeypatch.setattr(winograd, "BY_ONEDNN", 0)
+    monkeypatch.delattr(onednn, "linear")
+    x, weight = randn(2, 9, 35, 32), randn(40, 9, 3, 3, seed=1)
+    with torch.backends.mkldnn.flags(enabled=False):
+        found = winograd.convolution(x, weight, None)
+    assert error(found, F.conv2d(x.double(), weight.double(), padding=1)) < ROUNDINGS
+
+
 @pytest.mark.parametrize("channels", [1, 100, 1000])
 def test_fewer_tiles_at_a_time_give_what_torch_gives(channels, monkeypatch):
     """Where they have many channels."""
