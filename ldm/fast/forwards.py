@@ -22,8 +22,8 @@ from ldm.fast.projections import project
 from ldm.fast.watching import intercepted, ordinary, traced, untouched, watched
 from ldm.vae import Decoder, UpLevel
 
-LARGE = 1 << 22  # numbers in the hidden layer of one image's feed-forward: from here on it is made in parts
-HIDDEN = 3 << 21  # numbers in one: Linux clears what malloc asks for anew, from 2^23 each time
+LARGE = 16 << 20  # bytes in the hidden layer of one image's feed-forward: from here on it is made in parts
+HIDDEN = 24 << 20  # bytes in one: Linux clears what malloc asks for anew, from 32 MiB each time
 
 
 def resnet(ops: Ops, block: ResnetBlock, x: Tensor, time: Tensor | None = None) -> Tensor:
@@ -67,13 +67,14 @@ def geglu(ops: Ops, block: GEGLU, x: Tensor) -> Tensor:
 
 
 def feed_forward(ops: Ops, block: FeedForward, x: Tensor) -> Tensor:
-    """(B, N, C) -> (B, N, C); where one image's hidden layer of N x 8C numbers is large, HIDDEN at a time."""
-    if traced() or x.device.type != "cpu" or x.ndim != 3 or not len(x) or 8 * x[0].numel() < LARGE:
+    """(B, N, C) -> (B, N, C); where one image's hidden layer of N x 8C numbers is large, HIDDEN bytes at a time."""
+    if traced() or x.device.type != "cpu" or x.ndim != 3 or not len(x):
         return block.net(x)
+    a_row = 8 * x.shape[2] * x.element_size()
     inside = (module for module in block.modules() if module is not block)
-    if intercepted() or not all(map(ordinary, inside)):
+    if x.shape[1] * a_row < LARGE or intercepted() or not all(map(ordinary, inside)):
         return block.net(x)
-    rows = winograd.even(x.shape[1], HIDDEN // (8 * x.shape[2]) or 1)
+    rows = winograd.even(x.shape[1], HIDDEN // a_row or 1)
     return torch.cat([block.net(some) for image in x.split(1) for some in image.split(rows, dim=1)], dim=1).view_as(x)
 
 

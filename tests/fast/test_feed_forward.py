@@ -13,8 +13,8 @@ from ldm.fast.ops import Ops
 
 @pytest.fixture
 def block(monkeypatch):
-    monkeypatch.setattr(forwards, "LARGE", 8 * 6 * 16)
-    monkeypatch.setattr(forwards, "HIDDEN", 8 * 4 * 16)
+    monkeypatch.setattr(forwards, "LARGE", 4 * 8 * 6 * 16)
+    monkeypatch.setattr(forwards, "HIDDEN", 4 * 8 * 4 * 16)
     torch.manual_seed(0)
     made = BasicTransformerBlock(16, 2, 8, 1e-5).eval().requires_grad_(False)
     fast.install(made)
@@ -76,3 +76,12 @@ def test_operations_are_counted_as_those_of_the_plain_block(block, rows):
         block(torch.randn(3, 6, 16))
     assert rows == [(3, 6)]
     assert counter.get_total_flops() == 2 * 3 * 6 * 16 * (128 + 64)
+
+
+@torch.no_grad()
+def test_half_as_many_bytes_make_half_as_many_parts(block, rows):
+    block.to(torch.bfloat16)
+    block(torch.randn(1, 8, 16, dtype=torch.bfloat16))
+    assert rows == [(1, 8)]
+    block(torch.randn(1, 12, 16, dtype=torch.bfloat16))
+    assert rows[1:] == [(1, 6), (1, 6)]
