@@ -19,7 +19,7 @@ from ldm.clip import SelfAttention
 from ldm.fast import bands, onednn, small_maps, winograd
 from ldm.fast.ops import Ops
 from ldm.fast.projections import project
-from ldm.fast.watching import intercepted, ordinary, traced, untouched, watched
+from ldm.fast.watching import intercepted, ordinary, readable, untouched, watched
 from ldm.vae import Decoder, UpLevel
 
 LARGE = 16 << 20  # bytes in the hidden layer of one image's feed-forward: from here on it is made in parts
@@ -68,14 +68,21 @@ def geglu(ops: Ops, block: GEGLU, x: Tensor) -> Tensor:
 
 def feed_forward(ops: Ops, block: FeedForward, x: Tensor) -> Tensor:
     """(B, N, C) -> (B, N, C); where one image's hidden layer of N x 8C numbers is large, HIDDEN bytes at a time."""
-    if traced() or x.device.type != "cpu" or x.ndim != 3 or not len(x):
+    if not readable(x, 3) or x.device.type != "cpu" or not len(x):
         return block.net(x)
     a_row = 8 * x.shape[2] * x.element_size()
-    inside = (module for module in block.modules() if module is not block)
-    if x.shape[1] * a_row < LARGE or intercepted() or not all(map(ordinary, inside)):
+    if x.shape[1] * a_row < LARGE or intercepted() or not _row_by_row(block):
         return block.net(x)
     rows = winograd.even(x.shape[1], HIDDEN // a_row or 1)
-    return torch.cat([block.net(some) for image in x.split(1) for some in image.split(rows, dim=1)], dim=1).view_as(x)
+    done = torch.cat([block.net(some) for image in x.split(1) for some in image.split(rows, dim=1)], dim=1)
+    return done.view(*x.shape[:2], -1)
+
+
+def _row_by_row(block: FeedForward) -> bool:
+    """Whether a feed-forward is of the layers it is made of, so that no row's result depends on another row."""
+    inside = [module for module in block.modules() if module is not block]
+    kinds = [type(module) for module in inside]  # of a parametrized layer, a class of its own
+    return kinds == [nn.Sequential, GEGLU, nn.Linear, nn.Identity, nn.Linear] and all(map(ordinary, inside))
 
 
 def transformer_block(ops: Ops, block: BasicTransformerBlock, x: Tensor, context: Tensor) -> Tensor:

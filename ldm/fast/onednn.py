@@ -10,7 +10,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ldm.fast.watching import intercepted, parametrized, plain, traced
+from ldm.fast.watching import intercepted, parametrized, plain, readable
 
 WEIGHTS = 1 << 16  # C K: no smaller layer is replaced
 WORK = 1 << 28  # multiplications, an image: from here on
@@ -33,7 +33,7 @@ def on() -> bool:
 
 def serves(layer: nn.Linear, x: Tensor) -> bool:
     """Whether rows x are such; by one image's, so that it does not depend on the batch."""
-    if traced() or x.ndim != 3 or x.shape[1] * layer.in_features * layer.out_features < WORK:  # first, as in winograd
+    if not readable(x, 3) or x.shape[1] * layer.in_features * layer.out_features < WORK:  # first, as in winograd
         return False
     if intercepted() or parametrized(layer) or not on():
         return False

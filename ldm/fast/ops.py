@@ -3,6 +3,7 @@
 Letters: B batch, N query positions, M key positions, h heads of width d, C channels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,11 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
+def _rows(x: Tensor) -> int:
+    """Rows of the small case, for an operation on each row of x."""
+    return short(x.numel() // max(1, x.shape[-1]))
+
+
 @dataclass(frozen=True)
 class Ops:
     """Kernels "auto": on CUDA, wherever dtype and shape are what they were made for, and the first use was right there
@@ -34,13 +40,13 @@ class Ops:
 
     kernels: Backend
 
-    def served(self, x: Tensor, made_for: bool, op: str, *sizes: float) -> bool:
+    def served(self, x: Tensor, made_for: bool, op: str, sizes: Callable[[], tuple[float, ...]]) -> bool:
         """Whether to run a kernel on x; forced, the kernel itself says what it cannot.
 
-        sizes: of the small case that it is proven on, see `ldm.fast.first_use`.
+        sizes: gives those of the small case that it is proven on, see `ldm.fast.first_use`; asked where kernels run.
         """
         if self.kernels == "auto":
-            return made_for and x.numel() > 0 and on_gpu(x) and self._right(x, op, sizes)
+            return made_for and on_gpu(x) and x.numel() > 0 and self._right(x, op, sizes())
         return self.kernels == "triton" and resolved("triton", x.device) == "triton"
 
     def _right(self, x: Tensor, op: str, sizes: tuple[float, ...]) -> bool:
@@ -51,8 +57,7 @@ class Ops:
         """See `ldm.blocks.attend`: q (B, N, h*d), k and v (B, M, h*d) -> (B, N, h*d)."""
         width = q.shape[-1] // heads
         made_for = q.dtype in HALF and q.shape[-1] % 16 == 0 and width % 8 == 0 and width <= WIDEST_HEAD
-        sizes = short(q.shape[1]), short(k.shape[1]), width, causal
-        if not self.served(q, made_for, "attention", *sizes):
+        if not self.served(q, made_for, "attention", lambda: (short(q.shape[1]), short(k.shape[1]), width, causal)):
             return attend(q, k, v, heads, causal)
         from ldm_kernels.attention import attention as self_attention
         from ldm_kernels.cross_attention import cross_attention
@@ -64,8 +69,7 @@ class Ops:
 
     def geglu(self, x: Tensor) -> Tensor:
         """(..., 2C) -> (..., C): the first half times gelu(the second), with the exact (erf) GELU."""
-        rows = short(x.numel() // max(1, x.shape[-1]))
-        if not self.served(x, True, "geglu", rows, x.shape[-1]):
+        if not self.served(x, True, "geglu", lambda: (_rows(x), x.shape[-1])):
             value, gate = x.chunk(2, dim=-1)
             gate = F.gelu(gate)
             return value * gate if torch.is_grad_enabled() else gate.mul_(value)
@@ -80,8 +84,12 @@ class Ops:
         Returns: (B, C, H, W); channels_last from a kernel, which is also the layout that "auto" asks of x.
         """
         made_for = x.shape[1] % 8 == 0 and x.is_contiguous(memory_format=torch.channels_last)
-        sizes = low(x.shape[2], x.shape[3], x.shape[1]), x.shape[3], norm.num_groups, norm.eps, time is not None, silu
-        if self.served(x, made_for, "group_norm", x.shape[1], *sizes):
+
+        def sizes() -> tuple[float, ...]:
+            height, options = low(x.shape[2], x.shape[3], x.shape[1]), (time is not None, silu)
+            return x.shape[1], height, x.shape[3], norm.num_groups, norm.eps, *options
+
+        if self.served(x, made_for, "group_norm", sizes):
             from ldm_kernels.group_norm_silu import group_norm_silu
 
             return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, time, silu)
@@ -96,8 +104,8 @@ class Ops:
         Args:    x, branch: (..., C).  norm: of C channels.
         Returns: x + branch, norm(x + branch).
         """
-        rows = short(x.numel() // max(1, x.shape[-1]))
-        if self.served(x, x.dtype == branch.dtype, "add_layer_norm", rows, x.shape[-1], norm.eps):
+        made_for = x.dtype == branch.dtype
+        if self.served(x, made_for, "add_layer_norm", lambda: (_rows(x), x.shape[-1], norm.eps)):
             from ldm_kernels.add_layer_norm import add_layer_norm as kernel
 
             return kernel(x, branch, norm.weight, norm.bias, norm.eps)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.fast import onednn, winograd
-from ldm.fast.watching import convolves, intercepted, traced
+from ldm.fast.watching import convolves, intercepted, readable
 
 POSITIONS = 64  # of the result, at most
 WEIGHTS = 1 << 23  # at least
@@ -33,7 +33,7 @@ def weights(conv: nn.Conv2d) -> int:
 
 def serves(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether a map is one to do it with; by one image's size, so that it does not depend on the batch."""
-    if traced() or x.ndim != 4 or weights(conv) < WEIGHTS or len(x) == 0:  # first, as in winograd
+    if not readable(x, 4) or weights(conv) < WEIGHTS or len(x) == 0:  # first, as in winograd
         return False
     if intercepted() or not may_serve(conv) or not onednn.on():
         return False
@@ -47,7 +47,10 @@ def size_of(x: Tensor, stride: int) -> tuple[int, int]:
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """x (B, C, H, W) with a border of zeros, weight (K, C, 3, 3), bias (K,) -> (B, K, H / S, W / S), rounded up."""
+    """x (B, C, H, W) with a border of zeros, weight (K, C, 3, 3), bias (K,) -> (B, K, H / S, W / S), rounded up.
+
+    A weight of Inf gives NaN where it meets the border.
+    """
     out = x.new_empty(len(x), len(weight), *size_of(x, stride))
     for image, there in zip(x, out, strict=True):
         windows = F.unfold(image, 3, padding=1, stride=stride)  # (9 C, positions)

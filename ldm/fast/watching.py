@@ -30,6 +30,11 @@ def traced() -> bool:
     return transformed() or torch.jit.is_tracing()
 
 
+def readable(x: Tensor, dims: int) -> bool:
+    """Whether x is a tensor of torch's own kind, of so many dimensions, whose sizes may be asked for."""
+    return not traced() and type(x) is Tensor and x.ndim == dims
+
+
 def intercepted() -> bool:
     """Whether gradients are asked for, or something looks at each operation: then it is to see the plain ones."""
     if traced():  # first: a compiler cannot read what follows

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.fast import onednn
-from ldm.fast.watching import convolves, intercepted, parametrized, plain, traced
+from ldm.fast.watching import convolves, intercepted, parametrized, plain, readable
 
 WORK = 1 << 30  # multiplications of the plain convolution, an image: from here on it pays
 FEWEST_TILES = 64  # in an image; with fewer, transforming the weights is most of the work
@@ -32,8 +32,8 @@ TILES = 512  # at a time, or as many as HELD allows
 HELD = 3 << 22  # numbers of transformed tiles at a time
 COLUMNS = 1 << 13  # of numbers, transformed at a time
 WEIGHTS = 1 << 22  # numbers of transformed weights held at a time
-FILTERS = 256  # at a time, where not all of them are held
-BY_ONEDNN = 1 << 17  # C K: products with as many weights are faster by it
+FILTERS = 256  # at a time at most, where not all of them are held
+BY_ONEDNN = 1 << 17  # weights of filters at a time, K C: from here on their products are faster by it
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def may_serve(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 def serves(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether a map is one to do it with; by one image's size, so that it does not depend on the batch."""
-    if traced() or x.ndim != 4 or work(conv, x) < WORK:  # first: small ones are called most, and dear to ask more of
+    if not readable(x, 4) or work(conv, x) < WORK:  # first: small ones are called most, and dear to ask more of
         return False
     return able(conv, x) and x.is_contiguous() and len(x) > 0 and _transforms(x.shape[2], x.shape[3]) is not None
 
@@ -104,7 +104,7 @@ def undisturbed(conv: nn.Conv2d, x: Tensor) -> bool:
     if parametrized(conv):
         return False
     mine = x.ndim == 4 and x.device.type == "cpu" and conv.weight.shape[1:] == (x.shape[1], 3, 3)
-    return mine and plain(x, conv.weight, conv.bias) and exact()
+    return mine and plain(x, conv.weight, conv.bias) and conv.weight.is_contiguous() and exact()
 
 
 def exact() -> bool:
@@ -173,7 +173,7 @@ def _convolve(of: Transforms, x: Tensor, weight: Tensor, bias: Tensor | None, ou
         d = these.unfold(2, size + 2, size).unfold(3, size + 2, size).permute(4, 5, 1, 0, 2, 3)
         torch.mm(of.input, d.reshape(squared, -1), out=there)
 
-    step = len(weight) if squared * channels * len(weight) <= WEIGHTS else min(len(weight), FILTERS)
+    step = len(weight) if squared * channels * len(weight) <= WEIGHTS else even(len(weight), FILTERS)
     filters, products = x.new_empty(max(WEIGHTS, step * channels)), x.new_empty(squared * step * tiles.shape[2])
     by_tiles = whole.unflatten(3, (across, size)).unflatten(2, (down, size))  # (B, K, down, size, across, size)
     added = x.new_zeros(len(weight)) if bias is None else bias

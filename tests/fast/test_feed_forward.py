@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm import fast
-from ldm.blocks import BasicTransformerBlock
+from ldm.blocks import Attention, BasicTransformerBlock, FeedForward
 from ldm.fast import forwards
 from ldm.fast.ops import Ops
 
@@ -85,3 +85,44 @@ def test_half_as_many_bytes_make_half_as_many_parts(block, rows):
     assert rows == [(1, 8)]
     block(torch.randn(1, 12, 16, dtype=torch.bfloat16))
     assert rows[1:] == [(1, 6), (1, 6)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["softmax", "attention", "norm", "parametrized"])
+def test_layers_that_look_at_other_rows_see_all(kind, block, rows):
+    if kind == "softmax":
+        block.net[1] = nn.Softmax(dim=1)
+    elif kind == "attention":
+        block.net.append(Attention(16, 2))
+    elif kind == "norm":
+        block.net.append(nn.GroupNorm(1, 8))
+    else:
+        nn.utils.parametrizations.weight_norm(block.net[2])
+    x = torch.randn(1, 8, 16)
+    assert torch.equal(block(x), block.net(x))
+    assert rows == [(1, 8), (1, 8)]
+
+
+@torch.no_grad()
+def test_another_width_of_the_result_is_kept(block):
+    block.net[2] = nn.Linear(64, 5)
+    x = torch.randn(2, 9, 16)
+    torch.testing.assert_close(block(x), block.net(x), rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_ragged_batches_go_through(block):
+    x = [torch.randn(5, 16), torch.randn(9, 16)]
+    found = block(torch.nested.nested_tensor(x, layout=torch.jagged)).unbind()
+    for row, result in zip(x, found, strict=True):
+        torch.testing.assert_close(result, block.net(row))
+
+
+def test_it_can_be_exported_for_any_number_of_positions(block):
+    x, plain = torch.randn(2, 6, 16), FeedForward(16)
+    dims = {0: torch.export.Dim("b", min=2, max=64), 1: torch.export.Dim("n", min=2, max=4096)}
+    plain.load_state_dict(block.state_dict())
+    exported = torch.export.export(block, (x,), dynamic_shapes=(dims,), strict=False).module()
+    for positions in (6, 700):
+        other = torch.randn(3, positions, 16)
+        torch.testing.assert_close(exported(other), plain(other))

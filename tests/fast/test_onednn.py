@@ -40,6 +40,15 @@ def test_it_is_the_linear_layer(shape, bias, served):
     torch.testing.assert_close(holder(strided), F.linear(strided, layer.weight, layer.bias))
 
 
+def test_ragged_batches_go_as_they_are(served):
+    layer, rows = nn.Linear(48, 72), [torch.randn(5, 48), torch.randn(7, 48)]
+    fast.install(holder := nn.Sequential(layer))
+    found = holder(torch.nested.nested_tensor(rows, layout=torch.jagged)).unbind()
+    for row, result in zip(rows, found, strict=True):
+        torch.testing.assert_close(result, F.linear(row, layer.weight, layer.bias))
+    assert not served
+
+
 def test_other_rows_go_as_they_are(served):
     layer, x = nn.Linear(48, 72), torch.randn(2, 100, 48)
     fast.install(holder := nn.Sequential(layer))

@@ -73,6 +73,11 @@ def test_other_maps_and_whoever_looks_get_the_plain_layer(runs):
     holder.double()(x.double())
     assert not runs
     layer.float()
+    with torch.backends.mkldnn.flags(enabled=False):
+        holder(x)
+    assert not runs
+    exported = torch.export.export(holder, (x,), strict=False)
+    assert torch.ops.aten.conv2d.default in [node.target for node in exported.graph.nodes]
     for name, value in (("padding_mode", "circular"), ("stride", (2, 1)), ("dilation", (2, 2)), ("padding", (0, 0))):
         as_it_was = getattr(layer, name)
         setattr(layer, name, value)

@@ -120,9 +120,21 @@ def test_filters_and_positions_in_parts_give_what_torch_gives(least, filters, mo
     """By oneDNN or not, where the transformed filters are too many to be held at once."""
     for name, value in (("WEIGHTS", 5 * filters * 9), ("FILTERS", filters), ("BY_ONEDNN", least)):
         monkeypatch.setattr(winograd, name, value)
+    seen, linear = [], onednn.linear
+    monkeypatch.setattr(onednn, "linear", lambda x, *args: (seen.append(len(x)), linear(x, *args))[1])
     x, weight, bias = randn(2, 9, 35, 32), randn(40, 9, 3, 3, seed=1), randn(40, seed=2)
     expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
     assert error(winograd.convolution(x, weight, bias), expected) < ROUNDINGS
+    assert bool(seen) == (least == 0 and onednn.there())
+    assert max(seen, default=0) <= filters
+
+
+@pytest.mark.parametrize("size", [16, 33])
+def test_sums_over_many_channels_by_onednn_lose_what_float32_loses(size):
+    """It adds 1,920 products one after the other: 66 roundings with tiles of 4, 20 with tiles of 2, plain 5."""
+    x, weight = randn(1, 1920, size, size), randn(140, 1920, 3, 3, seed=1)
+    expected = F.conv2d(x.double(), weight.double(), padding=1)
+    assert error(winograd.convolution(x, weight, None), expected) < 100 * 2**-24
 
 
 def test_onednn_that_was_switched_off_is_not_used(monkeypatch):
@@ -138,8 +150,13 @@ def test_onednn_that_was_switched_off_is_not_used(monkeypatch):
 def test_fewer_tiles_at_a_time_give_what_torch_gives(channels, monkeypatch):
     """Where they have many channels."""
     monkeypatch.setattr(winograd, "HELD", 36 * 16000)
+    held, plain = [], winograd._multiply
+    monkeypatch.setattr(
+        winograd, "_multiply", lambda of, g, tiles, *args: (held.append(tiles.numel()), plain(of, g, tiles, *args))[1]
+    )
     x, weight = randn(3, channels, 35, 32), randn(4, channels, 3, 3, seed=1)
     assert error(winograd.convolution(x, weight, None), F.conv2d(x.double(), weight.double(), padding=1)) < ROUNDINGS
+    assert 0 < max(held) <= winograd.HELD
 
 
 @pytest.mark.parametrize("mean", [3.0, 30.0, 300.0, 3000.0])
